@@ -1,0 +1,97 @@
+"""Causal self-attention with a key-value cache, and the two ways to tell it where a token stands.
+
+    position="none"     nothing: order is known only through the causal mask
+    position="rope"     rotary: query and key are turned by an angle proportional to their position
+    LearnedPosition     a layer of its own, which adds a trained vector for each absolute position
+
+Imports nothing of this repository; imported by hybrid.
+
+Letters: B batch, L tokens in this call, S tokens seen before it (in the cache), H heads, P size of a head.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class KVCache(NamedTuple):
+    """Attention's state: the keys (already rotated) and values of every token so far. It grows with the context."""
+    k: torch.Tensor  # (B, H, S, P)
+    v: torch.Tensor  # (B, H, S, P)
+
+
+def rotary(x, start, base=10000.0):
+    """Turn each head's vectors by their position (Su et al. 2021, RoFormer, section 3.4.2).
+
+    The two halves of a head are the x and y coordinates of P/2 points; at position t the point j turns by the angle
+    t * base^(-2j/P). A product of a query at t and a key at s then depends on t - s alone.
+
+    x: (B, H, L, P), its first token at position `start` (counting from 0). Returns the same shape.
+    """
+    L, P = x.shape[-2:]
+    t = torch.arange(start, start + L, device=x.device, dtype=torch.float32)
+    frequency = base ** (-torch.arange(0, P, 2, device=x.device, dtype=torch.float32) / P)
+    angle = t[:, None] * frequency                                          # (L, P/2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)                                             # (B, H, L, P/2) each
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2), without a residual or a norm.
+
+    d_model: width of the stream; n_heads: must divide it, and rope needs heads of even size.
+
+    The query, key and value maps have a bias, and this task needs it: with normalised, fixed embeddings nothing else is
+    constant across tokens, and a head that attends by position alone (the previous-token head) has to ignore
+    what the token is.
+    """
+
+    def __init__(self, d_model, n_heads=1, position="none"):
+        super().__init__()
+        if n_heads < 1 or d_model % n_heads:
+            raise ValueError(f"--n-heads is {n_heads}, but the number of heads must divide d = {d_model}")
+        if position not in ("none", "rope"):
+            raise ValueError(f"position is {position!r}, but it must be 'none' or 'rope'")
+        if position == "rope" and (d_model // n_heads) % 2:
+            raise ValueError(f"--n-heads {n_heads} at d = {d_model} gives heads of odd size {d_model // n_heads}, "
+                             "but rope turns pairs and needs an even one")
+        self.n_heads, self.position = n_heads, position
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.out_proj = nn.Linear(d_model, d_model)
+
+    def forward(self, x, state=None):
+        """x (B, L, d_model), state a KVCache of S earlier tokens or None -> y (B, L, d_model), the longer KVCache."""
+        B, L, d = x.shape
+        S = 0 if state is None else state.k.shape[2]
+        q, k, v = self.qkv(x).view(B, L, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)   # (B, H, L, P) each
+        if self.position == "rope":
+            q, k = rotary(q, S), rotary(k, S)
+        if state is not None:
+            k, v = torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2)      # (B, H, S+L, P)
+        # Query t of this call is token S + t: it sees keys 0 ... S + t. A single query sees them all.
+        mask = torch.ones(L, S + L, dtype=torch.bool, device=x.device).tril(S) if S > 0 and L > 1 else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=S == 0)  # (B, H, L, P)
+        return self.out_proj(y.transpose(1, 2).reshape(B, L, d)), KVCache(k, v)
+
+
+class LearnedPosition(nn.Module):
+    """A trained vector for each absolute position: a layer whose output is the table and not a function of x.
+
+    positions: the size of the table. Positions that training never reaches keep their random start, so a model
+    is blind beyond its training length; a sequence longer than the table is a ValueError.
+    """
+
+    def __init__(self, d_model, positions):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(positions, d_model) / d_model**0.5)      # rows of length about 1
+
+    def forward(self, x, state=None):
+        """x (B, L, d_model), state the number of tokens before it or None -> (1, L, d_model), the new number."""
+        start = 0 if state is None else state
+        end = start + x.shape[1]
+        if end > len(self.table):
+            raise ValueError(f"a sequence of {end} tokens is longer than the table of {len(self.table)} learned positions")
+        return self.table[None, start:end], end

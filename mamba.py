@@ -1,0 +1,311 @@
+"""Mamba (Gu and Dao 2023, arXiv 2312.00752) in pure PyTorch, from the differential equation to the fast scan.
+
+A state space model sends a signal x(t) through a hidden state h(t):
+
+    h'(t) = A h(t) + B x(t)         y(t) = C h(t)
+
+Over a step of length dt in which x does not change, and with A diagonal, the state decays by exp(dt A) and takes in
+about dt B x (section 2; the paper's equation 4 has the exact factor for B, its code this simpler one, and so do we):
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t         y_t = C_t h_t
+
+Mamba lets dt, B and C depend on the token (section 3, algorithm 2). That makes the state selective: dt -> 0
+passes a token by and leaves the state alone, dt -> infinity forgets everything before it.
+
+The recurrence stands below in four forms, each tested to equal the one before it:
+
+    selective_scan_ref      the two equations above, one step at a time
+    ChunkedScan             chunks of steps, one chunk after another, with its gradient written by hand: for CPUs
+    ParallelScan            all chunks at once: for GPUs, where torch.compile turns each of its passes into one kernel
+    Mamba.forward(x, state) the layer, which goes on from where an earlier piece of the sequence ended
+
+Imports nothing of this repository; imported by hybrid.
+
+Letters, as in the paper: b batch, L steps, D channels, N states per channel. Each channel is a system of its own with its
+own row of A; all channels share B_t and C_t. In the Mamba layer the parameter D is also the skip connection from x to y.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# ---- 1. The recurrence -----------------------------------------------------------------------------------------------
+
+def selective_scan_ref(x, dt, A, B, C, h=None):
+    """The recurrence as the paper writes it (algorithm 2, lines 5 and 6), in any dtype; autograd finds the gradient.
+
+    x, dt (b, L, D); A (D, N), negative; B, C (b, L, N); h (b, D, N), the state before the first step, or None for zero.
+    Returns y (b, L, D) and the state after the last step (b, D, N).
+    The official counterpart is selective_scan_ref in mamba_ssm, less its D, z and softplus, which are in Mamba below.
+    """
+    if h is None:
+        h = x.new_zeros(x.shape[0], *A.shape)                                          # (b, D, N)
+    y = []
+    for t in range(x.shape[1]):
+        decay = torch.exp(dt[:, t, :, None] * A)                                       # (b, D, N)
+        h = decay * h + (dt[:, t] * x[:, t])[:, :, None] * B[:, t, None, :]            # (b, D, N)
+        y.append((h * C[:, t, None, :]).sum(-1))                                       # (b, D)
+    return torch.stack(y, dim=1), h
+
+
+# ---- 2. Chunks, one after another ------------------------------------------------------------------------------------
+#
+# Only h_t = a_t h_{t-1} + b_t has to go step by step. The decays a = exp(dt A), the inputs b = dt x B and the sums that
+# make y can be taken for many steps in one call, which is what makes the loop above slow: L times a dozen small calls,
+# and autograd keeps every (b, D, N) it meets. So cut time into chunks, small enough to stay in the processor's cache,
+# and keep nothing of a chunk but its first state.
+#
+# The gradient. Write g_t for dLoss/dh_t. The state h_t is used twice, by y_t and by h_{t+1}, so
+#
+#     g_t = C_t dy_t + a_{t+1} g_{t+1}             the same recurrence, run backwards
+#
+# and every input's gradient is g_t times the factor that it meets in h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t:
+#
+#     d(dt_t x_t) = sum over n of g_t B_t          d(dt_t A) = g_t a_t h_{t-1}
+#     dB_t = sum over channels of g_t dt_t x_t     dC_t = sum over channels of h_t dy_t
+#
+# The backward pass walks the chunks from the last to the first; in each it runs the recurrence forwards again from the
+# first state to have h, then backwards to have g. There is no division and no exp of a positive number anywhere, so
+# nothing can overflow, however long the sequence or strong the decay.
+
+CHUNK_ELEMENTS = 2**18  # of a (T, N, b, D) tensor: 1 MiB in float32; 2^17 to 2^19 were equally fast on a 2 MiB L2 cache
+
+
+def _time_first(x, dt, A, B, C):
+    """Lay the operands out so that they broadcast to (T, N, b, D): a step is one piece of memory, sums go along rows."""
+    x, dt, B, C = (v.transpose(0, 1).contiguous() for v in (x, dt, B, C))              # (L, b, D or N)
+    A = A.t()[:, None].expand(-1, x.shape[1], -1).contiguous()                         # (N, b, D)
+    return x[:, None], dt[:, None], A, B.mT[..., None], C.mT[..., None]                # (L, 1, b, D), (L, N, b, 1)
+
+
+def _run(a, b, h):
+    """h_t = a_t h_{t-1} + b_t over the steps of a chunk, each (N, b, D). Leaves h_t in b_t; returns the last."""
+    for a_t, b_t in zip(a, b):
+        h = b_t.addcmul_(a_t, h)
+    return h
+
+
+class ChunkedScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, h):
+        ctx.save_for_backward(x, dt, A, B, C)
+        (b, L, D), N = x.shape, A.shape[1]
+        T = min(L, max(8, CHUNK_ELEMENTS // (b * D * N)))                              # steps in a chunk
+        x, dt, A, B, C = _time_first(x, dt, A, B, C)
+        u, y = dt * x, x.new_empty(L, b, D)
+        ctx.T, ctx.starts, ctx.from_zero = T, [], h is None
+        h = x.new_zeros(N, b, D) if h is None else h.permute(2, 0, 1).contiguous()
+        for dt, u, B, C, y_chunk in zip(*(v.split(T) for v in (dt, u, B, C, y))):
+            ctx.starts.append(h)
+            a = torch.mul(dt, A).exp_()                                                # (T, N, b, D)
+            hs = u * B                                                                 # (T, N, b, D), inputs for now
+            h = _run(a.unbind(), hs.unbind(), h).clone()                                                 # (N, b, D)
+            torch.sum(torch.mul(hs, C, out=a), 1, out=y_chunk)                         # (T, b, D)
+        return y.transpose(0, 1).contiguous(), h.permute(1, 2, 0).contiguous()
+
+    @staticmethod
+    def backward(ctx, dy, dh):
+        x, dt, A, B, C = _time_first(*ctx.saved_tensors)
+        L, T, u = len(x), ctx.T, dt * x
+        dy = dy.transpose(0, 1).contiguous()[:, None]                                  # (L, 1, b, D)
+        du, ddt = torch.empty_like(x[:, 0]), torch.empty_like(x[:, 0])                 # (L, b, D)
+        dB, dC = torch.empty_like(B[..., 0]), torch.empty_like(C[..., 0])              # (L, N, b)
+        dA = x.new_zeros(T, *A.shape)                                                  # (T, N, b, D), summed at the end
+        carry = dh.permute(2, 0, 1).contiguous()                                       # a_{t+1} g_{t+1} (N, b, D)
+        chunks = list(zip(ctx.starts, *(v.split(T) for v in (dt, u, B, C, dy, du, ddt, dB, dC))))
+        for start, dt_k, u_k, B_k, C_k, dy_k, du_k, ddt_k, dB_k, dC_k in reversed(chunks):
+            a = torch.mul(dt_k, A).exp_()                                              # (T, N, b, D), as are hs and g
+            hs = x.new_empty(len(a) + 1, *A.shape)                                     # the states, and the one before
+            hs[0] = start
+            h, h_before = torch.mul(u_k, B_k, out=hs[1:]), hs[:-1]
+            _run(a.unbind(), h.unbind(), start)
+            g = C_k * dy_k
+            g[-1] += carry
+            _run(a.unbind()[:0:-1], g.unbind()[-2::-1], g[-1])                         # from the end: a_{t+1} meets g_t
+            carry = a[0] * g[0]
+            ga = a.mul_(g).mul_(h_before)                                              # g_t a_t h_{t-1}
+            dA[:len(a)].addcmul_(ga, dt_k)
+            torch.sum(ga.mul_(A), 1, out=ddt_k)
+            torch.sum(h.mul_(dy_k), 3, out=dC_k)
+            torch.sum(torch.mul(g, u_k, out=h), 3, out=dB_k)
+            torch.sum(g.mul_(B_k), 1, out=du_k)
+        ddt.addcmul_(du, x[:, 0])
+        du.mul_(dt[:, 0])                                                              # now dx
+        return (du.transpose(0, 1), ddt.transpose(0, 1), dA.sum((0, 2)).t(), dB.permute(2, 0, 1), dC.permute(2, 0, 1),
+                None if ctx.from_zero else carry.permute(1, 2, 0))
+
+
+# ---- 3. All chunks at once -------------------------------------------------------------------------------------------
+#
+# A GPU has room for every chunk, but a chunk needs the state that the one before it ends with. The recurrence is linear,
+# so run every chunk from a zero state first; what its true first state adds to its last is exp(A sum of dt) times it:
+#
+#     h_end = exp(A (dt_1 + ... + dt_T)) h_start + (h_end from zero)
+#
+# which is again the recurrence, with one step a chunk. So: (1) the end of every chunk from zero, (2) the recurrence over
+# chunks, which gives every chunk its first state, (3) every chunk from there. Backwards the same three steps,
+# with g in place of h. The steps inside a chunk are a Python loop that torch.compile unrolls: their state lives in registers.
+
+CHUNK_STEPS = 16
+
+
+def _split(v):
+    """(b, L, ...) -> (b, chunks, CHUNK_STEPS, ...), filled up with zeros: dt = 0 leaves a state as it is."""
+    return F.pad(v, (0, 0, 0, -v.shape[1] % CHUNK_STEPS)).unflatten(1, (-1, CHUNK_STEPS))
+
+
+def _step(x, dt, A, B, h, t):
+    """One step of every chunk: h (b, c, D, N) -> a_t, h_t."""
+    a = torch.exp(dt[:, :, t, :, None] * A)
+    return a, a * h + (dt[:, :, t] * x[:, :, t])[..., None] * B[:, :, t, None, :]
+
+
+def _ends_from_zero(x, dt, A, B):
+    h = torch.zeros_like(dt[:, :, 0, :, None] * A)                                     # (b, c, D, N)
+    for t in range(CHUNK_STEPS):
+        _, h = _step(x, dt, A, B, h, t)
+    return h
+
+
+def _outputs(x, dt, A, B, C, h):
+    y = []
+    for t in range(CHUNK_STEPS):
+        _, h = _step(x, dt, A, B, h, t)
+        y.append((h * C[:, :, t, None, :]).sum(-1))                                    # (b, c, D)
+    return torch.stack(y, dim=2)                                                       # (b, c, T, D)
+
+
+def _across(ends, decay, h):
+    """The recurrence over chunks: ends, decay (b, c, D, N), h (b, D, N) -> every chunk's first state, the last state."""
+    starts = []
+    for k in range(ends.shape[1]):
+        starts.append(h)
+        h = decay[:, k] * h + ends[:, k]
+    return torch.stack(starts, dim=1), h
+
+
+def _gradient_from_zero(dt, A, C, dy):
+    """What a chunk's own outputs say about its first state: a_1 g_1 with nothing arriving from later chunks."""
+    carry = torch.zeros_like(dt[:, :, 0, :, None] * A)                                 # (b, c, D, N)
+    for t in reversed(range(CHUNK_STEPS)):
+        carry = torch.exp(dt[:, :, t, :, None] * A) * (carry + dy[:, :, t, :, None] * C[:, :, t, None, :])
+    return carry
+
+
+def _gradients(x, dt, A, B, C, dy, h, carry):
+    """All gradients inside every chunk, from its first state h and from what arrives at its end, both (b, c, D, N)."""
+    states, decays = [h], []
+    for t in range(CHUNK_STEPS):
+        a, h = _step(x, dt, A, B, h, t)
+        states.append(h)
+        decays.append(a)
+    dA, du, ddt, dB, dC = 0, [], [], [], []
+    for t in reversed(range(CHUNK_STEPS)):
+        g = carry + dy[:, :, t, :, None] * C[:, :, t, None, :]                         # (b, c, D, N)
+        carry = decays[t] * g
+        dC.append((states[t + 1] * dy[:, :, t, :, None]).sum(-2))                      # (b, c, N)
+        dB.append((g * (dt[:, :, t] * x[:, :, t])[..., None]).sum(-2))
+        du.append((g * B[:, :, t, None, :]).sum(-1))                                   # (b, c, D)
+        ddt.append((carry * states[t] * A).sum(-1))
+        dA = dA + carry * states[t] * dt[:, :, t, :, None]                             # (b, c, D, N)
+    du, ddt, dB, dC = (torch.stack(v[::-1], dim=2) for v in (du, ddt, dB, dC))         # (b, c, T, D or N)
+    return du * dt, ddt + du * x, dA.sum((0, 1)), dB, dC
+
+
+@functools.cache
+def _compiled(function, off):
+    return function if off else torch.compile(function, dynamic=False)
+
+
+class ParallelScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, h, off):
+        L, ctx.off, ctx.from_zero = x.shape[1], off, h is None
+        x, dt, B, C = map(_split, (x, dt, B, C))                                       # (b, c, T, D or N)
+        h = x.new_zeros(x.shape[0], *A.shape) if h is None else h
+        decay = torch.exp(dt.sum(2)[..., None] * A)                                    # (b, c, D, N), of a whole chunk
+        starts, h = _across(_compiled(_ends_from_zero, off)(x, dt, A, B), decay, h)
+        y = _compiled(_outputs, off)(x, dt, A, B, C, starts)
+        ctx.save_for_backward(x, dt, A, B, C, starts, decay)
+        return y.flatten(1, 2)[:, :L], h
+
+    @staticmethod
+    def backward(ctx, dy, dh):
+        x, dt, A, B, C, starts, decay = ctx.saved_tensors
+        L, off, dy = dy.shape[1], ctx.off, _split(dy)
+        own = _compiled(_gradient_from_zero, off)(dt, A, C, dy)
+        arriving, dh = _across(own.flip(1), decay.flip(1), dh)
+        dx, ddt, dA, dB, dC = _compiled(_gradients, off)(x, dt, A, B, C, dy, starts, arriving.flip(1))
+        dx, ddt, dB, dC = (v.flatten(1, 2)[:, :L] for v in (dx, ddt, dB, dC))
+        return dx, ddt, dA, dB, dC, None if ctx.from_zero else dh, None
+
+
+compile_scan = True  # train.py --no-compile turns it off
+
+
+def selective_scan(x, dt, A, B, C, h=None):
+    """selective_scan_ref made fast: same arguments, same results, same gradients, to rounding."""
+    if x.device.type == "cpu":
+        return ChunkedScan.apply(x, dt, A, B, C, h)
+    return ParallelScan.apply(x, dt, A, B, C, h, not (compile_scan and x.is_cuda))
+
+
+# ---- 4. The layer ----------------------------------------------------------------------------------------------------
+
+class MambaState(NamedTuple):
+    """All that a Mamba layer remembers of the tokens so far. Its size does not depend on how many they were."""
+    conv: torch.Tensor  # (b, d_inner, d_conv - 1), the convolution's window
+    h: torch.Tensor     # (b, d_inner, d_state)
+
+
+class Mamba(nn.Module):
+    """The Mamba layer (section 3.4, figure 3), without a residual or a norm.
+
+            x -> in_proj -> causal convolution -> SiLU -> selective scan -> * -> out_proj -> y
+                        \-> z -> SiLU ------------------------------------/
+
+    d_model: width of the stream; d_inner = expand * d_model channels D; d_state: N; d_conv: the convolution's width;
+    dt_rank: rank of the map from a token to its dt, None for ceil(d_model / 16).
+    Names, shapes and initial values are those of mamba_ssm.Mamba with its default arguments: state dicts move between the two.
+    """
+
+    def __init__(self, d_model, d_state=16, d_conv=4, expand=2, dt_rank=None):
+        super().__init__()
+        self.d_inner, self.d_state, self.d_conv = expand * d_model, d_state, d_conv
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
+        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1)
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(self.d_inner, 1))   # A = -1 ... -N
+        self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+        # dt starts between 0.001 and 0.1, evenly on a log scale (section 3.6): the bias is softplus inverted there.
+        nn.init.uniform_(self.dt_proj.weight, -self.dt_rank**-0.5, self.dt_rank**-0.5)
+        dt = torch.exp(torch.empty(self.d_inner).uniform_(math.log(1e-3), math.log(1e-1)))
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(torch.log(torch.expm1(dt)))
+
+    def forward(self, x, state=None):
+        """x (b, L, d_model), state a MambaState or None at the start -> y (b, L, d_model), the state after the last token."""
+        L = x.shape[1]
+        x, z = self.in_proj(x).chunk(2, dim=-1)                                        # (b, L, d_inner) each
+        before = self.d_conv - 1
+        x = F.pad(x, (0, 0, before, 0)) if state is None else torch.cat([state.conv.mT, x], dim=1)
+        window = x[:, L:].mT                                                           # (b, d_inner, d_conv-1)
+        # The convolution sees a token and the d_conv - 1 before it, in each channel by itself: d_conv shifted products.
+        taps = self.conv1d.weight[:, 0].unbind(1)                                      # d_conv times (d_inner,)
+        x = F.silu(sum((x[:, k:k + L] * tap for k, tap in enumerate(taps)), self.conv1d.bias))
+
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt = F.softplus(self.dt_proj(dt))                                              # (b, L, d_inner), positive
+        A = -torch.exp(self.A_log)                                                     # (d_inner, d_state), negative
+        y, h = selective_scan(x, dt, A, B, C, None if state is None else state.h)
+        y = (y + self.D * x) * F.silu(z)
+        return self.out_proj(y), MambaState(window, h)
