@@ -43,13 +43,15 @@ class Attention(nn.Module):
     """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2), without a residual or a norm.
 
     d_model: width of the stream; n_heads: must divide it, and rope needs heads of even size.
+    recency: where the query and key biases start. With rope, two equal biases give every pair of tokens a score that is
+        highest at distance 0 and falls with the distance, so the head starts out looking at what is near.
 
     The query, key and value maps have a bias, and this task needs it: with normalised, fixed embeddings nothing else is
     constant across tokens, and a head that attends by position alone (the previous-token head) has to ignore
     what the token is.
     """
 
-    def __init__(self, d_model, n_heads=1, position="none"):
+    def __init__(self, d_model, n_heads=1, position="none", recency=None):
         super().__init__()
         if n_heads < 1 or d_model % n_heads:
             raise ValueError(f"--n-heads is {n_heads}, but the number of heads must divide d = {d_model}")
@@ -61,6 +63,8 @@ class Attention(nn.Module):
         self.n_heads, self.position = n_heads, position
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.out_proj = nn.Linear(d_model, d_model)
+        if recency is not None:
+            nn.init.constant_(self.qkv.bias[:2 * d_model], recency)
 
     def forward(self, x, state=None):
         """x (B, L, d_model), state a KVCache of S earlier tokens or None -> y (B, L, d_model), the longer KVCache."""
@@ -81,12 +85,13 @@ class LearnedPosition(nn.Module):
     """A trained vector for each absolute position: a layer whose output is the table and not a function of x.
 
     positions: the size of the table. Positions that training never reaches keep their random start, so a model
-    is blind beyond its training length; a sequence longer than the table is a ValueError.
+    is blind beyond its training length; a sequence longer than the table is a ValueError. The rows start short beside
+    embeddings of length 1: the model has to see the tokens before it can learn what their places are for.
     """
 
     def __init__(self, d_model, positions):
         super().__init__()
-        self.table = nn.Parameter(torch.randn(positions, d_model) / d_model**0.5)      # rows of length about 1
+        self.table = nn.Parameter(0.1 * torch.randn(positions, d_model) / d_model**0.5)  # length about 0.1
 
     def forward(self, x, state=None):
         """x (B, L, d_model), state the number of tokens before it or None -> (1, L, d_model), the new number."""

@@ -25,7 +25,8 @@ def check_task(L, K=16, M=1, tau=1):
         raise ValueError(f"--L is {L}, but query and value need at least tau + 1 = {tau + 1} context tokens")
 
 
-def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, lengths=None):
+def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, lengths=None,
+                 i=None):
     """Draw a batch of associative-recall sequences (Definition 1 and the sampling steps of the assignment).
 
     The query is uniform over the first M tokens of the vocabulary {0 ... K-1}, its position i is uniform over
@@ -34,6 +35,7 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
     lengths: None, or (B,) int64, a context length from tau + 1 to L for each sequence. The sequence in row b then
         ends with its query at index lengths[b], and what stands behind it is padding that a causal model
         cannot see from there.
+    i: None, or (B,) int64, the position of each query in the context, here counted from 0, in place of a random one.
     generator: a torch.Generator on `device`, for batches that can be drawn again.
 
     Returns tokens (B, L + 1) int64 and labels (B,) int64. Raises ValueError if the task cannot exist.
@@ -47,7 +49,9 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
     if lengths is None:
         lengths = torch.full((batch_size,), L, device=device)
     end = lengths[:, None]                                                    # (B, 1), index of the last token
-    i = torch.randint(2**31 - 1, (batch_size, 1), **draw) % (end - tau)       # (B, 1), from 0; uniform to L / 2^31
+    if i is None:
+        i = torch.randint(2**31 - 1, (batch_size,), **draw) % (lengths - tau)         # (B,), from 0; uniform to L / 2^31
+    i = i[:, None]
     labels = tokens.gather(1, i + tau)[:, 0]     # v is any token but q, which is what already stands there
     tokens.scatter_(1, i, q).scatter_(1, end, q)
     return tokens, labels

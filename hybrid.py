@@ -13,9 +13,9 @@ from attention import Attention, LearnedPosition
 from data import embedding_table
 from mamba import Mamba
 
-LAYERS = {  # letter: how to build the layer; d is the width, o the other options of build_model
+LAYERS = {  # letter: how to build the layer; d is the width, o the other options: n_heads, L, and depth, from 0
     "A": lambda d, o: Attention(d, o["n_heads"]),
-    "R": lambda d, o: Attention(d, o["n_heads"], position="rope"),
+    "R": lambda d, o: Attention(d, o["n_heads"], "rope", recency=2.0 if o["depth"] == 0 else None),
     "P": lambda d, o: LearnedPosition(d, 3 * o["L"] + 1),
     "M": lambda d, o: Mamba(d),
 }
@@ -29,6 +29,21 @@ MODELS = {
 }
 
 
+class BiasedNorm(nn.RMSNorm):
+    """RMSNorm plus a bias that starts at random, for the layers that have none of their own.
+
+    Fixed embeddings of length 1 leave nothing constant across tokens, so without a bias no gate of a Mamba layer can be open
+    whatever the token is, and what the layer passes on from the token before depends on the token that stands here.
+    """
+
+    def __init__(self, d):
+        super().__init__(d)
+        self.bias = nn.Parameter(0.5 * torch.randn(d))
+
+    def forward(self, x):
+        return super().forward(x) + self.bias
+
+
 class Model(nn.Module):
     """Embedding, then for each layer x = x + layer(norm(x)), then a norm and a linear map to the vocabulary.
 
@@ -39,8 +54,8 @@ class Model(nn.Module):
     def __init__(self, layers, K, d, learn_embedding=False):
         super().__init__()
         self.embedding = nn.Embedding.from_pretrained(embedding_table(K, d), freeze=not learn_embedding)
-        self.norms = nn.ModuleList(nn.RMSNorm(d) for _ in layers)
         self.layers = nn.ModuleList(layers)
+        self.norms = nn.ModuleList(BiasedNorm(d) if isinstance(layer, Mamba) else nn.RMSNorm(d) for layer in layers)
         self.head = nn.Sequential(nn.RMSNorm(d), nn.Linear(d, K, bias=False))
 
     def stream(self, tokens, states=None):
@@ -54,6 +69,11 @@ class Model(nn.Module):
             y, states[i] = layer(norm(x), states[i])
             x = x + y
         return x, states
+
+    @staticmethod
+    def select(states, rows):
+        """The states of some rows of the batch: rows (n,) int64. A state is a tuple of tensors, or has nothing per row."""
+        return [type(s)(*(v[rows] for v in s)) if isinstance(s, tuple) else s for s in states]
 
     def forward(self, tokens, last=None):
         """tokens (B, L + 1) int64 -> logits (B, K) at the last token, or in row b at token last[b]."""
@@ -73,5 +93,5 @@ def build_model(name, K=16, d=8, L=64, n_heads=1, learn_embedding=False):
     if unknown or not pattern:
         raise ValueError(f"--model is {name!r}, but it must be one of {', '.join(MODELS)}, "
                          f"or a pattern of the letters {', '.join(LAYERS)}")
-    options = dict(L=L, n_heads=n_heads)
-    return Model([LAYERS[letter](d, options) for letter in pattern], K, d, learn_embedding)
+    layers = [LAYERS[letter](d, dict(L=L, n_heads=n_heads, depth=depth)) for depth, letter in enumerate(pattern)]
+    return Model(layers, K, d, learn_embedding)

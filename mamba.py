@@ -264,7 +264,7 @@ class MambaState(NamedTuple):
 
 
 class Mamba(nn.Module):
-    """The Mamba layer (section 3.4, figure 3), without a residual or a norm.
+    r"""The Mamba layer (section 3.4, figure 3), without a residual or a norm.
 
             x -> in_proj -> causal convolution -> SiLU -> selective scan -> * -> out_proj -> y
                         \-> z -> SiLU ------------------------------------/
