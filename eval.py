@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import pickle
-import sys
 import time
 
 import torch
@@ -118,7 +117,7 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
             if len(asked):
                 x, _ = model.stream(tokens[asked, -1:], model.select(states, asked))
                 correct[k] += (model.head(x[:, -1]).argmax(-1) == labels[asked]).sum()
-    accuracy = dict(zip(order, (correct.double() / sequences).tolist()))
+    accuracy = {length: count / sequences for length, count in zip(order, correct.tolist())}
     return [accuracy[length] for length in lengths]
 
 

@@ -152,6 +152,8 @@ def run(config, path, device):
             training.set_state(state["training"].cpu())
             testing.set_state(state["testing"].cpu())
             start, seconds, curves = state["step"], state["seconds"], state["curves"]
+        else:
+            print(f"{saved} is of a run with other flags, so this one starts from the beginning")
 
     def save(step):
         state = {"config": config, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -174,12 +176,12 @@ def run(config, path, device):
     # The loop. On CUDA the step runs as it is three times, is then recorded as one graph, and from there on replayed.
     next_step = train_step
     every = max(1, steps // POINTS)
+    solved = solved_at(curves) if config["stop_early"] else None
     mamba.compile_scan = config["compile"]
     began = last_save = time.time()
     with tqdm(range(start, steps), initial=start, total=steps, unit=" steps", desc=os.path.basename(path),
               dynamic_ncols=True) as bar:
         for step in bar:
-            solved = solved_at(curves) if config["stop_early"] else None
             if solved is not None and step >= solved + COOLDOWN:
                 break
             lr = learning_rate(step, steps, config["lr"], solved)
@@ -192,10 +194,11 @@ def run(config, path, device):
             if (step + 1) % every == 0 or step + 1 == steps:
                 tokens, labels = recall_batch(TEST_BATCH, L, K, M, tau, device, testing)
                 with torch.no_grad():
-                    accuracy = (model(tokens).argmax(-1) == labels).double().mean().item()
+                    accuracy = (model(tokens).argmax(-1) == labels).float().mean().item()
                 curves["step"].append(step + 1)
                 curves["loss"].append(loss.item())
                 curves["accuracy"].append(accuracy)
+                solved = solved_at(curves) if config["stop_early"] else None
                 bar.set_postfix(loss=f"{loss.item():.4f}", accuracy=f"{accuracy:.3f}")
                 if not math.isfinite(loss.item()):
                     raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1} of {path}; "
@@ -227,7 +230,17 @@ def run(config, path, device):
 
 
 def same_run(a, b):
+    """Whether two configs make the same run: where the result goes does not change it."""
     return all(a.get(flag) == b[flag] for flag in b if flag not in ("out", "overwrite"))
+
+
+def config_of(path):
+    """The config of a finished run, or an empty one if the file is not a result."""
+    try:
+        with open(path) as f:
+            return dict(json.load(f)["config"])
+    except (ValueError, KeyError, TypeError):
+        return {}
 
 
 def main(argv=None):
@@ -251,9 +264,8 @@ def main(argv=None):
         path = os.path.join(args.out, "{model}_M{M}_tau{tau}_K{K}_d{d}_L{L}_seed{seed}".format(**config))
         count = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
         if os.path.exists(path + ".json") and not args.overwrite:
-            with open(path + ".json") as f:
-                same = same_run(json.load(f)["config"], config)
-            print(f"{count}{path}.json is finished{'' if same else ', with other flags'}; --overwrite repeats it")
+            note = "" if same_run(config_of(path + ".json"), config) else ", with other flags"
+            print(f"{count}{path}.json is finished{note}; --overwrite repeats it")
             continue
         try:
             run(config, path, device)

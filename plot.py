@@ -1,0 +1,232 @@
+"""The figures, from the JSON files that train.py and eval.py write.
+
+    python plot.py results/*.json                       all figures, into figures/
+    python plot.py results/*_M1_tau1_*.json --out .     those of one task
+
+Runs of one task (tau, K, d, L) share two figures: length_*.png, accuracy against context length, and training_*.png,
+accuracy against training step. Each M is a panel, each model a curve: the median over its seeds, in a band from the
+lowest to the highest.
+
+Imports nothing of this repository and needs no torch: it reads JSON only.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator, NullLocator
+
+GRID = ["model", "M", "tau", "K", "d", "L", "seed"]  # what names a run, as in train.py
+TASK = ["tau", "K", "d", "L"]                        # what the panels of a figure have in common
+
+# Colours of Okabe and Ito, which the colour-blind can tell apart. Later lines lie on earlier ones and are thinner or broken,
+# so that models which are all at 1 can all be seen.
+STYLES = {  # model: colour, line width, dashes
+    "nope":     ("#56B4E9", 5.0, "-"),
+    "learned":  ("#E69F00", 3.4, "-"),
+    "rope":     ("#0072B2", 2.0, "-"),
+    "mamba":    ("#D55E00", 2.0, (0, (5, 3))),
+    "hybrid-a": ("#009E73", 2.0, (0, (2, 6))),
+    "hybrid-b": ("#CC79A7", 2.0, (4, (2, 6))),
+}
+LETTERS = {"M": 6, "R": 4, "P": 2.5, "A": 1}  # other models are black, with a dash for each letter of their pattern
+GREY = "0.35"
+LOOK = {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY}
+LABEL_GAP = 0.062    # between the labels at the curves' ends, in units of accuracy
+
+
+def style(model):
+    """Colour, width and dashes of a model: they depend on its name only, so they are the same in every figure."""
+    dashes = [length for letter in model for length in (LETTERS.get(letter, 3), 1.5)]
+    return STYLES.get(model, ("black", 1.6, (0, (*dashes[:-1], 4.5))))
+
+
+def order(model):
+    return list(STYLES).index(model) if model in STYLES else len(STYLES), model
+
+
+def points(section, x):
+    """A curve of a record -> x, accuracy: arrays of one shape (n,). Raises ValueError if it is no curve."""
+    x, y = np.array(section[x], float), np.array(section["accuracy"], float)
+    if not (x.ndim == 1 and x.shape == y.shape and len(x) and 0 < x[0] and x[-1] < np.inf
+            and (np.diff(x) > 0).all() and ((0 <= y) & (y <= 1)).all()):
+        raise ValueError
+    return x, y
+
+
+def load(path):
+    """Read a result -> {"config": ..., "length": (x, y), "training": (x, y)}. Raises ValueError, in one sentence."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            record = json.load(f)
+        config = {flag: record["config"][flag] for flag in GRID}
+        if not (isinstance(config["model"], str) and all(type(config[flag]) is int for flag in GRID[1:])
+                and min(config[flag] for flag in GRID[1:-1]) > 0):
+            raise ValueError
+        config["lengths"] = record["config"].get("train_lengths", "fixed")
+        return {"config": config, "length": points(record["eval"], "length"), "training": points(record["train"], "step")}
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there; train.py writes it when a run is finished") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise ValueError(f"{path} is not a whole result of train.py") from None
+
+
+def group(paths):
+    """Read the files -> {(tau, K, d, L): {M: {model: [run, ...]}}}, in order. Raises ValueError if they do not go together."""
+    seen, figures = {}, {}
+    for path in dict.fromkeys(paths):
+        run = load(path)
+        config = run["config"]
+        name = tuple(config[flag] for flag in GRID)
+        if name in seen:
+            raise ValueError(f"{path} and {seen[name]} are the same run; give one of them")
+        seen[name] = path
+        panels = figures.setdefault(tuple(config[flag] for flag in TASK), {})
+        for other in (run for models in panels.values() for runs in models.values() for run in runs):
+            if other["config"]["lengths"] != config["lengths"]:
+                raise ValueError(f"{path} was trained with --train-lengths {config['lengths']}, others of its figure "
+                                 f"with {other['config']['lengths']}; plot them apart")
+        panels.setdefault(config["M"], {}).setdefault(config["model"], []).append(run)
+    return {task: {M: {model: panels[M][model] for model in sorted(panels[M], key=order)} for M in sorted(panels)}
+            for task, panels in sorted(figures.items())}
+
+
+def curve(runs, kind):
+    """The runs of one model, which differ in their seed -> x (n,), accuracy (seeds, n). Raises ValueError, in one sentence.
+
+    A seed that has solved the task ends before the others: from there on it holds its last accuracy. Context lengths are
+    those that all seeds were tested at.
+    """
+    curves = [run[kind] for run in runs]
+    if kind == "length":
+        x = np.array(sorted(set.intersection(*(set(x) for x, _ in curves))))
+        if not len(x):
+            c = runs[0]["config"]
+            raise ValueError(f"the seeds of {c['model']} at M = {c['M']}, tau = {c['tau']} have no context length in common")
+    else:
+        x = np.unique(np.concatenate([x for x, _ in curves]))
+        x = x[x >= max(x[0] for x, _ in curves)]
+    return x, np.stack([np.interp(x, *points) for points in curves])
+
+
+def spread(heights, low, high):
+    """Heights of labels, at least LABEL_GAP apart and near the heights wanted, which fall from the first to the last."""
+    placed = []
+    for y in heights:
+        placed.append(min(y, high if not placed else placed[-1] - LABEL_GAP))
+    for i in reversed(range(len(placed))):
+        placed[i] = max(placed[i], low if i + 1 == len(placed) else placed[i + 1] + LABEL_GAP)
+    return placed
+
+
+def draw_panel(ax, models, kind, right, reach):
+    """The curves of {model: (x, accuracy)} and their labels, right of the axes. reach: of a label's line, in axes widths."""
+    ends = []
+    for rank, (model, (x, y)) in enumerate(models.items()):
+        colour, width, dashes = style(model)
+        middle, z = np.median(y, axis=0), 3 + rank
+        if len(y) > 1:
+            ax.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.2, linewidth=0, zorder=2)
+        ax.plot(x, middle, color=colour, lw=width, ls=dashes, zorder=z, marker="o" if len(x) < 30 else None, ms=width + 2)
+        if x[-1] < right:
+            ax.plot(x[-1], middle[-1], color=colour, marker="o", ms=width + 4, zorder=z)
+            if kind == "training":
+                ax.plot([x[-1], right], middle[[-1, -1]], color=colour, lw=0.5 * width, ls=dashes, alpha=0.6, zorder=z)
+        ends.append((middle[-1], model, kind == "training" or x[-1] == right))
+    ends.sort(key=lambda end: -end[0])  # stable: equals stay in the order of the models
+    low, high = ax.get_ylim()
+    for (end, model, joined), height in zip(ends, spread([y for y, _, _ in ends], low + 0.03, high - 0.03)):
+        colour, width, dashes = style(model)
+        across = ax.get_yaxis_transform()  # x in axes widths, y in accuracy
+        if joined:  # a line from the curve's end to a label that had to move
+            ax.plot([1, 1 + 0.4 * reach], [end, height], color=colour, lw=0.8, transform=across, clip_on=False)
+        ax.plot([1 + 0.4 * reach, 1 + reach], [height] * 2, color=colour, lw=width, ls=dashes, transform=across, clip_on=False,
+                solid_capstyle="butt")
+        ax.text(1 + 1.15 * reach, height, model, color=colour, va="center", transform=across)
+
+
+def draw(task, panels, kind):
+    """The figure of one task, kind "length" or "training". panels: {M: {model: [run, ...]}}. Raises ValueError."""
+    tau, K, d, L = task
+    curves = {M: {model: curve(runs, kind) for model, runs in models.items()} for M, models in panels.items()}
+    drawn = [c for models in curves.values() for c in models.values()]
+    seeds = sorted({len(y) for _, y in drawn})
+    right = max([x[-1] for x, _ in drawn] + [L] * (kind == "length"))
+    logarithmic = kind == "length" and right > 8 * L
+    left = min(x[0] for x, _ in drawn) if logarithmic else 0
+    uniform = next(iter(next(iter(panels.values())).values()))[0]["config"]["lengths"] == "uniform"
+
+    fig = Figure(figsize=(max(9, 1.2 + 3.1 * len(panels)), 5), layout="constrained")
+    axes = fig.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    for ax, (M, models) in zip(axes, curves.items()):
+        ax.set(xlim=(left, right), ylim=(min(0, 1 / K - 0.09), 1.05))
+        if logarithmic:
+            ax.set_xscale("log", base=2)
+            ax.xaxis.set_minor_locator(NullLocator())
+        elif kind == "length" and right >= L:
+            ax.xaxis.set_major_locator(MultipleLocator(L))
+        ax.axhline(1 / K, color=GREY, lw=1, ls=":")
+        ax.annotate(f"chance 1/{K}", (1, 1 / K), (-2, -3), ax.get_yaxis_transform(), "offset points", ha="right", va="top",
+                    color=GREY, fontsize=9)
+        if kind == "length":
+            ax.axvline(L, color=GREY, lw=1, ls="--")
+            ax.annotate(f"trained at {L}", (L, 1), (0, 2), ax.get_xaxis_transform(), "offset points", ha="center",
+                        color=GREY, fontsize=9)
+        if len(panels) > 1:
+            ax.set_title(f"M = {M}", pad=18)
+        draw_panel(ax, models, kind, right, reach=0.08 if len(panels) == 1 else 0.2)
+    axes[0].set_ylabel("accuracy")
+    stopped = kind == "training" and any(x[-1] < right for x, _ in drawn)
+    fig.supxlabel("context length" if kind == "length" else "training step" + stopped * " (dot: training has stopped)",
+                  fontsize=11)
+
+    queries = ", ".join(map(str, panels)) + (" query" if list(panels) == [1] else " queries")
+    count = f"{seeds[0]} seed{'s' * (seeds[-1] > 1)}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+    fig.suptitle(f"Associative recall: M = {queries}, delay tau = {tau}, trained at {'lengths up to ' * uniform}L = {L}, d = {d}\n"
+                 + (f"median of {count}, band from lowest to highest" if seeds[-1] > 1 else count), fontsize=12)
+    return fig
+
+
+def save(fig, path):
+    """Write a PNG and move it to its place: at any moment the old file or the new one, whole."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        fig.savefig(temporary, format="png", dpi=150)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Draw the figures from the JSON files that train.py writes.")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one sentence, without all flags
+    parser.add_argument("results", nargs="+", metavar="RUN.json", help="results that train.py wrote")
+    parser.add_argument("--out", default="figures", metavar="DIR", help="where the figures go (default: figures)")
+    args = parser.parse_args(argv)
+    matplotlib.rcParams.update(LOOK)
+    try:
+        figures = {}
+        for task, panels in group(args.results).items():
+            for kind in ("length", "training"):
+                name = "{}_tau{}_K{}_d{}_L{}_M{}.png".format(kind, *task, "-".join(map(str, panels)))
+                figures[os.path.join(args.out, name)] = draw(task, panels, kind)
+        os.makedirs(args.out, exist_ok=True)
+        for path, fig in figures.items():
+            save(fig, path)
+            print(path)
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"--out is {args.out!r}, but it cannot be written to: {error.strerror}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""The scan in all its forms against each other and against numpy, and the Mamba layer."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mamba
+from conftest import in_pieces, needs_cuda, relative
+from mamba import ChunkedScan, Mamba, ParallelScan, selective_scan, selective_scan_ref
+
+CHUNK = 8  # steps in a chunk of either scan, once small_chunks has set it
+NAMES = ["y", "last state", "x", "dt", "A", "B", "C", "h"]
+
+
+def parallel(x, dt, A, B, C, h=None):
+    return ParallelScan.apply(x, dt, A, B, C, h, True)  # True: not compiled
+
+
+scans = pytest.mark.parametrize("scan", [ChunkedScan.apply, parallel], ids=["chunked", "parallel"])
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(mamba, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(mamba, "CHUNK_STEPS", CHUNK)
+
+
+def operands(L, b=2, D=3, N=4, h=True, dtype=torch.float64, seed=0):
+    """x, dt, A, B, C, h with the sizes of values that a trained layer has."""
+    torch.manual_seed(seed)
+    x, B, C = torch.randn(b, L, D), torch.randn(b, L, N), torch.randn(b, L, N)
+    dt, A = 0.5 * F.softplus(torch.randn(b, L, D)), -4 * torch.rand(D, N) - 0.1
+    return [v.to(dtype) for v in (x, dt, A, B, C)] + [torch.randn(b, D, N).to(dtype) if h else None]
+
+
+def everything(scan, inputs, dtype=None, device=None):
+    """y, the last state, and the gradients of a weighted sum of both, for every input that is there."""
+    inputs = [None if v is None else v.detach().to(device=device, dtype=dtype).requires_grad_() for v in inputs]
+    y, last = scan(*inputs)
+    weights = torch.Generator().manual_seed(1)
+    dy, dh = (torch.randn(v.shape, generator=weights, dtype=torch.float64).to(v) for v in (y, last))
+    gradients = torch.autograd.grad([y, last], [v for v in inputs if v is not None], [dy, dh])
+    return dict(zip(NAMES, [y, last, *gradients]))
+
+
+def assert_close(found, expected, outputs=1e-5, gradients=1e-4):
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert found[name].shape == expected[name].shape, name
+        assert found[name].isfinite().all(), name
+        error = relative(found[name].cpu(), expected[name].cpu())
+        assert error < (outputs if name in NAMES[:2] else gradients), f"{name} is off by {error}"
+
+
+# ---- the recurrence ----
+
+@pytest.mark.parametrize("with_h", [False, True])
+def test_reference_equals_numpy_loop(with_h):
+    x, dt, A, B, C, h = operands(9, h=with_h)
+    y, last = selective_scan_ref(x, dt, A, B, C, h)
+    for b in range(2):
+        for d in range(3):
+            for n in range(4):
+                state = h[b, d, n].item() if with_h else 0.0
+                for t in range(9):
+                    step = dt[b, t, d].item()
+                    state = math.exp(step * A[d, n].item()) * state + step * B[b, t, n].item() * x[b, t, d].item()
+                    y[b, t, d] -= C[b, t, n].item() * state         # what is left in the end is nothing
+                assert np.isclose(last[b, d, n].item(), state, rtol=1e-12)
+    assert y.abs().max() < 1e-12
+
+
+# ---- the fast scans ----
+
+@scans
+@pytest.mark.parametrize("with_h", [False, True])
+@pytest.mark.parametrize("L", [1, 2, 3, CHUNK - 1, CHUNK, CHUNK + 1, 13, 2 * CHUNK, 29, 5 * CHUNK, 5 * CHUNK + 3])
+def test_equals_reference(scan, L, with_h, small_chunks):
+    inputs = operands(L, h=with_h)
+    assert_close(everything(scan, inputs), everything(selective_scan_ref, inputs), 1e-12, 1e-12)
+
+
+@scans
+@pytest.mark.parametrize("L", [1, 16, 100])
+def test_equals_reference_with_the_real_chunks(scan, L, monkeypatch):
+    inputs = operands(L, b=3, D=5, N=2)
+    assert_close(everything(scan, inputs), everything(selective_scan_ref, inputs), 1e-12, 1e-12)
+
+
+@scans
+def test_sizes_of_one(scan, small_chunks):
+    inputs = operands(CHUNK + 2, b=1, D=1, N=1)
+    assert_close(everything(scan, inputs), everything(selective_scan_ref, inputs), 1e-12, 1e-12)
+
+
+@scans
+@pytest.mark.parametrize("with_h", [False, True])
+def test_gradcheck(scan, with_h, small_chunks):
+    inputs = [v for v in operands(CHUNK + 2, b=1, D=2, N=2, h=with_h) if v is not None]
+    assert torch.autograd.gradcheck(scan, [v.requires_grad_() for v in (inputs if with_h else [*inputs])] + [None] * (not with_h))
+
+
+@scans
+def test_float32(scan):
+    inputs = operands(300)
+    found = everything(scan, inputs, torch.float32)
+    assert all(v.dtype == torch.float32 for v in found.values())
+    assert_close(found, everything(selective_scan_ref, inputs))
+
+
+@scans
+@pytest.mark.parametrize("low, high", [(1e-6, 1e-6), (1e-3, 1e-3), (0.1, 0.1), (1, 1), (1e3, 1e3), (1e-6, 1e3)])
+def test_strong_and_weak_decay(scan, low, high, small_chunks):
+    x, dt, A, B, C, h = operands(50, N=7)
+    dt = torch.exp(math.log(low) + (math.log(high) - math.log(low)) * torch.rand_like(dt))
+    A = -torch.logspace(-2, 6, 7, base=2, dtype=torch.float64).repeat(3, 1)        # -1/4 ... -64
+    inputs = x, dt, A, B, C, h
+    inputs = [v.float().double() for v in inputs]                                  # what float32 can hold
+    assert_close(everything(scan, inputs, torch.float32), everything(selective_scan_ref, inputs))
+
+
+@scans
+def test_long(scan):
+    inputs = operands(2**16, b=1, D=2, N=2)
+    inputs[1] = inputs[1] / 500                                                    # memory of thousands of steps
+    inputs = [v.float().double() for v in inputs]
+    assert_close(everything(scan, inputs, torch.float32), everything(ChunkedScan.apply, inputs))
+
+
+@scans
+def test_any_memory_layout(scan, small_chunks):
+    inputs = operands(CHUNK + 3)
+    strided = [v.mT.contiguous().mT for v in inputs]
+    assert not any(v.is_contiguous() for v in strided)
+    assert_close(everything(scan, strided), everything(selective_scan_ref, inputs), 1e-12, 1e-12)
+
+    def gradients(f):
+        leaves = [v.clone().requires_grad_() for v in inputs]
+        f(*leaves)[0].sum().backward()                                             # dy has stride 0, dh is not there
+        return dict(zip(NAMES[2:], [v.grad for v in leaves]))
+    assert_close(gradients(scan), gradients(selective_scan_ref), gradients=1e-12)
+
+
+@scans
+def test_inputs_are_left_alone(scan, small_chunks):
+    inputs = operands(CHUNK + 3, b=1, D=1, N=1)    # sizes at which a transposed copy would be no copy
+    copies = [v.clone() for v in inputs]
+    everything(scan, inputs)
+    assert all(torch.equal(v, copy) for v, copy in zip(inputs, copies))
+
+
+@scans
+def test_keeps_no_state_for_every_step(scan):
+    inputs = [v.requires_grad_() for v in operands(4096, b=1, D=32, N=16, dtype=torch.float32)]
+    y, _ = scan(*inputs)
+    node = y.grad_fn if hasattr(y.grad_fn, "from_zero") else y.grad_fn.next_functions[0][0]
+    given = {v.untyped_storage().data_ptr() for v in inputs}
+    kept = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() // 4
+            for v in [*node.saved_tensors, *getattr(node, "starts", [])]}
+    assert sum(size for pointer, size in kept.items() if pointer not in given) < 4096 * 32 * 16 / 4
+
+
+def test_selective_scan_is_the_chunked_one_on_the_cpu():
+    inputs = operands(20, dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(selective_scan(*inputs), ChunkedScan.apply(*inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(selective_scan(*inputs[:5]), ChunkedScan.apply(*inputs[:5], None)))
+
+
+@needs_cuda
+@pytest.mark.parametrize("with_h", [False, True])
+@pytest.mark.parametrize("L", [1, 31, 32, 33, 100])
+def test_compiled_on_cuda(L, with_h):
+    inputs = [None if v is None else v.float().double() for v in operands(L, D=16, N=16, h=with_h)]
+    assert mamba.compile_scan
+    assert_close(everything(selective_scan, inputs, torch.float32, "cuda"), everything(selective_scan_ref, inputs))
+
+
+# ---- the layer ----
+
+@pytest.mark.parametrize("d_model, d_inner, dt_rank", [(8, 16, 1), (64, 128, 4), (20, 40, 2)])
+def test_state_dict_is_the_official_one(d_model, d_inner, dt_rank):
+    official = {
+        "A_log": (d_inner, 16), "D": (d_inner,), "in_proj.weight": (2 * d_inner, d_model),
+        "conv1d.weight": (d_inner, 1, 4), "conv1d.bias": (d_inner,), "x_proj.weight": (dt_rank + 32, d_inner),
+        "dt_proj.weight": (d_inner, dt_rank), "dt_proj.bias": (d_inner,), "out_proj.weight": (d_model, d_inner)}
+    assert {name: tuple(v.shape) for name, v in Mamba(d_model).state_dict().items()} == official
+
+
+def test_initial_values():
+    torch.manual_seed(0)
+    layer = Mamba(64)
+    assert torch.allclose(-torch.exp(layer.A_log), -torch.arange(1.0, 17).expand(128, 16))
+    assert (layer.D == 1).all()
+    dt = F.softplus(layer.dt_proj.bias)
+    assert 0.999e-3 < dt.min() < 2e-3 and 5e-2 < dt.max() < 1.001e-1
+    assert 5e-3 < dt.median() < 2e-2                                               # even on a log scale
+    assert 0.4 < layer.dt_proj.weight.abs().max() <= 0.5                           # dt_rank^-1/2
+
+
+def plain_mamba(layer, x):
+    """The layer as the paper's figure 3 and the official module have it, from PyTorch's own convolution."""
+    L = x.shape[1]
+    x, z = layer.in_proj(x).chunk(2, dim=-1)
+    weight, bias = layer.conv1d.weight, layer.conv1d.bias
+    x = F.conv1d(x.mT, weight, bias, padding=weight.shape[2] - 1, groups=len(weight))[:, :, :L].mT
+    x = F.silu(x)
+    dt, B, C = (x @ layer.x_proj.weight.T).split([layer.dt_rank, layer.d_state, layer.d_state], dim=-1)
+    dt = F.softplus(dt @ layer.dt_proj.weight.T + layer.dt_proj.bias)
+    y, _ = selective_scan_ref(x, dt, -layer.A_log.exp(), B, C)
+    return ((y + layer.D * x) * F.silu(z)) @ layer.out_proj.weight.T
+
+
+def layer_and_input(L, **options):
+    torch.manual_seed(0)
+    layer = Mamba(6, **options).double()
+    torch.nn.init.normal_(layer.D)
+    return layer, torch.randn(2, L, 6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("options", [{}, dict(d_state=3, d_conv=2, expand=3, dt_rank=2), dict(d_conv=7)])
+@pytest.mark.parametrize("L", [1, 2, 20])
+def test_layer_equals_plain_mamba(L, options):
+    layer, x = layer_and_input(L, **options)
+    y, expected = layer(x)[0], plain_mamba(layer, x)
+    assert torch.allclose(y, expected, atol=1e-12)
+    dy = torch.randn_like(y)
+    for p, a, b in zip(layer.parameters(), *(torch.autograd.grad(v, list(layer.parameters()), dy) for v in (y, expected))):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("d_conv", [2, 4])
+@pytest.mark.parametrize("sizes", [[], [1, 2, 5], [2, 2], [9], [16, 3]])
+def test_pieces_equal_one_call(sizes, d_conv):
+    layer, x = layer_and_input(20, d_conv=d_conv)
+    y, state = layer(x)
+    y_pieces, state_pieces = in_pieces(layer, x, sizes)
+    assert torch.allclose(y, y_pieces, atol=1e-12)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(state, state_pieces))
+
+
+def test_gradient_through_pieces():
+    layer, x = layer_and_input(20)
+    whole = torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters()))
+    pieces = torch.autograd.grad(in_pieces(layer, x, [7, 9])[0].square().sum(), list(layer.parameters()))
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(whole, pieces))
+
+
+def test_causal():
+    layer, x = layer_and_input(12)
+    changed = x.clone()
+    changed[:, 5:] += 1
+    difference = (layer(x)[0] - layer(changed)[0]).abs().amax((0, 2))
+    assert (difference[:5] == 0).all() and (difference[5:] > 1e-6).all()
+
+
+@torch.no_grad()
+def test_state_does_not_grow():
+    layer, x = layer_and_input(100)
+    for L in (1, 2, 100):
+        state = layer(x[:, :L])[1]
+        assert state.conv.shape == (2, 12, 3) and state.h.shape == (2, 12, 16)
+        # Nor may it hold on to more memory than it shows.
+        assert all(v.untyped_storage().nbytes() <= 8 * 2 * 12 * 16 for v in state), f"after {L} tokens"
