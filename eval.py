@@ -12,8 +12,8 @@ lengths share a forward pass, each read at its own last token, and long sequence
 import argparse
 import json
 import os
-import pickle
 import time
+import warnings
 
 import torch
 
@@ -30,15 +30,17 @@ def pick_device(name=None):
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
-        return torch.device(name)
+        device = torch.device(name)
+        assert device.type in ("cuda", "mps", "cpu")
+        torch.empty(1, device=device)
+        return device
     except Exception:  # torch raises AssertionError, RuntimeError or NotImplementedError, by build and name
         raise ValueError(f"--device is {name!r}, but torch {torch.__version__} finds no such device here") from None
 
 
 def write_atomically(path, write):
     """Call write(a temporary path) and move the file to its place: at any moment the old file or the new one, whole."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = path + ".tmp"
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -63,20 +65,24 @@ def model_from(config):
 def load_run(path, device="cpu"):
     """Read a finished run's checkpoint and its JSON -> model, record. Raises ValueError, in one sentence, if it is none."""
     record_path = os.path.splitext(path)[0] + ".json"
+    if not os.path.exists(path):
+        raise ValueError(f"{path} is not there; train.py writes it when a run is finished")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = model_from(checkpoint["config"])
-        model.load_state_dict(checkpoint["model"])
-    except FileNotFoundError:
-        raise ValueError(f"{path} is not there; train.py writes it when a run is finished") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            model = model_from(checkpoint["config"])
+            model.load_state_dict(checkpoint["model"])
+    except Exception:  # there is no telling how a file that is something else will fail
         raise ValueError(f"{path} is not a whole checkpoint of train.py") from None
     try:
         with open(record_path) as f:
             record = json.load(f)
-        record["config"]["model"], record["eval"]["length"], record["eval"]["accuracy"], record["eval"]["sequences"]
+        if not (record["config"] == checkpoint["config"] and record["seconds"]["eval"] >= 0
+                and len(record["eval"]["length"]) == len(record["eval"]["accuracy"]) and record["eval"]["sequences"]):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{record_path}, which train.py writes beside {path}, is missing or not a result of train.py") from None
+        raise ValueError(f"{record_path}, which train.py writes beside {path}, is missing or not of the same run") from None
     return model.to(device).eval(), record
 
 
@@ -102,7 +108,7 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
     i, first, last = i.flatten()[begin], begin % len(order), end % len(order)          # of every context
 
     correct = torch.zeros(len(order), dtype=torch.long, device=device)
-    rank = last.argsort(stable=True)                                                   # so that a batch ends together
+    rank = last.argsort(stable=True, descending=True)                                  # so that a batch ends together
     while len(rank):
         longest = order[last[rank[0]]]
         batch, rank = rank.tensor_split([max(1, min(BATCH_ROWS, HELD_TOKENS // longest))])

@@ -73,7 +73,12 @@ class Model(nn.Module):
     @staticmethod
     def select(states, rows):
         """The states of some rows of the batch: rows (n,) int64. A state is a tuple of tensors, or has nothing per row."""
-        return [type(s)(*(v[rows] for v in s)) if isinstance(s, tuple) else s for s in states]
+        def of_layer(state):
+            if not isinstance(state, tuple):
+                return state
+            chosen = [v[rows] for v in state]
+            return type(state)(*chosen) if hasattr(state, "_fields") else tuple(chosen)
+        return [of_layer(state) for state in states]
 
     def forward(self, tokens, last=None):
         """tokens (B, L + 1) int64 -> logits (B, K) at the last token, or in row b at token last[b]."""

@@ -84,13 +84,15 @@ def _time_first(x, dt, A, B, C):
 
 
 def _run(a, b, h):
-    """h_t = a_t h_{t-1} + b_t over the steps of a chunk, each (N, b, D). Leaves h_t in b_t; returns the last."""
+    """h_t = a_t h_{t-1} + b_t over lists of steps, each (N, b, D). Writes h_t over b_t and returns the last."""
     for a_t, b_t in zip(a, b):
         h = b_t.addcmul_(a_t, h)
     return h
 
 
 class ChunkedScan(torch.autograd.Function):
+    """selective_scan_ref for a processor with a cache; memory beyond the arguments is a few chunks, and L / T states."""
+
     @staticmethod
     def forward(ctx, x, dt, A, B, C, h):
         ctx.save_for_backward(x, dt, A, B, C)
@@ -100,12 +102,12 @@ class ChunkedScan(torch.autograd.Function):
         u, y = dt * x, x.new_empty(L, b, D)
         ctx.T, ctx.starts, ctx.from_zero = T, [], h is None
         h = x.new_zeros(N, b, D) if h is None else h.permute(2, 0, 1).contiguous()
-        for dt, u, B, C, y_chunk in zip(*(v.split(T) for v in (dt, u, B, C, y))):
+        for dt_k, u_k, B_k, C_k, y_k in zip(*(v.split(T) for v in (dt, u, B, C, y))):
             ctx.starts.append(h)
-            a = torch.mul(dt, A).exp_()                                                # (T, N, b, D)
-            hs = u * B                                                                 # (T, N, b, D), inputs for now
-            h = _run(a.unbind(), hs.unbind(), h).clone()                                                 # (N, b, D)
-            torch.sum(torch.mul(hs, C, out=a), 1, out=y_chunk)                         # (T, b, D)
+            a = torch.mul(dt_k, A).exp_()                                              # (T, N, b, D)
+            hs = u_k * B_k                                                             # (T, N, b, D), b_t until _run
+            h = _run(a.unbind(), hs.unbind(), h).clone()                               # (N, b, D)
+            torch.sum(torch.mul(hs, C_k, out=a), 1, out=y_k)                           # (T, b, D)
         return y.transpose(0, 1).contiguous(), h.permute(1, 2, 0).contiguous()
 
     @staticmethod
@@ -219,10 +221,13 @@ def _gradients(x, dt, A, B, C, dy, h, carry):
 
 @functools.cache
 def _compiled(function, off):
+    """function, or its compiled form, which is made when it is first called and then kept."""
     return function if off else torch.compile(function, dynamic=False)
 
 
 class ParallelScan(torch.autograd.Function):
+    """selective_scan_ref for a GPU. off: leave torch.compile out."""
+
     @staticmethod
     def forward(ctx, x, dt, A, B, C, h, off):
         L, ctx.off, ctx.from_zero = x.shape[1], off, h is None
@@ -302,7 +307,7 @@ class Mamba(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)                                        # (b, L, d_inner) each
         before = self.d_conv - 1
         x = F.pad(x, (0, 0, before, 0)) if state is None else torch.cat([state.conv.mT, x], dim=1)
-        window = x[:, L:].mT                                                           # (b, d_inner, d_conv-1)
+        window = x[:, L:].mT.clone()                       # (b, d_inner, d_conv-1); a view would keep all of x alive
         # The convolution sees a token and the d_conv - 1 before it, in each channel by itself: d_conv shifted products.
         taps = self.conv1d.weight[:, 0].unbind(1)                                      # d_conv times (d_inner,)
         x = F.silu(sum((x[:, k:k + L] * tap for k, tap in enumerate(taps)), self.conv1d.bias))

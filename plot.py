@@ -13,25 +13,25 @@ Imports nothing of this repository and needs no torch: it reads JSON only.
 import argparse
 import json
 import os
-import sys
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MultipleLocator, NullLocator
 
 GRID = ["model", "M", "tau", "K", "d", "L", "seed"]  # what names a run, as in train.py
-TASK = ["tau", "K", "d", "L"]                        # what the panels of a figure have in common
+TASK = ["tau", "K", "d", "L", "train_lengths"]       # what the panels of a figure have in common
 
 # Colours of Okabe and Ito, which the colour-blind can tell apart. Later lines lie on earlier ones and are thinner or broken,
 # so that models which are all at 1 can all be seen.
 STYLES = {  # model: colour, line width, dashes
-    "nope":     ("#56B4E9", 5.0, "-"),
-    "learned":  ("#E69F00", 3.4, "-"),
-    "rope":     ("#0072B2", 2.0, "-"),
-    "mamba":    ("#D55E00", 2.0, (0, (5, 3))),
-    "hybrid-a": ("#009E73", 2.0, (0, (2, 6))),
-    "hybrid-b": ("#CC79A7", 2.0, (4, (2, 6))),
+    "nope":     ("#56B4E9", 4.4, "-"),
+    "learned":  ("#E69F00", 3.0, "-"),
+    "rope":     ("#0072B2", 1.8, "-"),
+    "mamba":    ("#D55E00", 1.8, (0, (7, 2))),
+    "hybrid-a": ("#009E73", 1.8, (0, (4.5, 4.5))),
+    "hybrid-b": ("#CC79A7", 1.8, (0, (1.5, 3))),
 }
 LETTERS = {"M": 6, "R": 4, "P": 2.5, "A": 1}  # other models are black, with a dash for each letter of their pattern
 GREY = "0.35"
@@ -65,10 +65,10 @@ def load(path):
         with open(path, encoding="utf-8") as f:
             record = json.load(f)
         config = {flag: record["config"][flag] for flag in GRID}
+        config["train_lengths"] = record["config"].get("train_lengths", "fixed")
         if not (isinstance(config["model"], str) and all(type(config[flag]) is int for flag in GRID[1:])
-                and min(config[flag] for flag in GRID[1:-1]) > 0):
+                and min(config[flag] for flag in GRID[1:-1]) > 0 and config["train_lengths"] in ("fixed", "uniform")):
             raise ValueError
-        config["lengths"] = record["config"].get("train_lengths", "fixed")
         return {"config": config, "length": points(record["eval"], "length"), "training": points(record["train"], "step")}
     except FileNotFoundError:
         raise ValueError(f"{path} is not there; train.py writes it when a run is finished") from None
@@ -79,21 +79,17 @@ def load(path):
 
 
 def group(paths):
-    """Read the files -> {(tau, K, d, L): {M: {model: [run, ...]}}}, in order. Raises ValueError if they do not go together."""
+    """Read the files -> {task: {M: {model: [run, ...]}}}, sorted, with the values of TASK as the task. Raises ValueError."""
     seen, figures = {}, {}
     for path in dict.fromkeys(paths):
         run = load(path)
         config = run["config"]
-        name = tuple(config[flag] for flag in GRID)
+        task = tuple(config[flag] for flag in TASK)
+        name = (*task, config["M"], config["model"], config["seed"])
         if name in seen:
-            raise ValueError(f"{path} and {seen[name]} are the same run; give one of them")
+            raise ValueError(f"{path} and {seen[name]} are the same run, of which one is enough")
         seen[name] = path
-        panels = figures.setdefault(tuple(config[flag] for flag in TASK), {})
-        for other in (run for models in panels.values() for runs in models.values() for run in runs):
-            if other["config"]["lengths"] != config["lengths"]:
-                raise ValueError(f"{path} was trained with --train-lengths {config['lengths']}, others of its figure "
-                                 f"with {other['config']['lengths']}; plot them apart")
-        panels.setdefault(config["M"], {}).setdefault(config["model"], []).append(run)
+        figures.setdefault(task, {}).setdefault(config["M"], {}).setdefault(config["model"], []).append(run)
     return {task: {M: {model: panels[M][model] for model in sorted(panels[M], key=order)} for M in sorted(panels)}
             for task, panels in sorted(figures.items())}
 
@@ -113,7 +109,7 @@ def curve(runs, kind):
     else:
         x = np.unique(np.concatenate([x for x, _ in curves]))
         x = x[x >= max(x[0] for x, _ in curves)]
-    return x, np.stack([np.interp(x, *points) for points in curves])
+    return x, np.stack([np.interp(x, *seed) for seed in curves])
 
 
 def spread(heights, low, high):
@@ -126,71 +122,72 @@ def spread(heights, low, high):
     return placed
 
 
-def draw_panel(ax, models, kind, right, reach):
-    """The curves of {model: (x, accuracy)} and their labels, right of the axes. reach: of a label's line, in axes widths."""
+def draw_curves(ax, models, kind, right, reach):
+    """Draw {model: (x, accuracy)} and the labels right of the axes. reach: of the line to a label, in axes widths."""
     ends = []
-    for rank, (model, (x, y)) in enumerate(models.items()):
+    for z, (model, (x, y)) in enumerate(models.items(), 3):
         colour, width, dashes = style(model)
-        middle, z = np.median(y, axis=0), 3 + rank
+        middle = np.median(y, axis=0)
+        look = dict(color=colour, ls=dashes, zorder=z, clip_on=False)
+        marker = "o" if len(x) == 1 or kind == "length" and len(x) < 30 else None  # few: say where they are
         if len(y) > 1:
-            ax.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.2, linewidth=0, zorder=2)
-        ax.plot(x, middle, color=colour, lw=width, ls=dashes, zorder=z, marker="o" if len(x) < 30 else None, ms=width + 2)
+            ax.fill_between(x, y.min(0), y.max(0), facecolor=(colour, 0.18), edgecolor=(colour, 0.4), lw=0.4, zorder=2)
+        ax.plot(x, middle, lw=width, marker=marker, ms=width + 2.5, **look)
         if x[-1] < right:
-            ax.plot(x[-1], middle[-1], color=colour, marker="o", ms=width + 4, zorder=z)
+            ax.plot(x[-1], middle[-1], marker="o", ms=width + 5, **look)
             if kind == "training":
-                ax.plot([x[-1], right], middle[[-1, -1]], color=colour, lw=0.5 * width, ls=dashes, alpha=0.6, zorder=z)
+                ax.plot([x[-1], right], middle[[-1, -1]], lw=0.5 * width, alpha=0.6, **look)
         ends.append((middle[-1], model, kind == "training" or x[-1] == right))
     ends.sort(key=lambda end: -end[0])  # stable: equals stay in the order of the models
     low, high = ax.get_ylim()
     for (end, model, joined), height in zip(ends, spread([y for y, _, _ in ends], low + 0.03, high - 0.03)):
         colour, width, dashes = style(model)
-        across = ax.get_yaxis_transform()  # x in axes widths, y in accuracy
-        if joined:  # a line from the curve's end to a label that had to move
-            ax.plot([1, 1 + 0.4 * reach], [end, height], color=colour, lw=0.8, transform=across, clip_on=False)
-        ax.plot([1 + 0.4 * reach, 1 + reach], [height] * 2, color=colour, lw=width, ls=dashes, transform=across, clip_on=False,
-                solid_capstyle="butt")
-        ax.text(1 + 1.15 * reach, height, model, color=colour, va="center", transform=across)
+        look = dict(color=colour, clip_on=False, transform=ax.get_yaxis_transform())  # x in axes widths, y in accuracy
+        if joined:
+            ax.plot([1, 1 + 0.3 * reach], [end, height], lw=0.8, **look)
+        ax.plot([1 + 0.3 * reach, 1 + reach], [height] * 2, lw=width, ls=dashes, solid_capstyle="butt", **look)
+        ax.text(1 + 1.12 * reach, height, model, va="center_baseline", **look)
 
 
 def draw(task, panels, kind):
     """The figure of one task, kind "length" or "training". panels: {M: {model: [run, ...]}}. Raises ValueError."""
-    tau, K, d, L = task
+    tau, K, d, L, train_lengths = task
     curves = {M: {model: curve(runs, kind) for model, runs in models.items()} for M, models in panels.items()}
-    drawn = [c for models in curves.values() for c in models.values()]
-    seeds = sorted({len(y) for _, y in drawn})
+    drawn = [xy for models in curves.values() for xy in models.values()]
     right = max([x[-1] for x, _ in drawn] + [L] * (kind == "length"))
     logarithmic = kind == "length" and right > 8 * L
-    left = min(x[0] for x, _ in drawn) if logarithmic else 0
-    uniform = next(iter(next(iter(panels.values())).values()))[0]["config"]["lengths"] == "uniform"
+    left = min([x[0] for x, _ in drawn] + [L]) if logarithmic else 0
 
-    fig = Figure(figsize=(max(9, 1.2 + 3.1 * len(panels)), 5), layout="constrained")
+    fig = Figure(figsize=(max(9, 1 + 3.1 * len(panels)), 5), layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.08)
     axes = fig.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    small = dict(textcoords="offset points", color=GREY, fontsize=10, zorder=50,
+                 path_effects=[withStroke(linewidth=3, foreground="white")])  # to be read where curves pass
     for ax, (M, models) in zip(axes, curves.items()):
         ax.set(xlim=(left, right), ylim=(min(0, 1 / K - 0.09), 1.05))
-        if logarithmic:
-            ax.set_xscale("log", base=2)
-            ax.xaxis.set_minor_locator(NullLocator())
-        elif kind == "length" and right >= L:
-            ax.xaxis.set_major_locator(MultipleLocator(L))
         ax.axhline(1 / K, color=GREY, lw=1, ls=":")
-        ax.annotate(f"chance 1/{K}", (1, 1 / K), (-2, -3), ax.get_yaxis_transform(), "offset points", ha="right", va="top",
-                    color=GREY, fontsize=9)
+        ax.annotate(f"chance 1/{K}", (1, 1 / K), (-2, -3), ax.get_yaxis_transform(), ha="right", va="top", **small)
         if kind == "length":
             ax.axvline(L, color=GREY, lw=1, ls="--")
-            ax.annotate(f"trained at {L}", (L, 1), (0, 2), ax.get_xaxis_transform(), "offset points", ha="center",
-                        color=GREY, fontsize=9)
+            ax.annotate(f"trained at {L}", (L, 1), (0, 2), ax.get_xaxis_transform(), ha="center", **small)
+            if logarithmic:
+                ax.set_xscale("log", base=2)
+                ax.xaxis.set_minor_locator(NullLocator())
+            else:
+                ax.xaxis.set_major_locator(MultipleLocator(L))
         if len(panels) > 1:
-            ax.set_title(f"M = {M}", pad=18)
-        draw_panel(ax, models, kind, right, reach=0.08 if len(panels) == 1 else 0.2)
+            ax.set_title(f"M = {M}", pad=18 if kind == "length" else 6)
+        draw_curves(ax, models, kind, right, reach=0.1 if len(panels) == 1 else 0.23)
     axes[0].set_ylabel("accuracy")
-    stopped = kind == "training" and any(x[-1] < right for x, _ in drawn)
-    fig.supxlabel("context length" if kind == "length" else "training step" + stopped * " (dot: training has stopped)",
-                  fontsize=11)
+    label, dot = {"length": ("context length", "longest tested"), "training": ("training step", "training ended")}[kind]
+    fig.supxlabel(label + (f" (large dot: {dot})" if any(x[-1] < right for x, _ in drawn) else ""), fontsize=11)
 
     queries = ", ".join(map(str, panels)) + (" query" if list(panels) == [1] else " queries")
-    count = f"{seeds[0]} seed{'s' * (seeds[-1] > 1)}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-    fig.suptitle(f"Associative recall: M = {queries}, delay tau = {tau}, trained at {'lengths up to ' * uniform}L = {L}, d = {d}\n"
-                 + (f"median of {count}, band from lowest to highest" if seeds[-1] > 1 else count), fontsize=12)
+    trained = f"L = {L}" if train_lengths == "fixed" else f"lengths up to L = {L}"
+    fewest, most = (f(len(y) for _, y in drawn) for f in (min, max))
+    seeds = f"{fewest} to {most} seeds" if fewest < most else f"{most} seed{'s' * (most > 1)}"
+    fig.suptitle(f"Associative recall: M = {queries}, delay tau = {tau}, trained at {trained}, d = {d}\n"
+                 + (f"median of {seeds}, band from lowest to highest" if most > 1 else seeds), fontsize=12)
     return fig
 
 
@@ -206,7 +203,7 @@ def save(fig, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Draw the figures from the JSON files that train.py writes.")
+    parser = argparse.ArgumentParser("plot.py", description="Draw the figures from the JSON files that train.py writes.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one sentence, without all flags
     parser.add_argument("results", nargs="+", metavar="RUN.json", help="results that train.py wrote")
     parser.add_argument("--out", default="figures", metavar="DIR", help="where the figures go (default: figures)")
@@ -216,7 +213,8 @@ def main(argv=None):
         figures = {}
         for task, panels in group(args.results).items():
             for kind in ("length", "training"):
-                name = "{}_tau{}_K{}_d{}_L{}_M{}.png".format(kind, *task, "-".join(map(str, panels)))
+                name = "{}_tau{}_K{}_d{}_L{}_M{}".format(kind, *task[:4], "-".join(map(str, panels)))
+                name += ".png" if task[4] == "fixed" else f"_{task[4]}.png"
                 figures[os.path.join(args.out, name)] = draw(task, panels, kind)
         os.makedirs(args.out, exist_ok=True)
         for path, fig in figures.items():

@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import sys
+import tempfile
 import time
 
 import torch
@@ -74,7 +75,7 @@ def parse(argv):
 
 def check(config):
     """Raise a ValueError, in one sentence, for a run that cannot be made. Nothing is written before this has passed."""
-    for flag in ("d", "L", "batch_size", "steps"):
+    for flag in ("d", "L", "n_heads", "batch_size", "steps"):
         if config[flag] < 1:
             raise ValueError(f"--{flag.replace('_', '-')} is {config[flag]}, but it must be at least 1")
     if not (config["lr"] > 0 and math.isfinite(config["lr"])):
@@ -225,8 +226,14 @@ def run(config, path, device):
                 "device": torch.cuda.get_device_name(device) if on_cuda else device.type,
                 "threads": torch.get_num_threads()},
         "seconds": {"train": round(seconds, 3), "eval": round(time.time() - began, 3)}})
-    if os.path.exists(saved):
-        os.remove(saved)
+    remove_saved(path)
+
+
+def remove_saved(path):
+    """Forget what an unfinished run has saved, and what it was saving when it was killed."""
+    for name in (path + RESUME, path + RESUME + ".tmp"):
+        if os.path.exists(name):
+            os.remove(name)
 
 
 def same_run(a, b):
@@ -253,8 +260,7 @@ def main(argv=None):
             check(configs[-1])
         try:
             os.makedirs(args.out, exist_ok=True)
-            write_atomically(os.path.join(args.out, "writable"), lambda temporary: open(temporary, "w").close())
-            os.remove(os.path.join(args.out, "writable"))
+            tempfile.TemporaryFile(dir=args.out).close()
         except OSError as error:
             raise ValueError(f"--out is {args.out!r}, but it cannot be written to: {error.strerror}") from None
     except ValueError as error:
@@ -270,8 +276,7 @@ def main(argv=None):
         try:
             run(config, path, device)
         except FloatingPointError as error:
-            if os.path.exists(path + RESUME):
-                os.remove(path + RESUME)
+            remove_saved(path)
             sys.exit(f"train.py: {error}")
         except KeyboardInterrupt:
             print(f"stopped; the same command goes on with {path} from where it was last saved", file=sys.stderr)

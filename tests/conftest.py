@@ -15,7 +15,7 @@ import train
 
 torch.set_num_threads(1)
 TINY = ["--d", "8", "--L", "8", "--steps", "40", "--batch-size", "4", "--device", "cpu"]
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+collect_ignore = [] if torch.cuda.is_available() else ["test_cuda.py"]
 
 
 def assert_uniform(values, n):
@@ -55,14 +55,16 @@ def train_tiny(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def refuses(capsys):
+def refuses(capsys, recwarn):
     """refuses(main, argv): main ends with status 2 and a single line on stderr, which is returned."""
     def call(main, argv):
         capsys.readouterr()
+        recwarn.clear()
         with pytest.raises(SystemExit) as stop:
             main([str(word) for word in argv])
         error = capsys.readouterr().err
         assert stop.value.code == 2
         assert error.count("\n") == 1 and error.endswith("\n"), error
+        assert not recwarn.list, "warnings go to stderr too"
         return error
     return call

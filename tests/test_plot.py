@@ -1,0 +1,238 @@
+"""plot.py: what is in the figures, how runs are grouped into them, and what it answers to files that are no results."""
+
+import json
+import os
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+
+import plot
+
+SIX = ["nope", "learned", "rope", "mamba", "hybrid-a", "hybrid-b"]
+
+
+def write(folder, model="rope", M=1, tau=1, K=16, d=8, L=64, seed=0, steps=None, lengths=None, accuracy=1.0,
+          sequences=1024, **flags):
+    """A result as train.py writes it: at chance before step 500 and beyond 2L, at `accuracy` elsewhere. Returns its path."""
+    steps = steps or list(range(100, 2001, 100))
+    lengths = lengths or list(range(tau + 1, 3 * L + 1))
+    record = {
+        "config": dict(model=model, M=M, tau=tau, K=K, d=d, L=L, seed=seed, **flags), "params": 1,
+        "train": {"step": steps, "loss": [0.1] * len(steps), "accuracy": [1 / K if s < 500 else accuracy for s in steps]},
+        "eval": {"length": lengths, "accuracy": [accuracy if n <= 2 * L else 1 / K for n in lengths],
+                 "sequences": sequences},
+        "env": {}, "seconds": {"train": 1.0, "eval": 1.0}}
+    path = os.path.join(folder, f"{model}_M{M}_tau{tau}_K{K}_d{d}_L{L}_seed{seed}.json")
+    with open(path, "w") as f:
+        json.dump(record, f)
+    return path
+
+
+def draw(tmp_path, paths, capsys):
+    """Run plot.py -> {name: image (height, width, 3)}, checked against the names that it prints."""
+    out = str(tmp_path / "out" / "figures")
+    plot.main([*paths, "--out", out])
+    names = sorted(os.listdir(out))
+    assert sorted(capsys.readouterr().out.split()) == [os.path.join(out, name) for name in names]
+    return {name: matplotlib.image.imread(os.path.join(out, name))[..., :3] for name in names}
+
+
+def ink(image, colour):
+    """The number of pixels of that colour."""
+    return int((np.abs(image - to_rgb(colour)).max(-1) < 0.02).sum())
+
+
+def figure(paths, kind):
+    (task, panels), = plot.group(paths).items()
+    return plot.draw(task, panels, kind)
+
+
+def texts(fig):
+    return [t.get_text() for ax in fig.axes for t in ax.texts]
+
+
+def test_six_models_at_one_can_all_be_seen(tmp_path, capsys):
+    paths = [write(tmp_path, model) for model in SIX] + [write(tmp_path, "MAM")]
+    images = draw(tmp_path, paths, capsys)
+    assert list(images) == ["length_tau1_K16_d8_L64_M1.png", "training_tau1_K16_d8_L64_M1.png"]
+    for image in images.values():
+        assert image.shape[1] >= 900 and 0.5 < (image == 1).all(-1).mean() < 0.99  # white, but not blank
+        for model in SIX + ["MAM"]:
+            assert ink(image, plot.style(model)[0]) > 100, model
+    curves = images["length_tau1_K16_d8_L64_M1.png"][:, :int(0.8 * image.shape[1])]  # without the labels on the right
+    for model in SIX:
+        assert ink(curves, plot.style(model)[0]) > 50, model
+
+
+def test_a_model_looks_the_same_everywhere(tmp_path, capsys):
+    image = draw(tmp_path, [write(tmp_path, "mamba", accuracy=0.7)], capsys)["length_tau1_K16_d8_L64_M1.png"]
+    assert ink(image, plot.style("mamba")[0]) > 500
+    assert not any(ink(image, plot.style(model)[0]) for model in SIX if model != "mamba")
+    looks = [plot.style(model) for model in SIX + ["MAM", "MA", "RR", "XYZ"]]
+    assert len(set(looks)) == len(looks)
+
+
+def test_labels_do_not_overlap(tmp_path):
+    paths = [write(tmp_path, model) for model in SIX]
+    for kind in ("length", "training"):
+        fig = figure(paths, kind)
+        fig.draw_without_rendering()
+        boxes = [t.get_window_extent() for t in fig.axes[0].texts if t.get_text() in SIX]
+        assert len(boxes) == 6
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        assert all(fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1 for box in boxes)
+
+
+@pytest.mark.parametrize("heights", [[1.0] * 6, [0.06] * 6, [1, 0.99, 0.5, 0.49, 0.06, 0.05], [0.3]])
+def test_spread(heights):
+    placed = plot.spread(heights, 0.0, 1.02)
+    assert all(a - b > plot.LABEL_GAP - 1e-9 for a, b in zip(placed, placed[1:]))
+    assert max(placed) <= 1.02 and min(placed) >= 0
+    assert plot.spread([0.9, 0.5], 0.0, 1.02) == [0.9, 0.5]
+
+
+def test_panels_by_M_and_figures_by_task(tmp_path, monkeypatch):
+    paths = [write(tmp_path, model, M=M) for M in (16, 4, 8) for model in ("rope", "mamba")]
+    paths += [write(tmp_path, "rope", tau=5), write(tmp_path, "rope", d=64)]
+    paths += [write(tmp_path, "rope", L=32, train_lengths="uniform")]
+    tasks = ["tau1_K16_d64_L64_M1", "tau1_K16_d8_L32_M1_uniform", "tau1_K16_d8_L64_M4-8-16", "tau5_K16_d8_L64_M1"]
+    monkeypatch.setattr(plot, "save", lambda fig, path: open(path, "w").close())  # the names only, which is faster
+    plot.main([*paths, "--out", str(tmp_path / "out")])
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(f"{kind}_{task}.png" for kind in ("length", "training") for task in tasks)
+    fig = figure(paths[:6], "length")
+    assert [ax.get_title() for ax in fig.axes] == ["M = 4", "M = 8", "M = 16"]
+    assert len({ax.get_ylim() for ax in fig.axes}) == 1
+    assert texts(fig).count("trained at 64") == texts(fig).count("chance 1/16") == texts(fig).count("mamba") == 3
+    assert "M = 4, 8, 16 queries, delay tau = 1, trained at L = 64, d = 8\n1 seed" in fig.get_suptitle()
+    assert "M = 1 query, delay tau = 1, trained at lengths up to L = 32" in figure(paths[-1:], "length").get_suptitle()
+
+
+def test_several_seeds_are_a_median_in_a_band(tmp_path):
+    paths = [write(tmp_path, seed=seed, accuracy=accuracy) for seed, accuracy in enumerate((0.5, 0.8, 0.9))]
+    for kind in ("length", "training"):
+        fig = figure(paths, kind)
+        band, = fig.axes[0].collections
+        heights = band.get_paths()[0].vertices[:, 1]
+        assert heights.max() == 0.9 and 0.5 in heights
+        line = next(line for line in fig.axes[0].lines if len(line.get_xdata()) > 2)
+        assert max(line.get_ydata()) == 0.8
+        assert "median of 3 seeds, band" in fig.get_suptitle()
+    assert not figure(paths[:1], "length").axes[0].collections
+    paths.append(write(tmp_path, "mamba"))
+    assert "median of 1 to 3 seeds" in figure(paths, "length").get_suptitle()
+
+
+def test_a_run_that_has_ended_holds_its_accuracy(tmp_path):
+    paths = [write(tmp_path, seed=0, steps=[200, 400, 600], accuracy=0.9),
+             write(tmp_path, seed=1, steps=[100, 200, 300, 400, 500, 600, 1000], accuracy=0.7)]
+    runs = [plot.load(path) for path in paths]
+    x, y = plot.curve(runs, "training")
+    assert x.tolist() == [200, 300, 400, 500, 600, 1000]
+    assert y[0, -2:].tolist() == [0.9, 0.9] and y[1, -3:].tolist() == [0.7, 0.7, 0.7]
+    assert any("training ended" in t.get_text() for t in figure(paths + [write(tmp_path, "mamba")], "training").texts)
+
+
+def test_lengths_common_to_all_seeds(tmp_path, capsys):
+    paths = [write(tmp_path, seed=0), write(tmp_path, seed=1, lengths=[8, 64, 128, 4096], sequences=[1024, 1024, 1024, 16])]
+    assert plot.curve([plot.load(path) for path in paths], "length")[0].tolist() == [8, 64, 128]
+    paths[0] = write(tmp_path, seed=0, lengths=[9])
+    with pytest.raises(SystemExit):
+        plot.main([*paths, "--out", str(tmp_path / "out")])
+    assert "no context length in common" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_long_contexts_are_on_a_logarithmic_axis(tmp_path, capsys):
+    paths = [write(tmp_path, "mamba", L=256, lengths=[2**i for i in range(6, 21)]),
+             write(tmp_path, "learned", L=256, lengths=[64, 128, 256, 512, 768])]
+    assert len(draw(tmp_path, paths, capsys)) == 2
+    assert figure(paths, "length").axes[0].get_xscale() == "log"
+    assert figure(paths, "training").axes[0].get_xscale() == "linear"
+    assert figure([write(tmp_path, lengths=[2, 64, 512])], "length").axes[0].get_xscale() == "linear"
+
+
+def test_a_single_point(tmp_path, capsys):
+    images = draw(tmp_path, [write(tmp_path, steps=[1], lengths=[64])], capsys)
+    assert all(ink(image[:, :int(0.84 * image.shape[1])], plot.style("rope")[0]) > 20 for image in images.values())
+
+
+def changed(**sections):
+    def change(record):
+        for name, values in sections.items():
+            record[name].update(values)
+        return json.dumps(record)
+    return change
+
+
+BAD = {
+    "missing": None,
+    "empty": lambda record: "",
+    "truncated": lambda record: json.dumps(record)[:300],
+    "binary": lambda record: "\x80\xff",
+    "a list": lambda record: "[1, 2]",
+    "a number": lambda record: "3",
+    "other JSON": lambda record: '{"speed": {"length": [1]}}',
+    "no eval": lambda record: json.dumps({**record, "eval": None}),
+    "no seed": lambda record: json.dumps({**record, "config": {"model": "rope", "M": 1}}),
+    "K in words": changed(config={"K": "16"}),
+    "L = 0": changed(config={"L": 0}),
+    "lists of two lengths": changed(eval={"length": [2, 3]}),
+    "no points": changed(train={"step": [], "accuracy": []}),
+    "not a number": changed(train={"step": [1], "accuracy": [float("nan")]}),
+    "above 1": changed(eval={"length": [64], "accuracy": [97.0]}),
+    "not in order": changed(eval={"length": [64, 32], "accuracy": [1.0, 1.0]}),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(tmp_path, capsys, case):
+    good, bad = write(tmp_path, "mamba"), write(tmp_path, "rope")
+    if BAD[case] is None:
+        os.remove(bad)
+    else:
+        with open(bad) as f:
+            record = json.load(f)
+        with open(bad, "w", encoding="latin-1") as f:
+            f.write(BAD[case](record))
+    refused(capsys, [good, bad, "--out", str(tmp_path / "out")], bad)
+    assert not (tmp_path / "out").exists()
+
+
+def refused(capsys, argv, named):
+    with pytest.raises(SystemExit) as exit:
+        plot.main(argv)
+    captured = capsys.readouterr()
+    assert exit.value.code == 2 and captured.out == ""
+    assert captured.err.count("\n") == 1 and captured.err.endswith("\n") and named in captured.err and captured.err.startswith("plot.py: ")
+
+
+def test_one_run_twice(tmp_path, capsys):
+    (tmp_path / "copy").mkdir()
+    paths = [write(tmp_path), write(tmp_path / "copy")]
+    refused(capsys, [*paths, "--out", str(tmp_path / "out")], "same run")
+    assert not (tmp_path / "out").exists()
+    assert len(figure([paths[0], paths[0]], "length").axes) == 1  # the same file twice is harmless
+
+
+def test_folders(tmp_path, capsys):
+    path = write(tmp_path)
+    refused(capsys, [str(tmp_path), "--out", str(tmp_path / "out")], "cannot be read")
+    refused(capsys, [path, "--out", path], "--out")
+    refused(capsys, [], "RUN.json")
+
+
+def test_as_a_command_without_torch(tmp_path):
+    code = ("import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    names = ["length_tau1_K16_d8_L64_M1.png", "training_tau1_K16_d8_L64_M1.png"]
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / names[0]).write_text("an older figure")
+    done = subprocess.run([sys.executable, "-c", code, os.path.abspath(plot.__file__), write(tmp_path)], cwd=tmp_path,
+                          env={**os.environ, "DISPLAY": "", "MPLBACKEND": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [os.path.join("figures", name) for name in names]
+    assert sorted(os.listdir(tmp_path / "figures")) == names
+    assert (tmp_path / "figures" / names[0]).read_bytes().startswith(b"\x89PNG")

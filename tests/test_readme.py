@@ -1,0 +1,94 @@
+"""Every command in the README runs, made small, in the order in which it stands there."""
+
+import glob
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+import plot
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SMALL = "--steps 2 --L 12 --seed 0 --batch-size 4 --device cpu".split()
+
+
+def commands():
+    """The python commands of the README, in code blocks and in line, without what stands before an &&."""
+    found = re.findall(r"python (?:train|eval|plot)\.py[^`\n]*", README)
+    assert len(found) >= 10
+    return found
+
+
+def test_every_command_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "TEST_SEQUENCES", 8)
+    monkeypatch.setattr(train, "TEST_BATCH", 8)
+    for command in commands():
+        script, *words = shlex.split(command)[1:]
+        if script == "train.py":
+            train.main(words + SMALL)
+        elif script == "plot.py":
+            files = [f for word in words for f in (sorted(glob.glob(word)) or [word])]
+            plot.main(files)
+        else:
+            name = re.sub(r"_L\d+_", "_L12_", words[0])
+            if not Path(name).exists():
+                model, M, tau = re.match(r"results/(.+)_M(\d+)_tau(\d+)_", name).groups()
+                train.main(["--model", model, "--M", M, "--tau", tau] + SMALL)
+            evaluation.main([name, "--sequences", "4", "--lengths", "13", "200"])
+    assert list(tmp_path.glob("results/rope_M4_tau1_*.json")) and list(tmp_path.glob("figures/*.png"))
+
+
+@pytest.mark.parametrize("script", [train, evaluation, plot])
+def test_help_names_every_flag_that_the_readme_uses(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    name = {train: "train", evaluation: "eval", plot: "plot"}[script]
+    flags = {flag for command in commands() if f"{name}.py" in command for flag in re.findall(r"--[\w-]+", command)}
+    assert flags <= set(re.findall(r"--[\w-]+", text))
+
+
+def test_readme_names_every_script_and_nothing_that_is_not_there():
+    scripts = {path.name for path in ROOT.glob("*.py")}
+    assert scripts == set(re.findall(r"`(\w+\.py)`", README)) | ({"bench.py"} & scripts)
+    for figure in re.findall(r"\]\((\S+?\.png)\)", README):
+        assert (ROOT / figure).exists(), figure
+
+
+def results():
+    """The reference runs, by model, M and tau: a list of results, one for each seed."""
+    runs = {}
+    for path in sorted(ROOT.glob("results/reference/*.json")):
+        result = json.loads(path.read_text())
+        runs.setdefault(tuple(result["config"][flag] for flag in ("model", "M", "tau")), []).append(result)
+    return runs
+
+
+def test_every_number_of_the_results_table_is_the_one_in_results():
+    rows = re.findall(r"^\| `([\w-]+)` \| (\d+) \| (\d+) \| (\d+) \| (.+) \|$", README, re.M)
+    assert len(rows) >= 10
+    runs = results()
+    assert {(model, int(M), int(tau)) for model, M, tau, *_ in rows} == set(runs)
+    for model, M, tau, seeds, numbers in rows:
+        of_setting = runs[model, int(M), int(tau)]
+        assert int(seeds) == len(of_setting)
+        at, beyond = [], []
+        for run in of_setting:
+            accuracy = dict(zip(run["eval"]["length"], run["eval"]["accuracy"]))
+            at.append(accuracy[64])
+            beyond.append(min(a for n, a in accuracy.items() if 64 <= n <= 192))
+        expected = [median(at), min(at), median(beyond), min(beyond)]
+        assert numbers.split(" | ") == [f"{number:.3f}" for number in expected], (model, M, tau)
+
+
+def median(values):
+    values = sorted(values)
+    half = len(values) // 2
+    return values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2
