@@ -28,14 +28,14 @@ def rotary(x, start, base=10000.0):
     The two halves of a head are the x and y coordinates of P/2 points; at position t the point j turns by the angle
     t * base^(-2j/P). A product of a query at t and a key at s then depends on t - s alone.
 
-    x: (B, H, L, P), its first token at position `start` (counting from 0). Returns the same shape.
+    x: (..., L, P), its first token at position `start` (counting from 0). Returns the same shape.
     """
     L, P = x.shape[-2:]
     t = torch.arange(start, start + L, device=x.device, dtype=torch.float32)
     frequency = base ** (-torch.arange(0, P, 2, device=x.device, dtype=torch.float32) / P)
     angle = t[:, None] * frequency                                          # (L, P/2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    x1, x2 = x.chunk(2, dim=-1)                                             # (B, H, L, P/2) each
+    x1, x2 = x.chunk(2, dim=-1)                                             # (..., L, P/2) each
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
 
@@ -70,9 +70,10 @@ class Attention(nn.Module):
         """x (B, L, d_model), state a KVCache of S earlier tokens or None -> y (B, L, d_model), the longer KVCache."""
         B, L, d = x.shape
         S = 0 if state is None else state.k.shape[2]
-        q, k, v = self.qkv(x).view(B, L, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)   # (B, H, L, P) each
+        qkv = self.qkv(x).view(B, L, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)       # (3, B, H, L, P)
+        q, k, v = qkv.unbind()                                                         # (B, H, L, P) each
         if self.position == "rope":
-            q, k = rotary(q, S), rotary(k, S)
+            q, k = rotary(qkv[:2], S).unbind()
         if state is not None:
             k, v = torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2)      # (B, H, S+L, P)
         # Query t of this call is token S + t: it sees keys 0 ... S + t. A single query sees them all.

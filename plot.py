@@ -3,9 +3,9 @@
     python plot.py results/*.json                       all figures, into figures/
     python plot.py results/*_M1_tau1_*.json --out .     those of one task
 
-Runs of one task (tau, K, d, L) share two figures: length_*.png, accuracy against context length, and training_*.png,
-accuracy against training step. Each M is a panel, each model a curve: the median over its seeds, in a band from the
-lowest to the highest.
+Runs of one task (tau, K, d, L, train-lengths) share two figures: length_*.png, accuracy against context length, and
+training_*.png, accuracy against training step. Each M is a panel, each model a curve: the median over its seeds, in a
+band from the lowest to the highest.
 
 Imports nothing of this repository and needs no torch: it reads JSON only.
 """
@@ -66,7 +66,7 @@ def load(path):
             record = json.load(f)
         config = {flag: record["config"][flag] for flag in GRID}
         config["train_lengths"] = record["config"].get("train_lengths", "fixed")
-        if not (isinstance(config["model"], str) and all(type(config[flag]) is int for flag in GRID[1:])
+        if not (isinstance(config["model"], str) and config["model"] and all(type(config[flag]) is int for flag in GRID[1:])
                 and min(config[flag] for flag in GRID[1:-1]) > 0 and config["train_lengths"] in ("fixed", "uniform")):
             raise ValueError
         return {"config": config, "length": points(record["eval"], "length"), "training": points(record["train"], "step")}
