@@ -43,8 +43,9 @@ class Attention(nn.Module):
     """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2), without a residual or a norm.
 
     d_model: width of the stream; n_heads: must divide it, and rope needs heads of even size.
-    recency: where the query and key biases start. With rope, two equal biases give every pair of tokens a score that is
-        highest at distance 0 and falls with the distance, so the head starts out looking at what is near.
+    recency: where the query and key biases start. With rope, equal biases add a score that is highest at distance 0 and
+        falls over the first few tokens (farther on it swings with the fastest rotation, always below its start), so
+        the head starts out preferring what is near.
 
     The query, key and value maps have a bias, and this task needs it: with normalised, fixed embeddings nothing else is
     constant across tokens, and a head that attends by position alone (the previous-token head) has to ignore

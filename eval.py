@@ -1,4 +1,4 @@
-"""Accuracy of a trained model against context length, up to a million tokens.
+"""Accuracy of a trained model against context length, up to a million tokens for models of Mamba layers alone.
 
     python eval.py results/X.pt                         every length from tau + 1 to 3L
     python eval.py results/X.pt --lengths 64 1024 65536
@@ -96,7 +96,7 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
     sequence is kept with probability (l0 - tau) / (l - tau) and otherwise replaced by a fresh one with its query in
     the part that is new (reservoir sampling). So 1024 sequences at each of 191 lengths need 6,000 contexts, not 200,000.
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(2**40 + seed)                      # no training run draws from this
     order = sorted(set(lengths))
     new = torch.tensor(order, device=device) - tau                                     # positions allowed at each length
     old = torch.cat([new.new_zeros(1), new[:-1]])                                      # and at the length before it

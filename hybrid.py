@@ -1,7 +1,8 @@
 """Layers stacked by a pattern into the models that `--model` names.
 
 A pattern is a string with one letter for each layer, first layer first. To add a model, add a line to MODELS; to add a layer,
-add a letter to LAYERS: its module maps x (B, L, d) and a state (None at the start) to y (B, L, d) and the next state.
+add a letter to LAYERS: its module maps x (B, L, d) and a state (None at the start) to y (B, L, d) and the next state. It must
+be causal; its state is a tensor or a tuple of tensors, batch first, or has nothing per row, such as a count of tokens.
 
 Imports attention, mamba and data; imported by eval and train.
 """
@@ -32,8 +33,8 @@ MODELS = {
 class BiasedNorm(nn.RMSNorm):
     """RMSNorm plus a bias that starts at random, for the layers that have none of their own.
 
-    Fixed embeddings of length 1 leave nothing constant across tokens, so without a bias no gate of a Mamba layer can be open
-    whatever the token is, and what the layer passes on from the token before depends on the token that stands here.
+    Embeddings are fixed and of length 1, so no direction is shared by all tokens. Without a bias, a Mamba layer's gate cannot
+    be open for every token, and what it passes on from the token before depends on the token that stands here.
     """
 
     def __init__(self, d):
@@ -72,8 +73,10 @@ class Model(nn.Module):
 
     @staticmethod
     def select(states, rows):
-        """The states of some rows of the batch: rows (n,) int64. A state is a tuple of tensors, or has nothing per row."""
+        """The states of some rows of the batch: rows (n,) int64."""
         def of_layer(state):
+            if torch.is_tensor(state):
+                return state[rows]
             if not isinstance(state, tuple):
                 return state
             chosen = [v[rows] for v in state]

@@ -16,8 +16,10 @@ The recurrence stands below in four forms, each tested to equal the one before i
 
     selective_scan_ref      the two equations above, one step at a time
     ChunkedScan             chunks of steps, one chunk after another, with its gradient written by hand: for CPUs
-    ParallelScan            all chunks at once: for GPUs, where torch.compile turns each of its passes into one kernel
+    ParallelScan            all chunks at once: for GPUs, where torch.compile fuses the work inside the chunks
     Mamba.forward(x, state) the layer, which goes on from where an earlier piece of the sequence ended
+
+selective_scan picks one of the first three by the device and the length.
 
 Imports nothing of this repository; imported by hybrid.
 
@@ -69,6 +71,10 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
 #     d(dt_t x_t) = sum over n of g_t B_t          d(dt_t A) = g_t a_t h_{t-1}
 #     dB_t = sum over channels of g_t dt_t x_t     dC_t = sum over channels of h_t dy_t
 #
+# where dv is dLoss/dv for every v, but dt alone is the step, whose gradient is ddt. With u = dt x that leaves
+#
+#     dx = dt du         ddt = x du + sum over n of A d(dt A)         dA = sum over b and t of dt d(dt A)
+#
 # The backward pass walks the chunks from the last to the first; in each it runs the recurrence forwards again from the
 # first state to have h, then backwards to have g. There is no division and no exp of a positive number anywhere, so
 # nothing can overflow, however long the sequence or strong the decay.
@@ -91,7 +97,7 @@ def _run(a, b, h):
 
 
 class ChunkedScan(torch.autograd.Function):
-    """selective_scan_ref for a processor with a cache; memory beyond the arguments is a few chunks, and L / T states."""
+    """selective_scan_ref for a processor with a cache. Memory: copies of the arguments, a few chunks, and L / T states."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, h):
@@ -106,8 +112,8 @@ class ChunkedScan(torch.autograd.Function):
             ctx.starts.append(h)
             a = torch.mul(dt_k, A).exp_()                                              # (T, N, b, D)
             hs = u_k * B_k                                                             # (T, N, b, D), b_t until _run
-            h = _run(a.unbind(), hs.unbind(), h).clone()                               # (N, b, D)
-            torch.sum(torch.mul(hs, C_k, out=a), 1, out=y_k)                           # (T, b, D)
+            h = _run(a.unbind(), hs.unbind(), h).clone()                               # a view would keep all of hs
+            torch.sum(torch.mul(hs, C_k, out=a), 1, out=y_k)                           # (T, b, D); a is free by now
         return y.transpose(0, 1).contiguous(), h.permute(1, 2, 0).contiguous()
 
     @staticmethod
@@ -118,7 +124,7 @@ class ChunkedScan(torch.autograd.Function):
         du, ddt = torch.empty_like(x[:, 0]), torch.empty_like(x[:, 0])                 # (L, b, D)
         dB, dC = torch.empty_like(B[..., 0]), torch.empty_like(C[..., 0])              # (L, N, b)
         dA = x.new_zeros(T, *A.shape)                                                  # (T, N, b, D), summed at the end
-        carry = dh.permute(2, 0, 1).contiguous()                                       # a_{t+1} g_{t+1} (N, b, D)
+        carry = dh.permute(2, 0, 1).contiguous()               # (N, b, D), what later steps say of h: a_{t+1} g_{t+1}
         chunks = list(zip(ctx.starts, *(v.split(T) for v in (dt, u, B, C, dy, du, ddt, dB, dC))))
         for start, dt_k, u_k, B_k, C_k, dy_k, du_k, ddt_k, dB_k, dC_k in reversed(chunks):
             a = torch.mul(dt_k, A).exp_()                                              # (T, N, b, D), as are hs and g
@@ -128,16 +134,17 @@ class ChunkedScan(torch.autograd.Function):
             _run(a.unbind(), h.unbind(), start)
             g = C_k * dy_k
             g[-1] += carry
-            _run(a.unbind()[:0:-1], g.unbind()[-2::-1], g[-1])                         # from the end: a_{t+1} meets g_t
+            _run(a.unbind()[:0:-1], g.unbind()[-2::-1], g[-1])                         # g_t += a_{t+1} g_{t+1}, t falling
             carry = a[0] * g[0]
-            ga = a.mul_(g).mul_(h_before)                                              # g_t a_t h_{t-1}
-            dA[:len(a)].addcmul_(ga, dt_k)
-            torch.sum(ga.mul_(A), 1, out=ddt_k)
+            # From here on each buffer is overwritten after its last use.
+            d_dtA = a.mul_(g).mul_(h_before)                                           # g_t a_t h_{t-1}
+            dA[:len(a)].addcmul_(d_dtA, dt_k)
+            torch.sum(d_dtA.mul_(A), 1, out=ddt_k)
             torch.sum(h.mul_(dy_k), 3, out=dC_k)
             torch.sum(torch.mul(g, u_k, out=h), 3, out=dB_k)
             torch.sum(g.mul_(B_k), 1, out=du_k)
-        ddt.addcmul_(du, x[:, 0])
-        du.mul_(dt[:, 0])                                                              # now dx
+        ddt.addcmul_(du, x[:, 0])                                                      # ddt = x du + ...
+        du.mul_(dt[:, 0])                                                              # dx = dt du
         return (du.transpose(0, 1), ddt.transpose(0, 1), dA.sum((0, 2)).t(), dB.permute(2, 0, 1), dC.permute(2, 0, 1),
                 None if ctx.from_zero else carry.permute(1, 2, 0))
 
@@ -168,7 +175,7 @@ def _step(x, dt, A, B, h, t):
 
 
 def _ends_from_zero(x, dt, A, B):
-    h = torch.zeros_like(dt[:, :, 0, :, None] * A)                                     # (b, c, D, N)
+    h = torch.zeros_like(dt[:, :, 0, :, None] * A)                                     # (b, c, D, N); A for its shape
     for t in range(CHUNK_STEPS):
         _, h = _step(x, dt, A, B, h, t)
     return h
@@ -244,10 +251,10 @@ class ParallelScan(torch.autograd.Function):
         x, dt, A, B, C, starts, decay = ctx.saved_tensors
         L, off, dy = dy.shape[1], ctx.off, _split(dy)
         own = _compiled(_gradient_from_zero, off)(dt, A, C, dy)
-        arriving, dh = _across(own.flip(1), decay.flip(1), dh)
+        arriving, dh0 = _across(own.flip(1), decay.flip(1), dh)    # backwards: in at a chunk's end, out at its start
         dx, ddt, dA, dB, dC = _compiled(_gradients, off)(x, dt, A, B, C, dy, starts, arriving.flip(1))
         dx, ddt, dB, dC = (v.flatten(1, 2)[:, :L] for v in (dx, ddt, dB, dC))
-        return dx, ddt, dA, dB, dC, None if ctx.from_zero else dh, None
+        return dx, ddt, dA, dB, dC, None if ctx.from_zero else dh0, None
 
 
 compile_scan = True  # train.py --no-compile turns it off
@@ -288,14 +295,16 @@ class Mamba(nn.Module):
         self.d_inner, self.d_state, self.d_conv = expand * d_model, d_state, d_conv
         self.dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
-        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1)
+        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner,
+                                padding=d_conv - 1)            # holds the weights; forward takes the products itself
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(self.d_inner, 1))   # A = -1 ... -N
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
-        # dt starts between 0.001 and 0.1, evenly on a log scale (section 3.6): the bias is softplus inverted there.
+        # dt starts between 0.001 and 0.1 (section 3.6), evenly on a log scale as in the official code: the bias is the
+        # inverse of softplus there.
         nn.init.uniform_(self.dt_proj.weight, -self.dt_rank**-0.5, self.dt_rank**-0.5)
         dt = torch.exp(torch.empty(self.d_inner).uniform_(math.log(1e-3), math.log(1e-1)))
         with torch.no_grad():

@@ -108,7 +108,7 @@ def solved_at(curves):
 
 
 def record(step, generator):
-    """Record a training step as one CUDA graph: launching its hundreds of small kernels one by one would cost more than they do.
+    """Record a training step as one CUDA graph: launching its hundreds of small kernels one by one costs more than they do.
 
     Returns a function that replays it and returns its loss. What the step reads must stay where it is in memory.
     """
@@ -145,16 +145,13 @@ def run(config, path, device):
 
     # A run that was killed goes on from what it saved, if it was the same run.
     saved = path + RESUME
-    if os.path.exists(saved):
-        state = torch.load(saved, map_location=device, weights_only=True)
-        if same_run(state["config"], config):
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            training.set_state(state["training"].cpu())
-            testing.set_state(state["testing"].cpu())
-            start, seconds, curves = state["step"], state["seconds"], state["curves"]
-        else:
-            print(f"{saved} is of a run with other flags, so this one starts from the beginning")
+    state = load_saved(saved, config, device)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        training.set_state(state["training"].cpu())
+        testing.set_state(state["testing"].cpu())
+        start, seconds, curves = state["step"], state["seconds"], state["curves"]
 
     def save(step):
         state = {"config": config, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -229,6 +226,19 @@ def run(config, path, device):
     remove_saved(path)
 
 
+def load_saved(saved, config, device):
+    """What this very run had saved when it was killed, or None."""
+    if not os.path.exists(saved):
+        return None
+    try:
+        state = torch.load(saved, map_location=device, weights_only=True)
+        if same_run(state["config"], config):
+            return state
+    except Exception:  # there is no telling how a file that is something else will fail
+        pass
+    print(f"{saved} is not of a run with these flags, so this one starts from the beginning")
+
+
 def remove_saved(path):
     """Forget what an unfinished run has saved, and what it was saving when it was killed."""
     for name in (path + RESUME, path + RESUME + ".tmp"):
@@ -246,7 +256,7 @@ def config_of(path):
     try:
         with open(path) as f:
             return dict(json.load(f)["config"])
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 

@@ -299,3 +299,14 @@ def test_other_files_in_out_are_left_alone(train_tiny, tmp_path):
     train.main([*TINY, "--M", "2", "--steps", "1", "--out", str(tmp_path / "out")])
     assert names(tmp_path / "out") == sorted([NAME + ".json", NAME + ".pt", "writable", "notes.txt", "other.resume.pt"])
     assert all((tmp_path / "out" / name).read_text() == "mine" for name in ("writable", "notes.txt", "other.resume.pt"))
+
+
+def test_saved_state_of_another_run_is_not_used(train_tiny, tmp_path, capsys):
+    fresh, = train_tiny("--M", 2, out=tmp_path / "fresh")
+    out = tmp_path / "out"
+    for spoiled in (b"a line of text\n", b""):
+        out.mkdir(exist_ok=True)
+        (out / (NAME + ".resume.pt")).write_bytes(spoiled)
+        result, = train_tiny("--M", 2, "--overwrite", out=out)
+        assert "starts from the beginning" in capsys.readouterr().out
+        assert curves_and_eval([result]) == curves_and_eval([fresh])
