@@ -25,6 +25,8 @@ def commands():
 
 
 def test_every_command_runs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "reference").symlink_to(ROOT / "results" / "reference")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "TEST_SEQUENCES", 8)
     monkeypatch.setattr(train, "TEST_BATCH", 8)
