@@ -46,8 +46,8 @@ def parse(argv):
     parser = short_errors(argparse.ArgumentParser(
         description="Train a model on associative recall and test it against context length.",
         epilog="Flags that take several values run every combination of them."))
-    several = dict(nargs="+", metavar=("N", "..."))
-    parser.add_argument("--model", nargs="+", default=["rope"], metavar=("NAME", "..."),
+    several = dict(nargs="+", metavar="N")
+    parser.add_argument("--model", nargs="+", default=["rope"], metavar="NAME",
                         help="nope, learned, rope, mamba, hybrid-a, hybrid-b, or layers such as MAM (default: rope)")
     parser.add_argument("--M", type=int, default=[1], **several, help="number of possible queries (default: 1)")
     parser.add_argument("--tau", type=int, default=[1], **several, help="tokens from query to value (default: 1)")
