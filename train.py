@@ -99,8 +99,10 @@ def learning_rate(step, steps, highest, solved=None):
     return highest * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
 
 
-def solved_at(curves):
+def solved_at(curves, stop_early=True):
     """The step from which a run only cools down, or None."""
+    if not stop_early:
+        return None
     batches, accuracy = SOLVED
     for k in range(batches, len(curves["step"]) + 1):
         if min(curves["accuracy"][k - batches:k]) >= accuracy:
@@ -174,7 +176,7 @@ def run(config, path, device):
     # The loop. On CUDA the step runs as it is three times, is then recorded as one graph, and from there on replayed.
     next_step = train_step
     every = max(1, steps // POINTS)
-    solved = solved_at(curves) if config["stop_early"] else None
+    solved = solved_at(curves, config["stop_early"])
     mamba.compile_scan = config["compile"]
     began = last_save = time.time()
     with tqdm(range(start, steps), initial=start, total=steps, unit=" steps", desc=os.path.basename(path),
@@ -196,7 +198,7 @@ def run(config, path, device):
                 curves["step"].append(step + 1)
                 curves["loss"].append(loss.item())
                 curves["accuracy"].append(accuracy)
-                solved = solved_at(curves) if config["stop_early"] else None
+                solved = solved_at(curves, config["stop_early"])
                 bar.set_postfix(loss=f"{loss.item():.4f}", accuracy=f"{accuracy:.3f}")
                 if not math.isfinite(loss.item()):
                     raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1} of {path}; "
