@@ -31,15 +31,15 @@ MODELS = {
 
 
 class BiasedNorm(nn.RMSNorm):
-    """RMSNorm plus a bias that starts at random, for the layers that have none of their own.
+    """RMSNorm plus a bias of standard deviation `start` at first, for the layers that have none of their own.
 
     Embeddings are fixed and of length 1, so no direction is shared by all tokens. Without a bias, a Mamba layer's gate cannot
     be open for every token, and what it passes on from the token before depends on the token that stands here.
     """
 
-    def __init__(self, d):
+    def __init__(self, d, start):
         super().__init__(d)
-        self.bias = nn.Parameter(0.5 * torch.randn(d))
+        self.bias = nn.Parameter(start * torch.randn(d))
 
     def forward(self, x):
         return super().forward(x) + self.bias
@@ -56,7 +56,8 @@ class Model(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding.from_pretrained(embedding_table(K, d), freeze=not learn_embedding)
         self.layers = nn.ModuleList(layers)
-        self.norms = nn.ModuleList(BiasedNorm(d) if isinstance(layer, Mamba) else nn.RMSNorm(d) for layer in layers)
+        start = 0.5 if any(isinstance(layer, Attention) for layer in layers) else 0.0  # Mamba alone learns better from zero
+        self.norms = nn.ModuleList(BiasedNorm(d, start) if isinstance(layer, Mamba) else nn.RMSNorm(d) for layer in layers)
         self.head = nn.Sequential(nn.RMSNorm(d), nn.Linear(d, K, bias=False))
 
     def stream(self, tokens, states=None):

@@ -34,9 +34,9 @@ WARMUP = 400         # steps in which the learning rate rises
 BETAS = (0.9, 0.98)  # of AdamW
 CLIP = 0.2           # largest norm of the gradient
 TEST_BATCH = 512     # sequences of a fresh test batch during training
-POINTS = 100         # times that the curves are measured in a run
-SOLVED = 5, 0.99     # a run has solved its task when so many test batches in a row were at least so accurate
-COOLDOWN = 2000      # and then ends after so many more steps
+POINTS = 200         # times that the curves are measured in a run
+SOLVED = 10, 0.99    # a run has solved its task when so many test batches in a row were at least so accurate
+COOLDOWN = 1000      # and then ends after so many more steps, in which the learning rate falls
 TEST_SEQUENCES = 1024  # of each length, after training
 SAVE_SECONDS = 5     # between saves of a run that is not finished
 RESUME = ".resume.pt"  # what a run that is not finished is saved under
@@ -56,7 +56,7 @@ def parse(argv):
     parser.add_argument("--L", type=int, default=[64], **several, help="context length in training (default: 64)")
     parser.add_argument("--seed", type=int, default=[0], **several, help="seed of weights and data (default: 0)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="sequences in a step (default: 64)")
-    parser.add_argument("--steps", type=int, default=12000, metavar="N", help="most training steps (default: 12000)")
+    parser.add_argument("--steps", type=int, default=20000, metavar="N", help="most training steps (default: 20000)")
     parser.add_argument("--lr", type=float, default=8e-3, metavar="X", help="highest learning rate (default: 0.008)")
     parser.add_argument("--stop-early", action=argparse.BooleanOptionalAction, default=True,
                         help="cool down and stop once the task is solved, as a rule long before --steps (default: on)")
@@ -89,18 +89,17 @@ def check(config):
         model_from(config)
 
 
-def learning_rate(step, steps, highest, solved=None):
-    """A straight rise, then half a cosine down to zero at `steps`; once solved, a straight fall to zero."""
-    if solved is not None:
-        left = 1 - (step - solved) / COOLDOWN
-        return min(learning_rate(step, steps, highest), learning_rate(solved, steps, highest) * left)
-    if step < WARMUP:
-        return highest * (step + 1) / WARMUP
-    return highest * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
+def learning_rate(step, last, highest):
+    """A straight rise, a plateau, and a straight fall to zero at the step `last`, which takes a quarter of a short run.
+
+    What is hard here is learned all at once, after a long wait that is different in every run. A plateau can wait; a
+    schedule that falls from the start decides beforehand how long.
+    """
+    return highest * min(1, (step + 1) / WARMUP, (last - step) / min(COOLDOWN, last / 4))
 
 
 def solved_at(curves, stop_early=True):
-    """The step from which a run only cools down, or None."""
+    """The step at which a run had solved its task, or None."""
     if not stop_early:
         return None
     batches, accuracy = SOLVED
@@ -182,9 +181,10 @@ def run(config, path, device):
     with tqdm(range(start, steps), initial=start, total=steps, unit=" steps", desc=os.path.basename(path),
               dynamic_ncols=True) as bar:
         for step in bar:
-            if solved is not None and step >= solved + COOLDOWN:
+            last = steps if solved is None else min(steps, solved + COOLDOWN)
+            if step == last:
                 break
-            lr = learning_rate(step, steps, config["lr"], solved)
+            lr = learning_rate(step, last, config["lr"])
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"].fill_(lr) if on_cuda else lr
             if on_cuda and config["compile"] and step == start + 3:
