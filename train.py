@@ -3,13 +3,16 @@
     python train.py --model rope --M 4 --tau 1
     python train.py --model rope mamba --tau 1 5 --seed 0 1 2       every combination, one run after another
 
+    torchrun --standalone --nproc_per_node=2 -- train.py --d 1024      one run shared by two processes, each with a GPU
+
 A run writes OUT/NAME.json, the result, and OUT/NAME.pt, the model. A run that is killed goes on where it was when the same
 command is given again; a run that is finished is not repeated unless --overwrite says so.
 
-Imports data, hybrid and eval; plot.py draws what it writes.
+Imports data, hybrid and eval; bench times its step and plot draws what it writes.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -20,6 +23,7 @@ import tempfile
 import time
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -108,6 +112,54 @@ def solved_at(curves, stop_early=True):
             return curves["step"][k - 1]
 
 
+def processes():
+    """This process's number and how many share the run: (0, 1) unless torchrun started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def prepare(config, device):
+    """Make a config's model, and what it takes to train it -> model, optimizer, generator, step.
+
+    step() draws the next batch from the generator, takes one training step, and returns the loss of the batch. Of several
+    processes each draws the whole batch and trains on its share, so any number of them makes the same run, to rounding.
+    """
+    K, M, tau, L, batch_size = (config[k] for k in ("K", "M", "tau", "L", "batch_size"))
+    (rank, world), on_cuda = processes(), device.type == "cuda"
+
+    torch.manual_seed(config["seed"])
+    model = model_from(config).to(device)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decayed = [p for name, p in trained.items() if p.dim() > 1 and not name.endswith("A_log")]     # the matrices
+    others = [p for name, p in trained.items() if p.dim() <= 1 or name.endswith("A_log")]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config["weight_decay"]}, {"params": others, "weight_decay": 0.0}],
+        lr=torch.zeros((), device=device) if on_cuda else 0.0,                         # a graph reads it from memory
+        betas=BETAS, fused=True, capturable=on_cuda)
+    generator = torch.Generator(device).manual_seed(2 * config["seed"])
+
+    mamba.compile_scan = config["compile"]
+    if on_cuda and config["compile"]:
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10**4  # shapes in a grid
+        for part in [*model.layers, *model.norms, model.head]:
+            part.compile(dynamic=False)
+    forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+
+    def step():
+        lengths = None
+        if config["train_lengths"] == "uniform":
+            lengths = torch.randint(tau + 1, L + 1, (batch_size,), device=device, generator=generator)
+        tokens, labels = recall_batch(batch_size, L, K, M, tau, device, generator, lengths)
+        if world > 1:
+            tokens, labels, lengths = (v if v is None else v[rank::world] for v in (tokens, labels, lengths))
+        loss = F.cross_entropy(forward(tokens, lengths), labels, reduction="sum") * (world / batch_size)
+        optimizer.zero_grad()
+        loss.backward()                                        # of several processes, the mean of their gradients
+        nn.utils.clip_grad_norm_(trained.values(), CLIP)
+        optimizer.step()
+        return loss.detach()
+    return model, optimizer, generator, step
+
+
 def record(step, generator):
     """Record a training step as one CUDA graph: launching its hundreds of small kernels one by one costs more than they do.
 
@@ -126,20 +178,9 @@ def record(step, generator):
 
 def run(config, path, device):
     """Make one run and write path.pt and path.json. Raises FloatingPointError if the loss becomes NaN or infinite."""
-    K, M, tau, L, steps, batch_size = (config[k] for k in ("K", "M", "tau", "L", "steps", "batch_size"))
-    on_cuda = device.type == "cuda"
-
-    # The model, its optimizer, and where the training sequences and the test batches come from.
-    torch.manual_seed(config["seed"])
-    model = model_from(config).to(device)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    decayed = [p for name, p in trained.items() if p.dim() > 1 and not name.endswith("A_log")]     # the matrices
-    others = [p for name, p in trained.items() if p.dim() <= 1 or name.endswith("A_log")]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config["weight_decay"]}, {"params": others, "weight_decay": 0.0}],
-        lr=torch.zeros((), device=device) if on_cuda else 0.0,                         # a graph reads it from memory
-        betas=BETAS, fused=True, capturable=on_cuda)
-    training = torch.Generator(device).manual_seed(2 * config["seed"])
+    K, M, tau, L, steps = (config[k] for k in ("K", "M", "tau", "L", "steps"))
+    rank, world = processes()
+    model, optimizer, training, next_step = prepare(config, device)
     testing = torch.Generator(device).manual_seed(2 * config["seed"] + 1)
     curves = {"step": [], "loss": [], "accuracy": []}
     start, seconds = 0, 0.0
@@ -160,70 +201,62 @@ def run(config, path, device):
                  "seconds": seconds + time.time() - began}
         write_atomically(saved, lambda temporary: torch.save(state, temporary))
 
-    def train_step():
-        lengths = None
-        if config["train_lengths"] == "uniform":
-            lengths = torch.randint(tau + 1, L + 1, (batch_size,), device=device, generator=training)
-        tokens, labels = recall_batch(batch_size, L, K, M, tau, device, training, lengths)
-        loss = F.cross_entropy(model(tokens, lengths), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained.values(), CLIP)
-        optimizer.step()
-        return loss.detach()
-
     # The loop. On CUDA the step runs as it is three times, is then recorded as one graph, and from there on replayed.
-    next_step = train_step
     every = max(1, steps // POINTS)
     solved = solved_at(curves, config["stop_early"])
-    mamba.compile_scan = config["compile"]
     began = last_save = time.time()
     with tqdm(range(start, steps), initial=start, total=steps, unit=" steps", desc=os.path.basename(path),
-              dynamic_ncols=True) as bar:
+              dynamic_ncols=True, disable=rank > 0) as bar:
         for step in bar:
             last = steps if solved is None else min(steps, solved + COOLDOWN)
             if step == last:
                 break
             lr = learning_rate(step, last, config["lr"])
             for group in optimizer.param_groups:
-                group["lr"] = group["lr"].fill_(lr) if on_cuda else lr
-            if on_cuda and config["compile"] and step == start + 3:
-                next_step = record(train_step, training)
+                group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
+            if device.type == "cuda" and config["compile"] and world == 1 and step == start + 3:
+                next_step = record(next_step, training)
             loss = next_step()
 
             if (step + 1) % every == 0 or step + 1 == steps:
                 tokens, labels = recall_batch(TEST_BATCH, L, K, M, tau, device, testing)
-                with torch.no_grad():
-                    accuracy = (model(tokens).argmax(-1) == labels).float().mean().item()
+                with torch.no_grad(), torch.compiler.set_stance("force_eager"):        # not worth compiling for
+                    measured = torch.stack([loss, (model(tokens).argmax(-1) == labels).float().mean()])
+                if world > 1:
+                    dist.all_reduce(measured)                  # also makes sure that all come to the same conclusions
+                loss, accuracy = (measured / world).tolist()
                 curves["step"].append(step + 1)
-                curves["loss"].append(loss.item())
+                curves["loss"].append(loss)
                 curves["accuracy"].append(accuracy)
                 solved = solved_at(curves, config["stop_early"])
-                bar.set_postfix(loss=f"{loss.item():.4f}", accuracy=f"{accuracy:.3f}")
-                if not math.isfinite(loss.item()):
-                    raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1} of {path}; "
+                bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.3f}")
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the loss is {loss} at step {step + 1} of {path}; "
                                              f"a lower --lr than {config['lr']:g} may help")
-                if time.time() - last_save > SAVE_SECONDS:
+                if rank == 0 and time.time() - last_save > SAVE_SECONDS:
                     save(step + 1)
                     last_save = time.time()
     seconds += time.time() - began
+    if rank > 0:
+        return
 
     # The test, and the result.
     began = time.time()
     lengths = list(range(tau + 1, 3 * L + 1))
-    accuracies = accuracy_by_length(model.eval(), lengths, K, M, tau, TEST_SEQUENCES, device)
+    with torch.compiler.set_stance("force_eager"):
+        accuracies = accuracy_by_length(model.eval(), lengths, K, M, tau, TEST_SEQUENCES, device)
     shown = some_lengths(L, tau)
     print_table(shown, [accuracies[n - tau - 1] for n in shown], L)
     checkpoint = {"config": config, "model": {name: p.cpu() for name, p in model.state_dict().items()}}
     write_atomically(path + ".pt", lambda temporary: torch.save(checkpoint, temporary))
     write_json(path + ".json", {                                                       # last: it marks a finished run
         "config": config,
-        "params": sum(p.numel() for p in trained.values()),
+        "params": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "train": curves,
         "eval": {"length": lengths, "accuracy": accuracies, "sequences": TEST_SEQUENCES},
         "env": {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform(),
-                "device": torch.cuda.get_device_name(device) if on_cuda else device.type,
-                "threads": torch.get_num_threads()},
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+                "threads": torch.get_num_threads(), "processes": world},
         "seconds": {"train": round(seconds, 3), "eval": round(time.time() - began, 3)}})
     remove_saved(path)
 
@@ -266,6 +299,14 @@ def main(argv=None):
     parser, args = parse(argv)
     try:
         device = pick_device(args.device)
+        if "LOCAL_RANK" in os.environ:                         # torchrun started this process, and others
+            if device.type == "cuda":
+                device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        rank, world = processes()
+        if args.batch_size < world:
+            raise ValueError(f"--batch-size is {args.batch_size}, but {world} processes need at least a sequence each")
         configs = []
         for values in itertools.product(*(dict.fromkeys(getattr(args, flag)) for flag in GRID)):
             configs.append({**vars(args), **dict(zip(GRID, values)), "device": str(device)})
@@ -280,10 +321,11 @@ def main(argv=None):
 
     for number, config in enumerate(configs, 1):
         path = os.path.join(args.out, "{model}_M{M}_tau{tau}_K{K}_d{d}_L{L}_seed{seed}".format(**config))
-        count = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
+        say = functools.partial(print, f"[{number}/{len(configs)}]") if len(configs) > 1 else print
+        say = say if rank == 0 else lambda *words: None
         if os.path.exists(path + ".json") and not args.overwrite:
             note = "" if same_run(config_of(path + ".json"), config) else ", with other flags"
-            print(f"{count}{path}.json is finished{note}; --overwrite repeats it")
+            say(f"{path}.json is finished{note}; --overwrite repeats it")
             continue
         try:
             run(config, path, device)
@@ -293,7 +335,9 @@ def main(argv=None):
         except KeyboardInterrupt:
             print(f"stopped; the same command goes on with {path} from where it was last saved", file=sys.stderr)
             sys.exit(130)
-        print(f"{count}wrote {path}.json")
+        say(f"wrote {path}.json")
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

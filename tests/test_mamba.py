@@ -9,14 +9,14 @@ import torch.nn.functional as F
 
 import mamba
 from conftest import in_pieces, relative
-from mamba import ChunkedScan, Mamba, ParallelScan, selective_scan, selective_scan_ref
+from mamba import ChunkedScan, Mamba, parallel_scan, selective_scan, selective_scan_ref
 
 CHUNK = 8  # steps in a chunk of either scan, once small_chunks has set it
 NAMES = ["y", "last state", "x", "dt", "A", "B", "C", "h"]
 
 
 def parallel(x, dt, A, B, C, h=None):
-    return ParallelScan.apply(x, dt, A, B, C, h, True)  # True: not compiled
+    return parallel_scan(x, dt, A, B, C, h, off=True)
 
 
 scans = pytest.mark.parametrize("scan", [ChunkedScan.apply, parallel], ids=["chunked", "parallel"])
@@ -26,6 +26,7 @@ scans = pytest.mark.parametrize("scan", [ChunkedScan.apply, parallel], ids=["chu
 def small_chunks(monkeypatch):
     monkeypatch.setattr(mamba, "CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(mamba, "CHUNK_STEPS", CHUNK)
+    monkeypatch.setattr(mamba, "MOST_STEPS", 3 * CHUNK)
 
 
 def operands(L, b=2, D=3, N=4, h=True, dtype=torch.float64, seed=0):

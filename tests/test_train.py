@@ -196,10 +196,28 @@ def test_goes_on_only_with_the_same_flags(flags, steps, train_tiny, monkeypatch,
         with pytest.raises(SystemExit) as stop:
             train_tiny("--M", 2)
         assert stop.value.code == 130
-    monkeypatch.setattr(train.F, "cross_entropy", lambda *arguments: taken.append(0) or loss(*arguments))
+    monkeypatch.setattr(train.F, "cross_entropy", lambda *arguments, **options: taken.append(0) or loss(*arguments, **options))
     resumed = train_tiny("--M", 2, *flags)
     assert len(taken) == steps
     assert curves_and_eval(resumed) == curves_and_eval(train_tiny("--M", 2, *flags, out=tmp_path / "in one go"))
+
+
+# ---- several processes ----
+
+@pytest.mark.parametrize("count, flags", [(2, ["--model", "mamba"]), (3, ["--train-lengths", "uniform"])])
+def test_processes_share_a_run(count, flags, train_tiny, tmp_path):
+    """Two and three processes, of which three get unequal shares of a batch of 4, make the run that one makes."""
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {ROOT!r})\nimport train\n"
+                      "train.TEST_BATCH = train.TEST_SEQUENCES = 32\ntrain.main()\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
+                           "--", script, *TINY, *flags, "--out", tmp_path / "shared"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("wrote") == 1, done.stderr
+    alone, = train_tiny(*flags)
+    shared = json.loads(next((tmp_path / "shared").glob("*.json")).read_text())
+    assert shared["env"]["processes"] == count and names(tmp_path / "shared") == names(tmp_path / "out")
+    assert shared["train"]["step"] == alone["train"]["step"]
+    assert shared["train"]["loss"] == pytest.approx(alone["train"]["loss"], rel=1e-4)
 
 
 # ---- the loss, the learning rate and the end of a run ----
@@ -208,9 +226,9 @@ def test_goes_on_only_with_the_same_flags(flags, steps, train_tiny, monkeypatch,
 def test_loss_that_is_no_number(bad, train_tiny, monkeypatch, tmp_path):
     calls, loss = [], train.F.cross_entropy
 
-    def spoiled(*arguments):
+    def spoiled(*arguments, **options):
         calls.append(0)
-        return loss(*arguments) * (bad if len(calls) == 20 else 1)
+        return loss(*arguments, **options) * (bad if len(calls) == 20 else 1)
     monkeypatch.setattr(train.F, "cross_entropy", spoiled)
     monkeypatch.setattr(train, "SAVE_SECONDS", -1)
     with pytest.raises(SystemExit) as stop:
