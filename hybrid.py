@@ -30,19 +30,22 @@ MODELS = {
 }
 
 
-class BiasedNorm(nn.RMSNorm):
-    """RMSNorm plus a bias of standard deviation `start` at first, for the layers that have none of their own.
+class RMSNorm(nn.Module):
+    """x / sqrt(mean of x^2) times a weight, as nn.RMSNorm, but in plain operations, which torch.compile fuses with others.
 
+    bias: the standard deviation with which a bias starts, for layers that have none of their own; None for no bias.
     Embeddings are fixed and of length 1, so no direction is shared by all tokens. Without a bias, a Mamba layer's gate cannot
     be open for every token, and what it passes on from the token before depends on the token that stands here.
     """
 
-    def __init__(self, d, start):
-        super().__init__(d)
-        self.bias = nn.Parameter(start * torch.randn(d))
+    def __init__(self, d, bias=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.bias = None if bias is None else nn.Parameter(bias * torch.randn(d))
 
     def forward(self, x):
-        return super().forward(x) + self.bias
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps) * self.weight
+        return x if self.bias is None else x + self.bias
 
 
 class Model(nn.Module):
@@ -56,9 +59,9 @@ class Model(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding.from_pretrained(embedding_table(K, d), freeze=not learn_embedding)
         self.layers = nn.ModuleList(layers)
-        start = 0.5 if any(isinstance(layer, Attention) for layer in layers) else 0.0  # Mamba alone learns better from zero
-        self.norms = nn.ModuleList(BiasedNorm(d, start) if isinstance(layer, Mamba) else nn.RMSNorm(d) for layer in layers)
-        self.head = nn.Sequential(nn.RMSNorm(d), nn.Linear(d, K, bias=False))
+        bias = 0.5 if any(isinstance(layer, Attention) for layer in layers) else 0.0   # Mamba alone learns better from zero
+        self.norms = nn.ModuleList(RMSNorm(d, bias if isinstance(layer, Mamba) else None) for layer in layers)
+        self.head = nn.Sequential(RMSNorm(d), nn.Linear(d, K, bias=False))
 
     def stream(self, tokens, states=None):
         """Run a piece of a sequence: tokens (B, L), states as an earlier piece left them, or None at the start.

@@ -16,24 +16,25 @@ The recurrence stands below in four forms, each tested to equal the one before i
 
     selective_scan_ref      the two equations above, one step at a time
     ChunkedScan             chunks of steps, one chunk after another, with its gradient written by hand: for CPUs
-    ParallelScan            all chunks at once: for GPUs, where torch.compile fuses the work inside the chunks
+    parallel_scan           all chunks at once: for GPUs, in a file of its own
     Mamba.forward(x, state) the layer, which goes on from where an earlier piece of the sequence ended
 
 selective_scan picks one of the first three by the device and the length.
 
-Imports nothing of this repository; imported by hybrid.
+Imports fused_scan; imported by hybrid.
 
 Letters, as in the paper: b batch, L steps, D channels, N states per channel. Each channel is a system of its own with its
 own row of A; all channels share B_t and C_t. In the Mamba layer the parameter D is also the skip connection from x to y.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from fused_scan import parallel_scan
 
 
 # ---- 1. The recurrence -----------------------------------------------------------------------------------------------
@@ -151,160 +152,11 @@ class ChunkedScan(torch.autograd.Function):
 
 # ---- 3. All chunks at once -------------------------------------------------------------------------------------------
 #
-# A GPU has room for every chunk, but a chunk needs the state that the one before it ends with. The recurrence is linear,
-# so run every chunk from a zero state first; what its true first state adds to its last is exp(A sum of dt) times it:
-#
-#     h_end = exp(A (dt_1 + ... + dt_T)) h_start + (h_end from zero)
-#
-# which is again the recurrence, with one step a chunk. So: (1) the end of every chunk from zero, (2) the recurrence over
-# chunks, which gives every chunk its first state, (3) every chunk from there. Backwards the same three steps, with g in
-# place of h: what a chunk hands to the one before it is a_1 g_1, here called carry.
-#
-# Each function below with no other caller than ParallelScan is one kernel under torch.compile: the loop over the steps of
-# a chunk is unrolled, its states live in registers, and what is written is y, a gradient, or one state a chunk. They
-# take the same steps again and again on purpose: computing a state costs less than storing it and reading it back. Sums over
-# n and sums over channels are kernels of their own, because a kernel adds up along one direction.
-
-CHUNK_STEPS = 16    # most steps in a chunk: as many states as registers can hold
-MOST_STEPS = 1024   # in one call; longer sequences are handed on from piece to piece
-
-
-def _split(v):
-    """(b, L, ...) -> (b, c, T, ...), filled up with zeros: dt = 0 leaves a state as it is."""
-    chunks = -(-v.shape[1] // CHUNK_STEPS)
-    missing = -v.shape[1] % chunks                             # 65 steps are 5 chunks of 13, not 4 of 16 and one of 1
-    return (F.pad(v, (0, 0, 0, missing)) if missing else v).unflatten(1, (chunks, -1))
-
-
-def _states(x, dt, A, B, h):
-    """Every chunk's states from its first state h (b, c, D, N) on: a list of T + 1."""
-    x, dt, B = (v.to(A.dtype) for v in (x, dt, B))                                     # (b, c, T, D or N)
-    hs = [h]
-    for t in range(x.shape[2]):
-        u = (dt[:, :, t] * x[:, :, t])[..., None] * B[:, :, t, None, :]                # (b, c, D, N)
-        hs.append(torch.exp(dt[:, :, t, :, None] * A) * hs[-1] + u)
-    return hs
-
-
-def _adjoints(dt, A, C, dy, carry):
-    """Every chunk's g_t and a_t g_t, from the carry (b, c, D, N) that arrives at its end: two lists of T."""
-    dt, C, dy = (v.to(A.dtype) for v in (dt, C, dy))
-    gs, carries = [], []
-    for t in reversed(range(dt.shape[2])):
-        gs.append(carry + dy[:, :, t, :, None] * C[:, :, t, None, :])                  # (b, c, D, N)
-        carry = torch.exp(dt[:, :, t, :, None] * A) * gs[-1]
-        carries.append(carry)
-    return gs[::-1], carries[::-1]
-
-
-def _ends(x, dt, A, B):
-    """A chunk's last state from zero, and its whole decay: (b, c, D, N) each."""
-    return _states(x, dt, A, B, 0.0)[-1], torch.exp(dt.to(A.dtype).sum(2)[..., None] * A)
-
-
-def _outputs(x, dt, A, B, C, h):
-    hs = _states(x, dt, A, B, h)[1:]
-    return torch.stack([(h * C[:, :, t, None, :]).sum(-1).to(x.dtype) for t, h in enumerate(hs)], dim=2)
-
-
-def _first_carry(dt, A, C, dy):
-    """What a chunk's own outputs say about its first state: (b, c, D, N)."""
-    return _adjoints(dt, A, C, dy, 0.0)[1][0]
-
-
-def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carry):
-    """The sums over n, and dA for every chunk by itself."""
-    hs, (gs, carries) = _states(x, dt, A, B, h), _adjoints(dt, A, C, dy, carry)
-    dx, ddt, dA = [], [], 0.0
-    for t, (h_before, g, carry) in enumerate(zip(hs, gs, carries)):
-        du = (g * B[:, :, t, None, :]).sum(-1)                                         # (b, c, D)
-        d_dtA = carry * h_before                                                       # (b, c, D, N), g_t a_t h_{t-1}
-        dx.append((du * dt[:, :, t]).to(x.dtype))
-        ddt.append(((d_dtA * A).sum(-1) + du * x[:, :, t]).to(dt.dtype))
-        dA = dA + d_dtA * dt[:, :, t, :, None]
-    return torch.stack(dx, dim=2), torch.stack(ddt, dim=2), dA
-
-
-def _gradient_B(x, dt, A, B, C, dy, carry):
-    gs, _ = _adjoints(dt, A, C, dy, carry)
-    u = dt.to(A.dtype) * x
-    return torch.stack([(g * u[:, :, t, :, None]).sum(-2).to(B.dtype) for t, g in enumerate(gs)], dim=2)
-
-
-def _gradient_C(x, dt, A, B, C, dy, h):
-    hs = _states(x, dt, A, B, h)[1:]
-    return torch.stack([(h * dy[:, :, t, :, None]).sum(-2).to(C.dtype) for t, h in enumerate(hs)], dim=2)
-
-
-def _across(ends, decay, h):
-    """The recurrence over chunks: ends, decay (b, c, D, N), h (b, D, N) -> every chunk's first state, the last state."""
-    starts = []
-    for k in range(ends.shape[1]):
-        starts.append(h)
-        h = decay[:, k] * h + ends[:, k]
-    return torch.stack(starts, dim=1), h
-
-
-def _across_backwards(carries, decay, carry):
-    """The same from the last chunk to the first -> the carry that arrives at every chunk's end, the one that leaves."""
-    arriving = []
-    for k in reversed(range(carries.shape[1])):
-        arriving.append(carry)
-        carry = decay[:, k] * carry + carries[:, k]
-    return torch.stack(arriving[::-1], dim=1), carry
-
-
-# Left to itself the compiler stores a value that is used twice and was not cheap, and ends a kernel that grows long. Here
-# no value of a step may reach memory: with these limits the sums over n took 0.020 ms in place of 0.086 at (64, 64, 128, 16).
-FUSE = {"realize_opcount_threshold": 10**6, "realize_reads_threshold": 10**6, "max_fusion_size": 1000}
-
-
-@functools.cache
-def _kernel(function, off):
-    """function compiled for every shape that it meets, or, if off, function as it is."""
-    return function if off else torch.compile(function, dynamic=False, options=FUSE)
-
-
-class ParallelScan(torch.autograd.Function):
-    """selective_scan_ref for a GPU, with what is float32 in A kept so in the state. off: leave torch.compile out."""
-
-    @staticmethod
-    def forward(ctx, x, dt, A, B, C, h, off):
-        L, ctx.off, ctx.from_zero = x.shape[1], off, h is None
-        x, dt, B, C = map(_split, (x, dt, B, C))                                       # (b, c, T, D or N)
-        h = A.new_zeros(x.shape[0], *A.shape) if h is None else h
-        ends, decay = _kernel(_ends, off)(x, dt, A, B)
-        starts, h = _kernel(_across, off)(ends, decay, h)
-        y = _kernel(_outputs, off)(x, dt, A, B, C, starts)
-        ctx.save_for_backward(x, dt, A, B, C, starts, decay)
-        return y.flatten(1, 2)[:, :L], h
-
-    @staticmethod
-    def backward(ctx, dy, dh):
-        x, dt, A, B, C, starts, decay = ctx.saved_tensors
-        L, off, dy = dy.shape[1], ctx.off, _split(dy)
-        carries = _kernel(_first_carry, off)(dt, A, C, dy)
-        arriving, dh0 = _kernel(_across_backwards, off)(carries, decay, dh)
-        dx, ddt, dA = _kernel(_gradients_x_dt_A, off)(x, dt, A, B, C, dy, starts, arriving)
-        dB = _kernel(_gradient_B, off)(x, dt, A, B, C, dy, arriving)
-        dC = _kernel(_gradient_C, off)(x, dt, A, B, C, dy, starts)
-        dx, ddt, dB, dC = (v.flatten(1, 2)[:, :L] for v in (dx, ddt, dB, dC))
-        return dx, ddt, dA.sum((0, 1)), dB, dC, None if ctx.from_zero else dh0, None
-
-
-def parallel_scan(x, dt, A, B, C, h=None, off=False):
-    """ParallelScan for any length: one piece after another, so that its memory and its kernels stop growing."""
-    y = []
-    for x_k, dt_k, B_k, C_k in zip(*(v.split(MOST_STEPS, dim=1) for v in (x, dt, B, C))):
-        y_k, h = ParallelScan.apply(x_k, dt_k, A, B_k, C_k, h, off)
-        y.append(y_k)
-    return torch.cat(y, dim=1) if len(y) > 1 else y[0], h
-
+# On a GPU the chunks need not wait for each other: fused_scan.py.
 
 compile_scan = True  # train.py --no-compile turns it off
 
 
-@torch.compiler.disable  # what is compiled around the scan leaves it alone
 def selective_scan(x, dt, A, B, C, h=None):
     """selective_scan_ref made fast: same arguments, same results, same gradients, to rounding.
 

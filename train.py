@@ -137,12 +137,11 @@ def prepare(config, device):
         betas=BETAS, fused=True, capturable=on_cuda)
     generator = torch.Generator(device).manual_seed(2 * config["seed"])
 
+    forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     mamba.compile_scan = config["compile"]
     if on_cuda and config["compile"]:
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10**4  # shapes in a grid
-        for part in [*model.layers, *model.norms, model.head]:
-            part.compile(dynamic=False)
-    forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+        forward = torch.compile(forward, dynamic=False)
 
     def step():
         lengths = None

@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fused_scan
 import mamba
 from conftest import in_pieces, relative
-from mamba import ChunkedScan, Mamba, parallel_scan, selective_scan, selective_scan_ref
+from fused_scan import parallel_scan
+from mamba import ChunkedScan, Mamba, selective_scan, selective_scan_ref
 
 CHUNK = 8  # steps in a chunk of either scan, once small_chunks has set it
 NAMES = ["y", "last state", "x", "dt", "A", "B", "C", "h"]
@@ -25,8 +27,8 @@ scans = pytest.mark.parametrize("scan", [ChunkedScan.apply, parallel], ids=["chu
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(mamba, "CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(mamba, "CHUNK_STEPS", CHUNK)
-    monkeypatch.setattr(mamba, "MOST_STEPS", 3 * CHUNK)
+    monkeypatch.setattr(fused_scan, "CHUNK_STEPS", CHUNK)
+    monkeypatch.setattr(fused_scan, "MOST_STEPS", 3 * CHUNK)
 
 
 def operands(L, b=2, D=3, N=4, h=True, dtype=torch.float64, seed=0):

@@ -1,0 +1,217 @@
+"""How fast it is, on the machine it is on: the scan in all its forms, a training step of each model, and what length costs.
+
+    python bench.py                       all tables
+    python bench.py --tables scan step    some of them
+
+Beside the scan stand mambapy's pscan and mamba_ssm's kernel, if they can be imported. On CUDA what is timed is recorded as a
+graph and replayed, so that what the host needs to launch it is left out, as it is in train.py. Every number is the median
+of several, with the lowest and the highest.
+
+Imports mamba, hybrid, data and train. With --out the numbers are written as JSON, and plot.py draws those of the length.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+
+import torch
+
+import mamba
+import train
+from data import recall_batch
+from eval import PIECE, pick_device, short_errors, write_json
+from hybrid import MODELS, build_model
+
+SHAPES = {  # (b, L, D, N)
+    "cpu": [(64, 64, 16, 16), (64, 64, 128, 16), (8, 1024, 128, 16)],
+    "cuda": [(64, 64, 16, 16), (64, 64, 128, 16), (64, 256, 128, 16), (8, 2048, 1536, 16)]}
+MOST_TOKENS = {  # of the lengths, 2^10 and on: training one sequence, and reading one in pieces
+    "cpu": {"mamba": 2**16, "rope": 2**13}, "cuda": {"mamba": 2**20, "rope": 2**16}}
+
+
+def sync(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(call, device, repeats=9, graph=True):
+    """Milliseconds of call(): median, lowest, highest. The first calls, which may compile, are left out."""
+    call(), call()
+    inner = 1
+    if device.type == "cuda" and graph:
+        recorded, inner = torch.cuda.CUDAGraph(), 10
+        with torch.cuda.graph(recorded):
+            for _ in range(inner):
+                call()
+        call = recorded.replay
+    took = []
+    for _ in range(repeats):
+        sync(device)
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record(), call(), end.record(), sync(device)
+            took.append(start.elapsed_time(end) / inner)
+        else:
+            start = time.perf_counter()
+            call()
+            took.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(took), min(took), max(took)
+
+
+def peak_megabytes(call, device):
+    """The most memory that call() holds on the device, with what it is given; None where torch does not count it."""
+    if device.type != "cuda":
+        return None
+    gc.collect(), torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
+    call(), sync(device)
+    return torch.cuda.max_memory_allocated() / 1e6
+
+
+# ---- the scan ----
+
+def mambapy_scan():
+    """mambapy's parallel scan with what stands around it there: it scans a and b of shape (b, L, D, N)."""
+    from mambapy.pscan import pscan
+
+    def scan(x, dt, A, B, C):
+        h = pscan(torch.exp(dt[..., None] * A), (dt * x)[..., None] * B[:, :, None])   # (b, L, D, N)
+        return (h @ C[..., None])[..., 0]
+    return scan
+
+
+def official_scan():
+    """mamba_ssm's CUDA kernel, which takes (b, D, L)."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    return lambda x, dt, A, B, C: selective_scan_fn(x.mT, dt.mT, A, B.mT, C.mT).mT
+
+
+def scans(device, shape):
+    """name -> scan(x, dt, A, B, C) -> y, or the reason why there is none."""
+    ours = {"recurrence": mamba.selective_scan_ref, "chunked": mamba.ChunkedScan.apply, "parallel": mamba.parallel_scan}
+    found = {name: lambda *inputs, scan=scan: scan(*inputs, None)[0] for name, scan in ours.items()}
+    if device.type == "cpu":
+        found["parallel"] = lambda *inputs: mamba.parallel_scan(*inputs, None, True)[0]
+    if torch.Size(shape).numel() > 2**22:
+        found["recurrence"] = "too slow here"
+    for name, get in [("mambapy", mambapy_scan), ("mamba_ssm", official_scan)]:
+        try:
+            found[name] = get()
+        except ImportError:
+            found[name] = "not installed"
+        if name == "mamba_ssm" and device.type == "cpu":
+            found[name] = "CUDA only"
+    return found
+
+
+def scan_table(device):
+    print("The scan, forward and backward, float32: milliseconds (lowest to highest), peak memory")
+    rows = []
+    for b, L, D, N in SHAPES[device.type]:
+        x, dt = torch.randn(b, L, D, device=device), torch.rand(b, L, D, device=device)
+        A, B, C = -torch.rand(D, N, device=device) * N, *(torch.randn(b, L, N, device=device) for _ in "BC")
+        inputs, dy = [v.requires_grad_() for v in (x, dt, A, B, C)], torch.randn_like(x)
+        for name, scan in scans(device, (b, L, D, N)).items():
+            row = {"shape": [b, L, D, N], "form": name}
+            if isinstance(scan, str):
+                print(f"  {str((b, L, D, N)):20} {name:11} {scan}")
+                continue
+            call = lambda: torch.autograd.grad(scan(*inputs), inputs, dy)
+            began = time.time()
+            call(), sync(device)
+            row["first_call_s"] = time.time() - began
+            row["ms"], row["ms_lowest"], row["ms_highest"] = timed(call, device)
+            row["megabytes"] = peak_megabytes(call, device)
+            memory = f"{row['megabytes']:7.0f} MB" if row["megabytes"] else ""
+            print(f"  {str((b, L, D, N)):20} {name:11} {row['ms']:9.3f} ({row['ms_lowest']:.3f} to {row['ms_highest']:.3f})"
+                  f"{memory}    first call {row['first_call_s']:.1f} s", flush=True)
+            rows.append(row)
+    return rows
+
+
+# ---- a training step ----
+
+def config_for(model, **changes):
+    """train.py's config for its default flags."""
+    _, args = train.parse([])
+    single = {flag: values[0] for flag, values in vars(args).items() if isinstance(values, list)}
+    return {**vars(args), **single, "model": model, "lr": 1e-3, **changes}
+
+
+def step_table(device):
+    print("A training step, K 16, d 8, L 64, batch 64: milliseconds (lowest to highest)")
+    rows = []
+    for name in MODELS:
+        began = time.time()
+        _, optimizer, generator, step = train.prepare(config_for(name), device)
+        step(), step(), step(), sync(device)
+        first = time.time() - began
+        call = train.record(step, generator) if device.type == "cuda" else step
+        ms, lowest, highest = timed(call, device, repeats=31, graph=False)
+        rows.append({"model": name, "ms": ms, "ms_lowest": lowest, "ms_highest": highest, "first_call_s": first})
+        print(f"  {name:10} {ms:8.3f} ({lowest:.3f} to {highest:.3f})    first steps {first:.1f} s", flush=True)
+    return rows
+
+
+# ---- what length costs ----
+
+def length_table(device):
+    print("Two layers, d 64, one sequence: microseconds a token and peak memory, in training and when read in pieces;\n"
+          "and with so much context, one token more: milliseconds, and bytes of state")
+    rows = []
+    for name, most in MOST_TOKENS[device.type].items():
+        L = 2**10
+        while L <= most:
+            row = {"model": name, "length": L}
+            train_config = config_for(name, d=64, L=L, batch_size=1, compile=device.type == "cuda")
+            _, _, _, step = train.prepare(train_config, device)
+            row["train_us"] = 1e3 * timed(step, device, repeats=3, graph=False)[0] / L
+            row["train_megabytes"] = peak_megabytes(step, device)
+            del step
+            model = build_model(name, d=64, L=L).to(device)
+            tokens, _ = recall_batch(1, L, device=device)
+            with torch.no_grad():
+                def read():
+                    states = None
+                    for piece in tokens.split(PIECE, dim=1):
+                        _, states = model.stream(piece, states)
+                    return states
+                row["read_us"] = 1e3 * timed(read, device, repeats=3, graph=False)[0] / L
+                row["read_megabytes"] = peak_megabytes(read, device)
+                states = read()
+                row["token_ms"] = timed(lambda: model.stream(tokens[:, -1:], states), device, graph=False)[0]
+                row["state_bytes"] = sum(v.nbytes for state in states for v in state)
+            memory = "  ".join(f"{row[k]:7.0f} MB" if row[k] else "" for k in ("train_megabytes", "read_megabytes"))
+            print(f"  {name:6} {L:8}  train {row['train_us']:8.2f}  read {row['read_us']:8.3f}  {memory}"
+                  f"  one more {row['token_ms']:.3f}  state {row['state_bytes']}", flush=True)
+            rows.append(row)
+            L *= 4
+    return rows
+
+
+TABLES = {"scan": scan_table, "step": step_table, "length": length_table}
+
+
+def main(argv=None):
+    parser = short_errors(argparse.ArgumentParser(description="Time the scan, the training step and what length costs."))
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="which tables (default: all)")
+    parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: the best one here)")
+    parser.add_argument("--out", metavar="FILE.json", help="write the numbers there too")
+    args = parser.parse_args(argv)
+    try:
+        device = pick_device(args.device)
+        if device.type not in SHAPES:
+            raise ValueError(f"--device is {args.device or device.type!r}, but bench.py times cuda and cpu")
+    except ValueError as error:
+        parser.error(str(error))
+    torch.manual_seed(0)
+    env = {"torch": torch.__version__, "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
+           "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+    print(", ".join(f"{key} {value}" for key, value in env.items()))
+    tables = {name: TABLES[name](device) for name in args.tables}
+    if args.out:
+        write_json(args.out, {"bench": tables, "env": env})
+
+
+if __name__ == "__main__":
+    main()
