@@ -109,11 +109,13 @@ class ChunkedScan(torch.autograd.Function):
         u, y = dt * x, x.new_empty(L, b, D)
         ctx.T, ctx.starts, ctx.from_zero = T, [], h is None
         h = x.new_zeros(N, b, D) if h is None else h.permute(2, 0, 1).contiguous()
+        space = x.new_empty(2, T, N, b, D)                     # used for every chunk again: fresh memory costs page faults
         for dt_k, u_k, B_k, C_k, y_k in zip(*(v.split(T) for v in (dt, u, B, C, y))):
             ctx.starts.append(h)
-            a = torch.mul(dt_k, A).exp_()                                              # (T, N, b, D)
-            hs = u_k * B_k                                                             # (T, N, b, D), b_t until _run
-            h = _run(a.unbind(), hs.unbind(), h).clone()                               # a view would keep all of hs
+            a, hs = space[:, :len(dt_k)]                                               # (T, N, b, D) each
+            torch.mul(dt_k, A, out=a).exp_()
+            torch.mul(u_k, B_k, out=hs)                                                # b_t until _run
+            h = _run(a.unbind(), hs.unbind(), h).clone()                               # a view would not survive the chunk
             torch.sum(torch.mul(hs, C_k, out=a), 1, out=y_k)                           # (T, b, D); a is free by now
         return y.transpose(0, 1).contiguous(), h.permute(1, 2, 0).contiguous()
 
@@ -126,14 +128,16 @@ class ChunkedScan(torch.autograd.Function):
         dB, dC = torch.empty_like(B[..., 0]), torch.empty_like(C[..., 0])              # (L, N, b)
         dA = x.new_zeros(T, *A.shape)                                                  # (T, N, b, D), summed at the end
         carry = dh.permute(2, 0, 1).contiguous()               # (N, b, D), what later steps say of h: a_{t+1} g_{t+1}
+        space = x.new_empty(3, T + 1, *A.shape)
         chunks = list(zip(ctx.starts, *(v.split(T) for v in (dt, u, B, C, dy, du, ddt, dB, dC))))
         for start, dt_k, u_k, B_k, C_k, dy_k, du_k, ddt_k, dB_k, dC_k in reversed(chunks):
-            a = torch.mul(dt_k, A).exp_()                                              # (T, N, b, D), as are hs and g
-            hs = x.new_empty(len(a) + 1, *A.shape)                                     # the states, and the one before
+            a, g, hs = space[:, :len(dt_k) + 1]
+            a, g, h, h_before = a[1:], g[1:], hs[1:], hs[:-1]                          # (T, N, b, D) each
+            torch.mul(dt_k, A, out=a).exp_()
+            torch.mul(u_k, B_k, out=h)
             hs[0] = start
-            h, h_before = torch.mul(u_k, B_k, out=hs[1:]), hs[:-1]
             _run(a.unbind(), h.unbind(), start)
-            g = C_k * dy_k
+            torch.mul(C_k, dy_k, out=g)
             g[-1] += carry
             _run(a.unbind()[:0:-1], g.unbind()[-2::-1], g[-1])                         # g_t += a_{t+1} g_{t+1}, t falling
             carry = a[0] * g[0]

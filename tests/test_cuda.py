@@ -3,16 +3,29 @@
 import pytest
 import torch
 
+import fused_scan
 import mamba
 from mamba import selective_scan, selective_scan_ref
 from test_mamba import assert_close, everything, operands
 
 
-@pytest.mark.parametrize("L, with_h", [(64, True), (100, False)])
-def test_compiled_scan_equals_float64(L, with_h):
+@pytest.mark.parametrize("L, with_h", [(20, True), (50, False)])
+def test_compiled_scan_equals_float64(L, with_h, monkeypatch):
+    """One piece of two chunks, and three pieces of which the last is shorter."""
+    monkeypatch.setattr(fused_scan, "MOST_STEPS", 20)
     inputs = [None if v is None else v.float().double() for v in operands(L, D=16, N=16, h=with_h)]
     assert mamba.compile_scan
     assert_close(everything(selective_scan, inputs, torch.float32, "cuda"), everything(selective_scan_ref, inputs))
+
+
+def test_bfloat16_inputs():
+    x, dt, A, B, C, h = (v.float() for v in operands(20, D=16, N=16))
+    inputs = [x.bfloat16(), dt.bfloat16(), A, B.bfloat16(), C.bfloat16(), h]
+    found = everything(selective_scan, inputs, device="cuda")
+    assert found["y"].dtype == torch.bfloat16 and found["last state"].dtype == torch.float32
+    exact = everything(selective_scan_ref, [v.double() for v in inputs])
+    assert_close({"last state": found["last state"]}, {"last state": exact["last state"]})
+    assert_close(found, exact, outputs=1e-2, gradients=1e-2)
 
 
 def test_recorded_training_equals_plain(train_tiny, tmp_path):
