@@ -6,7 +6,7 @@
 
 Imports nothing of this repository; imported by hybrid.
 
-Letters: B batch, L tokens in this call, S tokens seen before it (in the cache), H heads, P size of a head.
+Letters: B batch, L tokens in this call, Q of them that ask, S tokens seen before (in the cache), H heads, P size of a head.
 """
 
 from typing import NamedTuple
@@ -67,20 +67,25 @@ class Attention(nn.Module):
         if recency is not None:
             nn.init.constant_(self.qkv.bias[:2 * d_model], recency)
 
-    def forward(self, x, state=None):
-        """x (B, L, d_model), state a KVCache of S earlier tokens or None -> y (B, L, d_model), the longer KVCache."""
+    def forward(self, x, state=None, queries=None):
+        """x (B, L, d_model), state a KVCache of S earlier tokens or None -> y (B, L, d_model), the longer KVCache.
+
+        queries: how many of the last tokens ask, None for all. The others only leave their keys and values, and y is
+        (B, queries, d_model): who reads off the last token alone saves nearly all of the attention.
+        """
         B, L, d = x.shape
         S = 0 if state is None else state.k.shape[2]
-        qkv = self.qkv(x).view(B, L, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)       # (3, B, H, L, P)
-        q, k, v = qkv.unbind()                                                         # (B, H, L, P) each
+        Q = L if queries is None else queries
+        q, k, v = self.qkv(x).view(B, L, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)   # (B, H, L, P) each
+        q = q[:, :, L - Q:]                                                            # (B, H, Q, P)
         if self.position == "rope":
-            q, k = rotary(qkv[:2], S).unbind()
+            q, k = rotary(q, S + L - Q), rotary(k, S)
         if state is not None:
             k, v = torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2)      # (B, H, S+L, P)
-        # Query t of this call is token S + t: it sees keys 0 ... S + t. A single query sees them all.
-        mask = torch.ones(L, S + L, dtype=torch.bool, device=x.device).tril(S) if S > 0 and L > 1 else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=S == 0)  # (B, H, L, P)
-        return self.out_proj(y.transpose(1, 2).reshape(B, L, d)), KVCache(k, v)
+        # The first query is token S + L - Q: it sees keys 0 ... S + L - Q, the next one more, the last one all.
+        mask = torch.ones(Q, S + L, dtype=torch.bool, device=x.device).tril(S + L - Q) if 1 < Q < S + L else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=Q == S + L)  # (B, H, Q, P)
+        return self.out_proj(y.transpose(1, 2).reshape(B, Q, d)), KVCache(k, v)
 
 
 class LearnedPosition(nn.Module):

@@ -63,17 +63,19 @@ class Model(nn.Module):
         self.norms = nn.ModuleList(RMSNorm(d, bias if isinstance(layer, Mamba) else None) for layer in layers)
         self.head = nn.Sequential(RMSNorm(d), nn.Linear(d, K, bias=False))
 
-    def stream(self, tokens, states=None):
+    def stream(self, tokens, states=None, only_last=False):
         """Run a piece of a sequence: tokens (B, L), states as an earlier piece left them, or None at the start.
 
-        Returns x (B, L, d) before the head and the list of states, one for each layer. Pieces give what the whole gives.
+        Returns x (B, L, d) before the head, or (B, 1, d) if only the last token's is wanted, and the list of states, one for
+        each layer. Pieces give what the whole gives.
         """
         x = self.embedding(tokens)                                                     # (B, L, d)
         states = list(states or [None] * len(self.layers))
         for i, (norm, layer) in enumerate(zip(self.norms, self.layers)):
-            y, states[i] = layer(norm(x), states[i])
-            x = x + y
-        return x, states
+            asks = {"queries": 1} if only_last and layer is self.layers[-1] and isinstance(layer, Attention) else {}
+            y, states[i] = layer(norm(x), states[i], **asks)
+            x = x[:, x.shape[1] - y.shape[1]:] + y
+        return x[:, -1:] if only_last else x, states
 
     @staticmethod
     def select(states, rows):
@@ -89,10 +91,8 @@ class Model(nn.Module):
 
     def forward(self, tokens, last=None):
         """tokens (B, L + 1) int64 -> logits (B, K) at the last token, or in row b at token last[b]."""
-        x, _ = self.stream(tokens)
-        if last is None:
-            return self.head(x[:, -1])
-        return self.head(x[torch.arange(len(x), device=x.device), last])
+        x, _ = self.stream(tokens, only_last=last is None)                             # (B, 1 or L+1, d)
+        return self.head(x[:, -1] if last is None else x[torch.arange(len(x), device=x.device), last])
 
 
 def build_model(name, K=16, d=8, L=64, n_heads=1, learn_embedding=False):

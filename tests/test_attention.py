@@ -89,6 +89,18 @@ def test_pieces_equal_one_call(position, sizes):
 
 
 @pytest.mark.parametrize("position", ["none", "rope"])
+@pytest.mark.parametrize("queries", [1, 3, 5])
+@pytest.mark.parametrize("seen", [0, 4])
+def test_last_queries_alone(position, queries, seen):
+    layer, x = layer_and_input(2, position)
+    state = layer(x[:, :seen])[1] if seen else None
+    y, cache = layer(x[:, seen:seen + 5], state)
+    y_last, cache_last = layer(x[:, seen:seen + 5], state, queries)
+    assert y_last.shape[1] == queries and torch.allclose(y[:, -queries:], y_last, atol=1e-12)
+    assert torch.equal(cache.k, cache_last.k) and torch.equal(cache.v, cache_last.v)
+
+
+@pytest.mark.parametrize("position", ["none", "rope"])
 def test_causal(position):
     layer, x = layer_and_input(2, position)
     changed = x.clone()

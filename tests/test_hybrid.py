@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 import hybrid
-from conftest import in_pieces
+from conftest import in_pieces, relative
 from data import embedding_table
 from hybrid import MODELS, Model, build_model
 
@@ -27,7 +27,11 @@ def test_forward_gives_logits(name):
     logits = model(tokens)
     assert logits.shape == (3, 16) and logits.isfinite().all()
     x, states = model.stream(tokens)
-    assert torch.equal(model.head(x[:, -1]), logits) and len(states) == len(model.layers)
+    assert relative(model.head(x[:, -1]), logits) < 1e-5 and len(states) == len(model.layers)
+    last, same_states = model.stream(tokens, only_last=True)
+    assert relative(last, x[:, -1:]) < 1e-5 and last.shape == (3, 1, x.shape[2])
+    for a, b in zip(states, same_states):
+        assert all(torch.equal(p, q) for p, q in zip(a, b)) if isinstance(a, tuple) else a == b
 
 
 @pytest.mark.parametrize("name, layers", [
