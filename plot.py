@@ -2,12 +2,14 @@
 
     python plot.py results/*.json                       all figures, into figures/
     python plot.py results/*_M1_tau1_*.json --out .     those of one task
+    python plot.py --inside results/X.pt                what a trained model does on one sequence
 
 Runs of one task (tau, K, d, L, train-lengths) share two figures: length_*.png, accuracy against context length, and
 training_*.png, accuracy against training step. Each M is a panel, each model a curve: the median over its seeds, in a
-band from the lowest to the highest.
+band from the lowest to the highest. Each checkpoint given to --inside has a figure of its own, inside_*.png.
 
-Imports nothing of this repository and needs no torch: it reads JSON only.
+Imports nothing of this repository and needs no torch, for it reads JSON only. But --inside runs a model: for that alone,
+when it is asked for, inside.py is imported, and torch with it.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import os
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MultipleLocator, NullLocator
@@ -38,6 +41,7 @@ GREY = "0.35"
 LOOK = {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
         "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY}
 LABEL_GAP = 0.062    # between the labels at the curves' ends, in units of accuracy
+MARKS = {"q": "#D55E00", "v": "#009E73"}  # the query and its value in a sequence
 
 
 def style(model):
@@ -191,6 +195,77 @@ def draw(task, panels, kind):
     return fig
 
 
+def images(layer, look):
+    """The images that show a layer, from the top -> a list of (title, image, label of the colour bar, colours)."""
+    share = dict(vmin=0, vmax=1)
+    if "maps" in layer:
+        shown, q, v, last = [], look["q"], look["v"], len(look["tokens"]) - 1
+        for head, w in enumerate(layer["maps"], 1):
+            title = f"v looks at q: {w[v, q]:.2f}\nlast q looks at v: {w[last, v]:.2f}"
+            shown.append((f"head {head}: {title}" if len(layer["maps"]) > 1 else title, np.where(np.tri(last + 1), w, np.nan),
+                          "attention weight (grey: later tokens, not seen)", share))
+        return shown
+    rows = np.ptp(layer["dt"], axis=1).argsort()[::-1]  # the channels that choose among tokens stand together, on top
+    dt, left = layer["dt"][rows], layer["left"][rows]
+    step = dict(norm=LogNorm(1e-3, 3, clip=True))
+    return [("step Δ (channels sorted by its range)\npale: passes a token by, dark: resets the state", dt, "Δ", step),
+            ("what is left of each token at the end\npale: forgotten, dark: kept", left, "left, mean over states", share),
+            ("weight of each token in the state at the end:\nthe product of the two above", dt * left, "Δ times what is left",
+             step)]
+
+
+def mark(ax, look, rows):
+    """Frame the columns of q, v and the last q in an image, and if rows is true, their rows too."""
+    for place, name in ((look["q"], "q"), (look["v"], "v"), (len(look["tokens"]) - 1, "q")):
+        text = dict(textcoords="offset points", color=MARKS[name], fontsize=10, fontweight="bold")
+        ax.annotate(name, (place, 1), (0, 2), ax.get_xaxis_transform(), ha="center", **text)
+        if rows:
+            ax.annotate(name, (1, place), (3, 0), ax.get_yaxis_transform(), va="center_baseline", **text)
+        for edge in (place - 0.5, place + 0.5):
+            ax.axvline(edge, color=MARKS[name], lw=0.7)
+            if rows:
+                ax.axhline(edge, color=MARKS[name], lw=0.7)
+
+
+def draw_inside(look):
+    """The figure of what inside.look found: a column for each layer, in which tokens go from left to right."""
+    tokens, config = look["tokens"], look["config"]
+    columns = [(depth, layer) for depth, layer in enumerate(look["layers"], 1) if layer]
+    height = 4.6  # of a map, in inches; three images of a Mamba layer share 7.4
+    tall = max(height * len(layer["maps"]) if "maps" in layer else 7.4 for _, layer in columns)
+    fig = Figure(figsize=(max(7, 4 * len(columns)), tall + 1), layout="constrained")
+    for (depth, layer), part in zip(columns, np.atleast_1d(fig.subfigures(1, len(columns), wspace=0.02))):
+        attends, shown = "maps" in layer, images(layer, look)
+        part.suptitle(f"layer {depth} of {len(look['layers'])}: {'attention' if attends else 'Mamba'}", fontsize=12)
+        heights = [height] * len(shown)
+        if attends and tall > sum(heights):  # another layer's images are taller together: leave room below
+            heights.append(tall - sum(heights))
+        axes = part.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for ax in axes[len(shown):]:
+            ax.set_axis_off()
+        for ax, (title, image, label, colours) in zip(axes, shown):
+            bar = dict(location="bottom", aspect=30) if attends else dict(pad=0.02)
+            drawn = ax.imshow(image, cmap="Blues", aspect="auto", interpolation="nearest", **colours)
+            part.colorbar(drawn, ax=ax, label=label, **bar)
+            ax.set_title(title, pad=19, fontsize=10)
+            ax.set_facecolor("0.9")
+            ax.set_xticks(range(len(tokens)), tokens, fontsize=8, rotation=90)
+            if attends:
+                ax.set_yticks(range(len(tokens)), tokens, fontsize=8)
+                ax.set(xlabel="token looked at (key)", ylabel="token that looks (query)")
+            else:
+                ax.set(yticks=[], ylabel=f"{len(image)} channels")
+                ax.tick_params(labelbottom=ax is axes[-1])
+            mark(ax, look, rows=attends)
+        if not attends:
+            axes[-1].set_xlabel("token, mixed by the convolution\nwith those just before it")
+    verdict = "right" if look["answer"] == look["label"] else "wrong"
+    fig.suptitle("{model}, M = {M}, delay tau = {tau}, d = {d}, seed {seed}\n".format(**config)
+                 + f"{len(tokens) - 1} tokens, then the query: answer {look['answer']}, label v = {look['label']}, {verdict}",
+                 fontsize=12)
+    return fig
+
+
 def save(fig, path):
     """Write a PNG and move it to its place: at any moment the old file or the new one, whole."""
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -202,22 +277,46 @@ def save(fig, path):
             os.remove(temporary)
 
 
+def figures_of_results(paths):
+    """Read results -> {file name: figure}. Raises ValueError, in one sentence."""
+    figures = {}
+    for task, panels in group(paths).items():
+        for kind in ("length", "training"):
+            name = "{}_tau{}_K{}_d{}_L{}_M{}".format(kind, *task[:4], "-".join(map(str, panels)))
+            figures[name + (".png" if task[4] == "fixed" else f"_{task[4]}.png")] = draw(task, panels, kind)
+    return figures
+
+
+def figures_of_insides(paths):
+    """Read checkpoints and run their models -> {file name: figure}. Raises ValueError, in one sentence."""
+    from inside import look  # here, because it needs torch, which nothing else in this file does
+
+    figures, seen = {}, {}
+    for path in dict.fromkeys(paths):
+        name = f"inside_{os.path.splitext(os.path.basename(path))[0]}.png"
+        if name in seen:
+            raise ValueError(f"{path} and {seen[name]} would both be drawn into {name}: give each its own --out")
+        seen[name] = path
+        figures[name] = draw_inside(look(path))
+    return figures
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser("plot.py", description="Draw the figures from the JSON files that train.py writes.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one sentence, without all flags
-    parser.add_argument("results", nargs="+", metavar="RUN.json", help="results that train.py wrote")
+    parser.add_argument("results", nargs="*", metavar="RUN.json", help="results that train.py wrote")
+    parser.add_argument("--inside", nargs="+", default=[], metavar="RUN.pt",
+                        help="checkpoints that train.py wrote: draw what each model does on one sequence, without results")
     parser.add_argument("--out", default="figures", metavar="DIR", help="where the figures go (default: figures)")
     args = parser.parse_args(argv)
+    if bool(args.results) == bool(args.inside):
+        parser.error("give it either results, RUN.json ..., or checkpoints, --inside RUN.pt ...")
     matplotlib.rcParams.update(LOOK)
     try:
-        figures = {}
-        for task, panels in group(args.results).items():
-            for kind in ("length", "training"):
-                name = "{}_tau{}_K{}_d{}_L{}_M{}".format(kind, *task[:4], "-".join(map(str, panels)))
-                name += ".png" if task[4] == "fixed" else f"_{task[4]}.png"
-                figures[os.path.join(args.out, name)] = draw(task, panels, kind)
+        figures = figures_of_insides(args.inside) if args.inside else figures_of_results(args.results)
         os.makedirs(args.out, exist_ok=True)
-        for path, fig in figures.items():
+        for name, fig in figures.items():
+            path = os.path.join(args.out, name)
             save(fig, path)
             print(path)
     except ValueError as error:
