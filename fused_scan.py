@@ -35,63 +35,69 @@ def _split(v):
 
 
 def _states(x, dt, A, B, h):
-    """Every chunk's states from its first state h (b, c, D, N) on: a list of T + 1."""
-    x, dt, B = (v.to(A.dtype) for v in (x, dt, B))                                     # (b, c, T, D or N)
-    hs = [h]
+    """Every chunk's states after its first state h (b, c, D, N), one after another: T of them."""
+    x, dt, B = x.to(A.dtype), dt.to(A.dtype), B.to(A.dtype)                            # (b, c, T, D or N)
     for t in range(x.shape[2]):
         u = (dt[:, :, t] * x[:, :, t])[..., None] * B[:, :, t, None, :]                # (b, c, D, N)
-        hs.append(torch.exp(dt[:, :, t, :, None] * A) * hs[-1] + u)
-    return hs
+        h = torch.exp(dt[:, :, t, :, None] * A) * h + u
+        yield h
 
 
 def _adjoints(dt, A, C, dy, carry):
-    """Every chunk's g_t and a_t g_t, from the carry (b, c, D, N) that arrives at its end: two lists of T."""
-    dt, C, dy = (v.to(A.dtype) for v in (dt, C, dy))
-    gs, carries = [], []
+    """Every chunk's t, g_t and a_t g_t, from the carry (b, c, D, N) that arrives at its end, from the last t to the first."""
+    dt, C, dy = dt.to(A.dtype), C.to(A.dtype), dy.to(A.dtype)
     for t in reversed(range(dt.shape[2])):
-        gs.append(carry + dy[:, :, t, :, None] * C[:, :, t, None, :])                  # (b, c, D, N)
-        carry = torch.exp(dt[:, :, t, :, None] * A) * gs[-1]
-        carries.append(carry)
-    return gs[::-1], carries[::-1]
+        g = carry + dy[:, :, t, :, None] * C[:, :, t, None, :]                         # (b, c, D, N)
+        carry = torch.exp(dt[:, :, t, :, None] * A) * g
+        yield t, g, carry
 
 
 def _ends(x, dt, A, B):
     """A chunk's last state from zero, and its whole decay: (b, c, D, N) each."""
-    return _states(x, dt, A, B, 0.0)[-1], torch.exp(dt.to(A.dtype).sum(2)[..., None] * A)
+    for h in _states(x, dt, A, B, 0.0):
+        pass
+    return h, torch.exp(dt.to(A.dtype).sum(2)[..., None] * A)
 
 
 def _outputs(x, dt, A, B, C, h):
-    hs = _states(x, dt, A, B, h)[1:]
-    return torch.stack([(h * C[:, :, t, None, :]).sum(-1).to(x.dtype) for t, h in enumerate(hs)], dim=2)
+    y = []
+    for t, h in enumerate(_states(x, dt, A, B, h)):
+        y.append((h * C[:, :, t, None, :]).sum(-1).to(x.dtype))                        # (b, c, D)
+    return torch.stack(y, dim=2)
 
 
 def _first_carry(dt, A, C, dy):
     """What a chunk's own outputs say about its first state: (b, c, D, N)."""
-    return _adjoints(dt, A, C, dy, 0.0)[1][0]
+    for _, _, carry in _adjoints(dt, A, C, dy, 0.0):
+        pass
+    return carry
 
 
 def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carry):
     """The sums over n, and dA for every chunk by itself."""
-    hs, (gs, carries) = _states(x, dt, A, B, h), _adjoints(dt, A, C, dy, carry)
+    before = [h, *_states(x, dt, A, B, h)]                                             # before[t] is h_{t-1}
     dx, ddt, dA = [], [], 0.0
-    for t, (h_before, g, carry) in enumerate(zip(hs, gs, carries)):
+    for t, g, carry in _adjoints(dt, A, C, dy, carry):
         du = (g * B[:, :, t, None, :]).sum(-1)                                         # (b, c, D)
-        d_dtA = carry * h_before                                                       # (b, c, D, N), g_t a_t h_{t-1}
+        d_dtA = carry * before[t]                                                      # (b, c, D, N), g_t a_t h_{t-1}
         dx.append((du * dt[:, :, t]).to(x.dtype))
         ddt.append(((d_dtA * A).sum(-1) + du * x[:, :, t]).to(dt.dtype))
         dA = dA + d_dtA * dt[:, :, t, :, None]
-    return torch.stack(dx, dim=2), torch.stack(ddt, dim=2), dA
+    return torch.stack(dx[::-1], dim=2), torch.stack(ddt[::-1], dim=2), dA
 
 
 def _gradient_B(x, dt, A, B, C, dy, carry):
-    gs, _ = _adjoints(dt, A, C, dy, carry)
-    u = dt.to(A.dtype) * x
-    return torch.stack([(g * u[:, :, t, :, None]).sum(-2).to(B.dtype) for t, g in enumerate(gs)], dim=2)
+    u, dB = dt.to(A.dtype) * x, []
+    for t, g, _ in _adjoints(dt, A, C, dy, carry):
+        dB.append((g * u[:, :, t, :, None]).sum(-2).to(B.dtype))                       # (b, c, N)
+    return torch.stack(dB[::-1], dim=2)
 
 
 def _gradient_C(x, dt, A, B, C, dy, h):
-    hs = _states(x, dt, A, B, h)[1:]
-    return torch.stack([(h * dy[:, :, t, :, None]).sum(-2).to(C.dtype) for t, h in enumerate(hs)], dim=2)
+    dC = []
+    for t, h in enumerate(_states(x, dt, A, B, h)):
+        dC.append((h * dy[:, :, t, :, None]).sum(-2).to(C.dtype))                      # (b, c, N)
+    return torch.stack(dC, dim=2)
 
 
 def _across(ends, decay, h):
