@@ -4,7 +4,7 @@
     position="rope"     rotary: query and key are turned by an angle proportional to their position
     LearnedPosition     a layer of its own, which adds a trained vector for each absolute position
 
-Imports nothing of this repository; imported by hybrid.
+Imports nothing of this repository.
 
 Letters: B batch, L tokens in this call, Q of them that ask, S tokens seen before (in the cache), H heads, P size of a head.
 """

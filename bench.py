@@ -3,15 +3,16 @@
     python bench.py                       all tables
     python bench.py --tables scan step    some of them
 
-Beside the scan stand mambapy's pscan and mamba_ssm's kernel, if they can be imported. On CUDA what is timed is recorded as a
-graph and replayed, so that what the host needs to launch it is left out, as it is in train.py. Every number is the median
-of several, with the lowest and the highest.
+Beside the scan stand mambapy's pscan and mamba_ssm's kernel, if they can be imported. On CUDA the scan and the training step
+are recorded as a graph and replayed, so that what the host needs to launch them is left out, as it is in train.py. Times
+are medians of several calls, after two that do not count. With --out the numbers are written as JSON too.
 
-Imports mamba, hybrid, data and train. With --out the numbers are written as JSON, and plot.py draws those of the length.
+Imports data, eval, hybrid, mamba and train.
 """
 
 import argparse
 import gc
+import os
 import statistics
 import time
 
@@ -132,10 +133,10 @@ def scan_table(device):
 # ---- a training step ----
 
 def config_for(model, **changes):
-    """train.py's config for its default flags."""
+    """train.py's config for its default flags, but for the changes."""
     _, args = train.parse([])
     single = {flag: values[0] for flag, values in vars(args).items() if isinstance(values, list)}
-    return {**vars(args), **single, "model": model, "lr": 1e-3, **changes}
+    return {**vars(args), **single, "model": model, **changes}
 
 
 def step_table(device):
@@ -163,8 +164,7 @@ def length_table(device):
         L = 2**10
         while L <= most:
             row = {"model": name, "length": L}
-            train_config = config_for(name, d=64, L=L, batch_size=1, compile=device.type == "cuda")
-            _, _, _, step = train.prepare(train_config, device)
+            _, _, _, step = train.prepare(config_for(name, d=64, L=L, batch_size=1), device)
             row["train_us"] = 1e3 * timed(step, device, repeats=3, graph=False)[0] / L
             row["train_megabytes"] = peak_megabytes(step, device)
             del step
@@ -202,6 +202,8 @@ def main(argv=None):
         device = pick_device(args.device)
         if device.type not in SHAPES:
             raise ValueError(f"--device is {args.device or device.type!r}, but bench.py times cuda and cpu")
+        if args.out and not os.access(os.path.dirname(args.out) or ".", os.W_OK):
+            raise ValueError(f"--out is {args.out!r}, but it cannot be written to")
     except ValueError as error:
         parser.error(str(error))
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ position i (counting from 1), its value v stands tau tokens later, and the label
     position    1   2  ...  i  ...  i+tau  ...  L  |  L+1
     token       .   .       q         v         .  |   q      -> v
 
-Imports nothing of this repository; imported by hybrid, eval and train.
+Imports nothing of this repository.
 """
 
 import numpy as np

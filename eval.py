@@ -5,7 +5,7 @@
 
 The numbers are printed and added to the run's JSON, results/X.json.
 
-Imports data and hybrid; imported by train. All models are causal, which is what makes this cheap: sequences of different
+Imports data and hybrid. All models are causal, which is what makes this cheap: sequences of different
 lengths share a forward pass, each read at its own last token, and long sequences go through in pieces.
 """
 
@@ -138,7 +138,8 @@ def some_lengths(L, tau):
 
 
 def short_errors(parser):
-    """Make a parser answer a wrong command with one sentence and status 2, without the list of all flags."""
+    """Make a parser answer a wrong command, also an abbreviated flag, with one sentence and status 2."""
+    parser.allow_abbrev = False
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     return parser
 
@@ -156,6 +157,8 @@ def main(argv=None):
         device = pick_device(args.device)
         if args.sequences < 1:
             raise ValueError(f"--sequences is {args.sequences}, but it must be at least 1")
+        if not 0 <= args.seed < 2**32:
+            raise ValueError(f"--seed is {args.seed}, but it must be from 0 to 2^32 - 1")
         runs = [(path, *load_run(path, device)) for path in args.checkpoints]
         for path, _, record in runs:
             tau = record["config"]["tau"]

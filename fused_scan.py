@@ -1,4 +1,4 @@
-"""All chunks of the selective scan at once, for GPUs: third form of the recurrence in mamba.py, and the fast one there.
+"""All chunks of the selective scan at once: the third form of the recurrence in mamba.py, and the fast one on a GPU.
 
 A GPU has room for every chunk, but a chunk needs the state that the one before it ends with. The recurrence is linear, so
 run every chunk from a zero state first; what its true first state adds to its last is exp(A sum of dt) times it:
@@ -11,10 +11,10 @@ place of h (mamba.py derives the gradient); what a chunk hands to the one before
 
 Each of the eight functions between _states and FUSE that the two operators at the end call is one kernel under
 torch.compile: the loop over the steps of a chunk is unrolled, its states live in registers, and what is written is y, a
-gradient, or one state a chunk. They take the same steps again and again on purpose: to compute a state costs less than to
-store it and read it back. Sums over n and sums over channels are kernels of their own, for a kernel adds up along one direction.
+gradient, or one state a chunk. Six of them take the same steps again on purpose: to compute a state costs less than to
+store it and read it back. Sums over n and over channels are kernels of their own, for a kernel adds up along one direction.
 
-Imports nothing of this repository; imported by mamba. Letters as there, and c chunks of T steps.
+Imports nothing of this repository. Letters as there, and c chunks of T steps.
 """
 
 import functools
@@ -130,7 +130,8 @@ def _kernel(function, off):
 
 
 @torch.library.custom_op("mamba::scan", mutates_args=())
-def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, off: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
+          off: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One piece of a sequence -> y, the last state, and for the gradient every chunk's first state and decay.
 
     An operator of its own, so that a compiled model calls it as it stands and does not take it apart.
@@ -182,7 +183,7 @@ _scan.register_autograd(_gradients, setup_context=_keep)
 
 
 def parallel_scan(x, dt, A, B, C, h=None, off=False):
-    """mamba.selective_scan_ref for any length: one piece after another, so that memory and kernels stop growing.
+    """mamba.selective_scan_ref for any length: one piece after another, so that kernels and their scratch memory stop growing.
 
     Arguments and results as there; A and h may be float32 where the others are bfloat16. off: leave torch.compile out.
     """

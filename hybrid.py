@@ -4,7 +4,7 @@ A pattern is a string with one letter for each layer, first layer first. To add 
 add a letter to LAYERS: its module maps x (B, L, d) and a state (None at the start) to y (B, L, d) and the next state. It must
 be causal; its state is a tensor or a tuple of tensors, batch first, or has nothing per row, such as a count of tokens.
 
-Imports attention, mamba and data; imported by eval and train.
+Imports attention, mamba and data.
 """
 
 import torch
@@ -60,7 +60,8 @@ class Model(nn.Module):
         self.embedding = nn.Embedding.from_pretrained(embedding_table(K, d), freeze=not learn_embedding)
         self.layers = nn.ModuleList(layers)
         bias = 0.5 if any(isinstance(layer, Attention) for layer in layers) else 0.0   # Mamba alone learns better from zero
-        self.norms = nn.ModuleList(RMSNorm(d, bias if isinstance(layer, Mamba) else None) for layer in layers)
+        self.norms = nn.ModuleList(nn.Identity() if isinstance(layer, LearnedPosition)  # which does not look at its input
+                                   else RMSNorm(d, bias if isinstance(layer, Mamba) else None) for layer in layers)
         self.head = nn.Sequential(RMSNorm(d), nn.Linear(d, K, bias=False))
 
     def stream(self, tokens, states=None, only_last=False):

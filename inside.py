@@ -4,7 +4,7 @@
 
 Nothing here changes a model: hooks on two of its linear maps see what goes through them, and the rest is recomputed.
 
-Imports attention, data, eval and mamba; imported by plot, for --inside only.
+Imports attention, data, eval and mamba; plot imports it for --inside only.
 """
 
 import torch

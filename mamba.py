@@ -12,7 +12,7 @@ about dt B x (section 2; the paper's equation 4 has the exact factor for B, its 
 Mamba lets dt, B and C depend on the token (section 3, algorithm 2). That makes the state selective: dt -> 0
 passes a token by and leaves the state alone, dt -> infinity forgets everything before it.
 
-The recurrence stands below in four forms, each tested to equal the one before it:
+The recurrence has four forms, each tested to equal the first:
 
     selective_scan_ref      the two equations above, one step at a time
     ChunkedScan             chunks of steps, one chunk after another, with its gradient written by hand: for CPUs
@@ -21,10 +21,11 @@ The recurrence stands below in four forms, each tested to equal the one before i
 
 selective_scan picks one of the first three by the device and the length.
 
-Imports fused_scan; imported by hybrid.
+Imports fused_scan.
 
 Letters, as in the paper: b batch, L steps, D channels, N states per channel. Each channel is a system of its own with its
 own row of A; all channels share B_t and C_t. In the Mamba layer the parameter D is also the skip connection from x to y.
+T is the number of steps in a chunk.
 """
 
 import math
@@ -58,10 +59,10 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
 
 # ---- 2. Chunks, one after another ------------------------------------------------------------------------------------
 #
-# Only h_t = a_t h_{t-1} + b_t has to go step by step. The decays a = exp(dt A), the inputs b = dt x B and the sums that
-# make y can be taken for many steps in one call, which is what makes the loop above slow: L times a dozen small calls,
-# and autograd keeps every (b, D, N) it meets. So cut time into chunks, small enough to stay in the processor's cache,
-# and keep nothing of a chunk but its first state.
+# The loop above is slow because it makes a dozen small calls at every step, and autograd keeps every (b, D, N) it meets.
+# But only h_t = a_t h_{t-1} + b_t has to go step by step: the decays a = exp(dt A), the inputs b = dt x B and the sums that
+# make y can be taken for many steps in one call. So cut time into chunks of T steps, small enough to stay in the
+# processor's cache, and keep nothing of a chunk but its first state.
 #
 # The gradient. Write g_t for dLoss/dh_t. The state h_t is used twice, by y_t and by h_{t+1}, so
 #
@@ -84,7 +85,7 @@ CHUNK_ELEMENTS = 2**18  # of a (T, N, b, D) tensor: 1 MiB in float32; 2^17 to 2^
 
 
 def _time_first(x, dt, A, B, C):
-    """Lay the operands out so that they broadcast to (T, N, b, D): a step is one piece of memory, sums go along rows."""
+    """Lay the operands out so that they broadcast to (T, N, b, D): a step is one piece of memory."""
     x, dt, B, C = (v.transpose(0, 1).contiguous() for v in (x, dt, B, C))              # (L, b, D or N)
     A = A.t()[:, None].expand(-1, x.shape[1], -1).contiguous()                         # (N, b, D)
     return x[:, None], dt[:, None], A, B.mT[..., None], C.mT[..., None]                # (L, 1, b, D), (L, N, b, 1)
@@ -154,7 +155,7 @@ class ChunkedScan(torch.autograd.Function):
                 None if ctx.from_zero else carry.permute(1, 2, 0))
 
 
-# ---- 3. All chunks at once -------------------------------------------------------------------------------------------
+# ---- 3. Which scan ---------------------------------------------------------------------------------------------------
 #
 # On a GPU the chunks need not wait for each other: fused_scan.py.
 

@@ -302,7 +302,8 @@ def figures_of_insides(paths):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("plot.py", description="Draw the figures from the JSON files that train.py writes.")
+    parser = argparse.ArgumentParser("plot.py", allow_abbrev=False,
+                                     description="Draw the figures from the JSON files that train.py writes.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one sentence, without all flags
     parser.add_argument("results", nargs="*", metavar="RUN.json", help="results that train.py wrote")
     parser.add_argument("--inside", nargs="+", default=[], metavar="RUN.pt",

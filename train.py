@@ -8,11 +8,11 @@
 A run writes OUT/NAME.json, the result, and OUT/NAME.pt, the model. A run that is killed goes on where it was when the same
 command is given again; a run that is finished is not repeated unless --overwrite says so.
 
-Imports data, hybrid and eval; bench times its step and plot draws what it writes.
+Imports data, eval and mamba; bench times its step, and plot draws what it writes.
 """
 
 import argparse
-import functools
+import datetime
 import itertools
 import json
 import math
@@ -71,7 +71,7 @@ def parse(argv):
     parser.add_argument("--learn-embedding", action="store_true", help="train the embedding table too")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best one here)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
-                        help="on CUDA: fuse the scan with torch.compile and record the step as one graph")
+                        help="on CUDA: fuse kernels with torch.compile and record the step as one graph")
     parser.add_argument("--out", default="results", metavar="DIR", help="where the results go (default: results)")
     parser.add_argument("--overwrite", action="store_true", help="repeat runs that are finished")
     return parser, parser.parse_args(argv)
@@ -89,12 +89,15 @@ def check(config):
     if not 0 <= config["seed"] < 2**32:
         raise ValueError(f"--seed is {config['seed']}, but it must be from 0 to 2^32 - 1")
     check_task(config["L"], config["K"], config["M"], config["tau"])
-    with torch.device("meta"):
-        model_from(config)
+    try:
+        with torch.device("meta"):
+            model_from(config)
+    except (RuntimeError, MemoryError):
+        raise ValueError(f"--K {config['K']} and --d {config['d']} make a model that does not fit into memory") from None
 
 
 def learning_rate(step, last, highest):
-    """A straight rise, a plateau, and a straight fall to zero at the step `last`, which takes a quarter of a short run.
+    """A straight rise, a plateau, and a straight fall to zero at the step `last`, over a quarter of the run if it is short.
 
     What is hard here is learned all at once, after a long wait that is different in every run. A plateau can wait; a
     schedule that falls from the start decides beforehand how long.
@@ -120,8 +123,9 @@ def processes():
 def prepare(config, device):
     """Make a config's model, and what it takes to train it -> model, optimizer, generator, step.
 
-    step() draws the next batch from the generator, takes one training step, and returns the loss of the batch. Of several
-    processes each draws the whole batch and trains on its share, so any number of them makes the same run, to rounding.
+    step() draws the next batch from the generator, takes one training step, and returns the loss. Of several processes each
+    draws the whole batch and trains on its share, so any number of them makes the same run, to rounding; the mean of what
+    their step() returns is the loss.
     """
     K, M, tau, L, batch_size = (config[k] for k in ("K", "M", "tau", "L", "batch_size"))
     (rank, world), on_cuda = processes(), device.type == "cuda"
@@ -200,7 +204,7 @@ def run(config, path, device):
                  "seconds": seconds + time.time() - began}
         write_atomically(saved, lambda temporary: torch.save(state, temporary))
 
-    # The loop. On CUDA the step runs as it is three times, is then recorded as one graph, and from there on replayed.
+    # The loop. On CUDA, if one process compiles, the step runs three times, is then recorded as one graph, and replayed.
     every = max(1, steps // POINTS)
     solved = solved_at(curves, config["stop_early"])
     began = last_save = time.time()
@@ -270,7 +274,8 @@ def load_saved(saved, config, device):
             return state
     except Exception:  # there is no telling how a file that is something else will fail
         pass
-    print(f"{saved} is not of a run with these flags, so this one starts from the beginning")
+    if processes()[0] == 0:
+        print(f"{saved} is not of a run with these flags, so this one starts from the beginning")
 
 
 def remove_saved(path):
@@ -281,8 +286,10 @@ def remove_saved(path):
 
 
 def same_run(a, b):
-    """Whether two configs make the same run: where the result goes does not change it."""
-    return all(a.get(flag) == b[flag] for flag in b if flag not in ("out", "overwrite"))
+    """Whether two configs make the same run: where its result goes, and on which of several GPUs it is, do not change it."""
+    def what(config):
+        return {**config, "device": str(config.get("device")).split(":")[0], "out": None, "overwrite": None}
+    return what(a) == what(b)
 
 
 def config_of(path):
@@ -302,7 +309,8 @@ def main(argv=None):
             if device.type == "cuda":
                 device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
                 torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                    timeout=datetime.timedelta(days=1))                # the others wait while one tests
         rank, world = processes()
         if args.batch_size < world:
             raise ValueError(f"--batch-size is {args.batch_size}, but {world} processes need at least a sequence each")
@@ -310,31 +318,32 @@ def main(argv=None):
         for values in itertools.product(*(dict.fromkeys(getattr(args, flag)) for flag in GRID)):
             configs.append({**vars(args), **dict(zip(GRID, values)), "device": str(device)})
             check(configs[-1])
-        try:
-            os.makedirs(args.out, exist_ok=True)
-            tempfile.TemporaryFile(dir=args.out).close()
-        except OSError as error:
-            raise ValueError(f"--out is {args.out!r}, but it cannot be written to: {error.strerror}") from None
-    except ValueError as error:
-        parser.error(str(error))
+        os.makedirs(args.out, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError):
+            error = f"--out is {args.out!r}, but it cannot be written to: {error.strerror}"
+        parser.error(str(error)) if os.environ.get("RANK", "0") == "0" else sys.exit(2)       # one process says it
 
+    say = print if rank == 0 else lambda *words, **options: None
     for number, config in enumerate(configs, 1):
         path = os.path.join(args.out, "{model}_M{M}_tau{tau}_K{K}_d{d}_L{L}_seed{seed}".format(**config))
-        say = functools.partial(print, f"[{number}/{len(configs)}]") if len(configs) > 1 else print
-        say = say if rank == 0 else lambda *words: None
+        count = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
         if os.path.exists(path + ".json") and not args.overwrite:
             note = "" if same_run(config_of(path + ".json"), config) else ", with other flags"
-            say(f"{path}.json is finished{note}; --overwrite repeats it")
+            say(f"{count}{path}.json is finished{note}; --overwrite repeats it")
             continue
         try:
             run(config, path, device)
         except FloatingPointError as error:
-            remove_saved(path)
-            sys.exit(f"train.py: {error}")
+            if rank == 0:
+                remove_saved(path)
+            sys.exit(f"train.py: {error}" if rank == 0 else 1)
         except KeyboardInterrupt:
-            print(f"stopped; the same command goes on with {path} from where it was last saved", file=sys.stderr)
+            goes_on = "from where it was last saved" if os.path.exists(path + RESUME) else "from the beginning"
+            say(f"stopped; the same command goes on with {path} {goes_on}", file=sys.stderr)
             sys.exit(130)
-        say(f"wrote {path}.json")
+        say(f"{count}wrote {path}.json")
     if world > 1:
         dist.destroy_process_group()
 

@@ -32,11 +32,11 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "TEST_BATCH", 8)
     for command in commands():
         script, *words = shlex.split(command)[1:]
-        words = [re.sub(r"_L64_(.+\.pt)$", r"_L12_\1", word) for word in words]
+        words = [re.sub(r"_L\d+_(.+\.pt)$", r"_L12_\1", word) for word in words]
         for name in words:
             if name.endswith(".pt") and not Path(name).exists():
-                model, M, tau = re.match(r"results/(.+)_M(\d+)_tau(\d+)_", name).groups()
-                train.main(["--model", model, "--M", M, "--tau", tau] + SMALL)
+                model, M, tau, d = re.match(r"results/(.+)_M(\d+)_tau(\d+)_K16_d(\d+)_", name).groups()
+                train.main(["--model", model, "--M", M, "--tau", tau, "--d", d] + SMALL)
         if script == "train.py":
             train.main(words + SMALL)
         elif script == "plot.py":
@@ -59,7 +59,7 @@ def test_help_names_every_flag_that_the_readme_uses(script, capsys):
 
 def test_readme_names_every_script_and_nothing_that_is_not_there():
     scripts = {path.name for path in ROOT.glob("*.py")}
-    assert scripts == set(re.findall(r"`(\w+\.py)`", README)) | ({"bench.py"} & scripts)
+    assert scripts == set(re.findall(r"`(\w+\.py)`", README))
     for figure in re.findall(r"\]\((\S+?\.png)\)", README):
         assert (ROOT / figure).exists(), figure
 
@@ -88,6 +88,15 @@ def test_every_number_of_the_results_table_is_the_one_in_results():
             beyond.append(min(a for n, a in accuracy.items() if 64 <= n <= 192))
         expected = [median(at), min(at), median(beyond), min(beyond)]
         assert numbers.split(" | ") == [f"{number:.3f}" for number in expected], (model, M, tau)
+
+
+def test_results_are_of_the_present_defaults():
+    _, defaults = train.parse([])
+    own = {"model", "M", "tau", "seed", "device", "out", "overwrite"}
+    for runs in results().values():
+        for run in runs:
+            for flag, value in vars(defaults).items():
+                assert flag in own or run["config"][flag] == (value[0] if isinstance(value, list) else value), flag
 
 
 def median(values):

@@ -204,14 +204,16 @@ def test_goes_on_only_with_the_same_flags(flags, steps, train_tiny, monkeypatch,
 
 # ---- several processes ----
 
-@pytest.mark.parametrize("count, flags", [(2, ["--model", "mamba"]), (3, ["--train-lengths", "uniform"])])
+@pytest.mark.parametrize("count, flags", [(2, ["--model", "mamba"]), (2, ["--model", "learned"]),
+                                          (3, ["--train-lengths", "uniform"])])
 def test_processes_share_a_run(count, flags, train_tiny, tmp_path):
     """Two and three processes, of which three get unequal shares of a batch of 4, make the run that one makes."""
     script = tmp_path / "script.py"
     script.write_text(f"import sys\nsys.path.insert(0, {ROOT!r})\nimport train\n"
                       "train.TEST_BATCH = train.TEST_SEQUENCES = 32\ntrain.main()\n")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
-                           "--", script, *TINY, *flags, "--out", tmp_path / "shared"], capture_output=True, text=True, timeout=120)
+                           "--", script, *TINY, *flags, "--out", tmp_path / "shared"],
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.count("wrote") == 1, done.stderr
     alone, = train_tiny(*flags)
     shared = json.loads(next((tmp_path / "shared").glob("*.json")).read_text())
@@ -291,7 +293,8 @@ def test_stops_early(train_tiny, monkeypatch):
     ("--model rope --d 6 --n-heads 2", "--n-heads 2"), ("--model rope --d 7", "odd size 7"),
     ("--model nope --n-heads 3", "--n-heads is 3"),
     ("--model nope --n-heads 0", "--n-heads is 0"), ("--model mamba --n-heads 0", "--n-heads is 0"),
-    ("--train-lengths some", "--train-lengths"), ("--heads 2", "--heads"), ("--seed", "--seed"),
+    ("--train-lengths some", "--train-lengths"), ("--step 20", "--step"),
+    ("--d 1000000000000", "does not fit"), ("--heads 2", "--heads"), ("--seed", "--seed"),
     ("--device cuda:77", "--device is 'cuda:77'"), ("--device nonsense", "--device is 'nonsense'"),
     ("--device meta", "--device is 'meta'")])
 def test_wrong_flags(flags, sentence, refuses, tmp_path):
