@@ -185,8 +185,7 @@ def run(config, path, device):
     rank, world = processes()
     model, optimizer, training, next_step = prepare(config, device)
     testing = torch.Generator(device).manual_seed(2 * config["seed"] + 1)
-    curves = {"step": [], "loss": [], "accuracy": []}
-    start, seconds = 0, 0.0
+    start, seconds, curves = 0, 0.0, {"step": [], "loss": [], "accuracy": []}
 
     # A run that was killed goes on from what it saved, if it was the same run.
     saved = path + RESUME
@@ -228,9 +227,8 @@ def run(config, path, device):
                 if world > 1:
                     dist.all_reduce(measured)                  # also makes sure that all come to the same conclusions
                 loss, accuracy = (measured / world).tolist()
-                curves["step"].append(step + 1)
-                curves["loss"].append(loss)
-                curves["accuracy"].append(accuracy)
+                for curve, value in zip(curves.values(), (step + 1, loss, accuracy)):
+                    curve.append(value)
                 solved = solved_at(curves, config["stop_early"])
                 bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.3f}")
                 if not math.isfinite(loss):
