@@ -12,6 +12,7 @@ Imports data, eval, hybrid, mamba and train.
 
 import argparse
 import gc
+import math
 import os
 import statistics
 import time
@@ -93,7 +94,7 @@ def scans(device, shape):
     found = {name: lambda *inputs, scan=scan: scan(*inputs, None)[0] for name, scan in ours.items()}
     if device.type == "cpu":
         found["parallel"] = lambda *inputs: mamba.parallel_scan(*inputs, None, True)[0]
-    if torch.Size(shape).numel() > 2**22:
+    if math.prod(shape) > 2**22:
         found["recurrence"] = "too slow here"
     for name, get in [("mambapy", mambapy_scan), ("mamba_ssm", official_scan)]:
         try:

@@ -31,11 +31,12 @@ def pick_device(name=None):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        assert device.type in ("cuda", "mps", "cpu")
         torch.empty(1, device=device)
-        return device
-    except Exception:  # torch raises AssertionError, RuntimeError or NotImplementedError, by build and name
-        raise ValueError(f"--device is {name!r}, but torch {torch.__version__} finds no such device here") from None
+    except (AssertionError, RuntimeError):                     # which one depends on how torch was built
+        device = None
+    if device is None or device.type not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"--device is {name!r}, but torch {torch.__version__} finds no such device here")
+    return device
 
 
 def write_atomically(path, write):
