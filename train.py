@@ -40,7 +40,7 @@ CLIP = 0.2           # largest norm of the gradient
 TEST_BATCH = 512     # sequences of a fresh test batch during training
 POINTS = 200         # times that the curves are measured in a run
 SOLVED = 10, 0.99    # a run has solved its task when so many test batches in a row were at least so accurate
-COOLDOWN = 1000      # and then ends after so many more steps, in which the learning rate falls
+COOLDOWN = 1000, 1 / 5  # at the end the learning rate falls, for so many steps or so much of the run, whichever is longer
 TEST_SEQUENCES = 1024  # of each length, after training
 SAVE_SECONDS = 5     # between saves of a run that is not finished
 RESUME = ".resume.pt"  # what a run that is not finished is saved under
@@ -97,22 +97,23 @@ def check(config):
 
 
 def learning_rate(step, last, highest):
-    """A straight rise, a plateau, and a straight fall to zero at the step `last`, over a quarter of the run if it is short.
+    """A straight rise, a plateau, and a straight fall to zero at the step `last`.
 
     What is hard here is learned all at once, after a long wait that is different in every run. A plateau can wait; a
     schedule that falls from the start decides beforehand how long.
     """
-    return highest * min(1, (step + 1) / WARMUP, (last - step) / min(COOLDOWN, last / 4))
+    steps, share = COOLDOWN
+    return highest * min(1, (step + 1) / WARMUP, (last - step) / max(share * last, min(steps, last / 4)))
 
 
-def solved_at(curves, stop_early=True):
-    """The step at which a run had solved its task, or None."""
-    if not stop_early:
-        return None
-    batches, accuracy = SOLVED
+def last_step(curves, config):
+    """Where a run ends: after config's steps, or when it has cooled down since it had solved its task."""
+    (batches, accuracy), (steps, share) = SOLVED, COOLDOWN
     for k in range(batches, len(curves["step"]) + 1):
-        if min(curves["accuracy"][k - batches:k]) >= accuracy:
-            return curves["step"][k - 1]
+        if config["stop_early"] and min(curves["accuracy"][k - batches:k]) >= accuracy:
+            solved = curves["step"][k - 1]
+            return min(config["steps"], max(solved + steps, round(solved / (1 - share))))
+    return config["steps"]
 
 
 def processes():
@@ -205,12 +206,11 @@ def run(config, path, device):
 
     # The loop. On CUDA, if one process compiles, the step runs three times, is then recorded as one graph, and replayed.
     every = max(1, steps // POINTS)
-    solved = solved_at(curves, config["stop_early"])
+    last = last_step(curves, config)
     began = last_save = time.time()
     with tqdm(range(start, steps), initial=start, total=steps, unit=" steps", desc=os.path.basename(path),
               dynamic_ncols=True, disable=rank > 0) as bar:
         for step in bar:
-            last = steps if solved is None else min(steps, solved + COOLDOWN)
             if step == last:
                 break
             lr = learning_rate(step, last, config["lr"])
@@ -229,7 +229,7 @@ def run(config, path, device):
                 loss, accuracy = (measured / world).tolist()
                 for curve, value in zip(curves.values(), (step + 1, loss, accuracy)):
                     curve.append(value)
-                solved = solved_at(curves, config["stop_early"])
+                last = last_step(curves, config)
                 bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.3f}")
                 if not math.isfinite(loss):
                     raise FloatingPointError(f"the loss is {loss} at step {step + 1} of {path}; "

@@ -248,31 +248,36 @@ def test_learning_rate_far_too_high(model, train_tiny, tmp_path):
 
 
 def test_learning_rate():
-    warm_up, cool_down = train.WARMUP, train.COOLDOWN
-    rates = [train.learning_rate(step, 5000, 0.01) for step in range(5001)]
-    assert rates[0] == pytest.approx(0.01 / warm_up) and rates[warm_up // 2 - 1] == pytest.approx(0.005)
-    assert set(rates[warm_up - 1:5001 - cool_down]) == {0.01}                      # the plateau
-    assert rates[5000 - cool_down // 2] == pytest.approx(0.005) and rates[5000] == 0
-    assert all(a > b for a, b in zip(rates[5000 - cool_down:], rates[5001 - cool_down:]))
+    warm_up, (steps, share) = train.WARMUP, train.COOLDOWN
+    for last in 4 * steps, 20 * steps:
+        fall = max(steps, round(share * last))
+        rates = [train.learning_rate(step, last, 0.01) for step in range(last + 1)]
+        assert rates[0] == pytest.approx(0.01 / warm_up) and rates[warm_up // 2 - 1] == pytest.approx(0.005)
+        assert set(rates[warm_up - 1:last + 1 - fall]) == {0.01}                   # the plateau
+        assert rates[last - fall // 2] == pytest.approx(0.005) and rates[last] == 0
+        assert all(a > b for a, b in zip(rates[last - fall:], rates[last + 1 - fall:]))
     assert all(0 < train.learning_rate(step, 10, 1.0) < 1 for step in range(10))   # fewer steps than the warm-up
     assert train.learning_rate(700, 1000, 1.0) == 1 > train.learning_rate(800, 1000, 1.0)
 
 
-def test_solved_at():
-    batches, enough = train.SOLVED
+def test_last_step():
+    (batches, enough), (steps, share) = train.SOLVED, train.COOLDOWN
 
-    def solved(accuracy):
-        return train.solved_at({"step": list(range(10, 10 * len(accuracy) + 1, 10)), "accuracy": accuracy})
-    assert solved([]) is None and solved([1.0] * (batches - 1)) is None
-    assert solved([1.0] * batches) == 10 * batches
-    assert solved([0.5] + [enough] * batches) == 10 * (batches + 1)
-    assert solved([1.0] * batches + [0.0] * 3) == 10 * batches                     # once solved it stays so
-    assert solved(([1.0] * (batches - 1) + [enough - 0.01]) * 3) is None
+    def last(accuracy, every=10, most=10**6, stop_early=True):
+        return train.last_step({"step": list(range(every, every * len(accuracy) + 1, every)), "accuracy": accuracy},
+                               {"steps": most, "stop_early": stop_early})
+    solved = [enough] * batches
+    assert last([]) == last([1.0] * (batches - 1)) == last(([1.0] * (batches - 1) + [enough - 0.01]) * 3) == 10**6
+    assert last(solved) == 10 * batches + steps
+    assert last([0.5] + solved) == 10 * (batches + 1) + steps
+    assert last(solved + [0.0] * 3) == 10 * batches + steps                        # once solved it stays so
+    assert last(solved, every=10**4) == pytest.approx(10**4 * batches / (1 - share))           # a long run falls for longer
+    assert last(solved, most=steps) == steps and last(solved, stop_early=False) == 10**6
 
 
 def test_stops_early(train_tiny, monkeypatch):
     monkeypatch.setattr(train, "SOLVED", (3, 0.0))
-    monkeypatch.setattr(train, "COOLDOWN", 4)
+    monkeypatch.setattr(train, "COOLDOWN", (4, 0.2))
     assert train_tiny()[0]["train"]["step"] == list(range(1, 8))
     assert train_tiny("--no-stop-early", "--overwrite")[0]["train"]["step"] == list(range(1, 41))
 
