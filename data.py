@@ -44,16 +44,16 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
     draw = dict(device=device, generator=generator)
     q = torch.randint(M, (batch_size, 1), **draw)                             # (B, 1)
     others = torch.randint(K - 1, (batch_size, L + 1), **draw)                # (B, L+1)
-    tokens = others + (others >= q)         # 0 ... K-2 with a gap left at q: uniform over the tokens that are not q
-
     if lengths is None:
         lengths = torch.full((batch_size,), L, device=device)
-    end = lengths[:, None]                                                    # (B, 1), index of the last token
     if i is None:
         i = torch.randint(2**31 - 1, (batch_size,), **draw) % (lengths - tau)         # (B,), from 0; uniform to L / 2^31
-    i = i[:, None]
+    i, end = i[:, None], lengths[:, None]                                     # (B, 1), where the query stands
+
+    tokens = others + (others >= q)         # 0 ... K-2 with a gap left at q: uniform over the tokens that are not q
     labels = tokens.gather(1, i + tau)[:, 0]     # v is any token but q, which is what already stands there
-    tokens.scatter_(1, i, q).scatter_(1, end, q)
+    position = torch.arange(L + 1, device=device)
+    tokens = torch.where((position == i) | (position == end), q, tokens)
     return tokens, labels
 
 

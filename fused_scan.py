@@ -9,7 +9,7 @@ which is again the recurrence, with one step a chunk. So: (1) the end of every c
 chunks, which gives every chunk its first state, (3) every chunk from there. Backwards the same three steps, with g in
 place of h (mamba.py derives the gradient); what a chunk hands to the one before it is a_1 g_1, here called carry.
 
-Each of the eight functions between _states and FUSE that the two operators at the end call is one kernel under
+Each of the nine functions between _states and FUSE that the two operators at the end call is one kernel under
 torch.compile: the loop over the steps of a chunk is unrolled, its states live in registers, and what is written is y, a
 gradient, or one state a chunk. Six of them take the same steps again on purpose: to compute a state costs less than to
 store it and read it back. Sums over n and over channels are kernels of their own, for a kernel adds up along one direction.
@@ -100,6 +100,10 @@ def _gradient_C(x, dt, A, B, C, dy, h):
     return torch.stack(dC, dim=2)
 
 
+def _total(dA):
+    return dA.sum((0, 1))
+
+
 def _across(ends, decay, h):
     """The recurrence over chunks: ends, decay (b, c, D, N), h (b, D, N) -> every chunk's first state, the last state."""
     starts = []
@@ -156,7 +160,7 @@ def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start
     dB = _kernel(_gradient_B, off)(x, dt, A, B, C, dy, arriving)
     dC = _kernel(_gradient_C, off)(x, dt, A, B, C, dy, starts)
     dx, ddt, dB, dC = (v.flatten(1, 2)[:, :L].contiguous() for v in (dx, ddt, dB, dC))
-    return dx, ddt, dA.sum((0, 1)), dB, dC, dh
+    return dx, ddt, _kernel(_total, off)(dA), dB, dC, dh
 
 
 @_scan.register_fake
