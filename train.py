@@ -137,12 +137,12 @@ def prepare(config, device):
     torch.manual_seed(config["seed"])
     model = model_from(config).to(device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    decayed = [p for name, p in trained.items() if p.dim() > 1 and not name.endswith("A_log")]     # the matrices
-    others = [p for name, p in trained.items() if p.dim() <= 1 or name.endswith("A_log")]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config["weight_decay"]}, {"params": others, "weight_decay": 0.0}],
-        lr=torch.zeros((), device=device) if on_cuda else 0.0,                         # a graph reads it from memory
-        betas=BETAS, fused=True, capturable=on_cuda)
+    groups = {}                                                # of the same weight decay: the matrices, and what is none
+    for name, p in trained.items():
+        groups.setdefault(config["weight_decay"] if p.dim() > 1 and not name.endswith("A_log") else 0.0, []).append(p)
+    optimizer = torch.optim.AdamW([{"params": group, "weight_decay": decay} for decay, group in groups.items()],
+                                  lr=torch.zeros((), device=device) if on_cuda else 0.0,       # a graph reads it from memory
+                                  betas=BETAS, fused=True, capturable=on_cuda)
     generator = torch.Generator(device).manual_seed(2 * config["seed"])
 
     forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
