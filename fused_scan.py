@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_STEPS = 16    # most steps in a chunk: as many states as registers can hold
-MOST_STEPS = 1024   # in one call; longer sequences are handed on from piece to piece
+MOST_STEPS = 1024   # in a piece: longer sequences go through one piece after another
 
 
 def _split(v):
@@ -133,39 +133,56 @@ def _kernel(function, off):
     return function if off else torch.compile(function, dynamic=False, options=FUSE)
 
 
+def _pieces(*operands):
+    """Cut (b, L, ...) into pieces of MOST_STEPS, and (b, c, D, N), states of all chunks, into those of a piece's chunks."""
+    return list(zip(*(v.split(-(-MOST_STEPS // CHUNK_STEPS) if v.dim() == 4 else MOST_STEPS, dim=1) for v in operands)))
+
+
+def _join(pieces):
+    return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0].contiguous()
+
+
 @torch.library.custom_op("mamba::scan", mutates_args=())
 def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
           off: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One piece of a sequence -> y, the last state, and for the gradient every chunk's first state and decay.
+    """-> y, the last state, and for the gradient every chunk's first state and decay.
 
     An operator of its own, so that a compiled model calls it as it stands and does not take it apart.
     """
-    L = x.shape[1]
-    x, dt, B, C = map(_split, (x, dt, B, C))                                           # (b, c, T, D or N)
-    ends, decay = _kernel(_ends, off)(x, dt, A, B)
-    starts, h = _kernel(_across, off)(ends, decay, h)
-    y = _kernel(_outputs, off)(x, dt, A, B, C, starts)
-    return y.flatten(1, 2)[:, :L].contiguous(), h, starts, decay
+    y, starts, decay = [], [], []
+    for x_k, dt_k, B_k, C_k in _pieces(x, dt, B, C):
+        L = x_k.shape[1]
+        x_k, dt_k, B_k, C_k = map(_split, (x_k, dt_k, B_k, C_k))                       # (b, c, T, D or N)
+        ends, decay_k = _kernel(_ends, off)(x_k, dt_k, A, B_k)
+        starts_k, h = _kernel(_across, off)(ends, decay_k, h)
+        y.append(_kernel(_outputs, off)(x_k, dt_k, A, B_k, C_k, starts_k).flatten(1, 2)[:, :L])
+        starts.append(starts_k), decay.append(decay_k)
+    return _join(y), h, _join(starts), _join(decay)
 
 
 @torch.library.custom_op("mamba::scan_backward", mutates_args=())
 def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, decay: Tensor, dy: Tensor,
                    dh: Tensor, off: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> the gradients of x, dt, A, B, C and h."""
-    L = x.shape[1]
-    x, dt, B, C, dy = map(_split, (x, dt, B, C, dy))
-    carries = _kernel(_first_carry, off)(dt, A, C, dy)
-    arriving, dh = _kernel(_across_backwards, off)(carries, decay, dh)
-    dx, ddt, dA = _kernel(_gradients_x_dt_A, off)(x, dt, A, B, C, dy, starts, arriving)
-    dB = _kernel(_gradient_B, off)(x, dt, A, B, C, dy, arriving)
-    dC = _kernel(_gradient_C, off)(x, dt, A, B, C, dy, starts)
-    dx, ddt, dB, dC = (v.flatten(1, 2)[:, :L].contiguous() for v in (dx, ddt, dB, dC))
-    return dx, ddt, _kernel(_total, off)(dA), dB, dC, dh
+    gradients, dA = [], 0.0
+    for x_k, dt_k, B_k, C_k, dy_k, starts_k, decay_k in reversed(_pieces(x, dt, B, C, dy, starts, decay)):
+        L = x_k.shape[1]
+        x_k, dt_k, B_k, C_k, dy_k = map(_split, (x_k, dt_k, B_k, C_k, dy_k))
+        carries = _kernel(_first_carry, off)(dt_k, A, C_k, dy_k)
+        arriving, dh = _kernel(_across_backwards, off)(carries, decay_k, dh)
+        dx, ddt, dA_k = _kernel(_gradients_x_dt_A, off)(x_k, dt_k, A, B_k, C_k, dy_k, starts_k, arriving)
+        dB = _kernel(_gradient_B, off)(x_k, dt_k, A, B_k, C_k, dy_k, arriving)
+        dC = _kernel(_gradient_C, off)(x_k, dt_k, A, B_k, C_k, dy_k, starts_k)
+        dA = dA + _kernel(_total, off)(dA_k)
+        gradients.append([v.flatten(1, 2)[:, :L] for v in (dx, ddt, dB, dC)])
+    dx, ddt, dB, dC = map(_join, zip(*reversed(gradients)))
+    return dx, ddt, dA, dB, dC, dh
 
 
 @_scan.register_fake
 def _(x, dt, A, B, C, h, off):
-    states = h.new_empty(h.shape[0], -(-x.shape[1] // CHUNK_STEPS), *A.shape)
+    chunks = sum(-(-x_k.shape[1] // CHUNK_STEPS) for x_k, in _pieces(x))
+    states = h.new_empty(h.shape[0], chunks, *A.shape)
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(h), states, torch.empty_like(states)
 
 
@@ -191,9 +208,5 @@ def parallel_scan(x, dt, A, B, C, h=None, off=False):
 
     Arguments and results as there; A and h may be float32 where the others are bfloat16. off: leave torch.compile out.
     """
-    h = A.new_zeros(x.shape[0], *A.shape) if h is None else h
-    y = []
-    for x_k, dt_k, B_k, C_k in zip(*(v.split(MOST_STEPS, dim=1) for v in (x, dt, B, C))):
-        y_k, h, _, _ = _scan(x_k, dt_k, A, B_k, C_k, h, off)
-        y.append(y_k)
-    return torch.cat(y, dim=1) if len(y) > 1 else y[0], h
+    y, h, _, _ = _scan(x, dt, A, B, C, A.new_zeros(x.shape[0], *A.shape) if h is None else h, off)
+    return y, h
