@@ -7,7 +7,7 @@ Beside the scan stand mambapy's pscan and mamba_ssm's kernel, if they can be imp
 are recorded as a graph and replayed, so that what the host needs to launch them is left out, as it is in train.py. Times
 are medians of several calls, after two that do not count. With --out the numbers are written as JSON too.
 
-Imports data, eval, hybrid, mamba and train.
+Imports data, eval, hybrid, mamba, runs and train.
 """
 
 import argparse
@@ -22,14 +22,15 @@ import torch
 import mamba
 import train
 from data import recall_batch
-from eval import PIECE, pick_device, short_errors, write_json
+from eval import PIECE
 from hybrid import MODELS, build_model
+from runs import pick_device, short_errors, write_json
 
 SHAPES = {  # (b, L, D, N)
     "cpu": [(64, 64, 16, 16), (64, 64, 128, 16), (8, 1024, 128, 16)],
     "cuda": [(64, 64, 16, 16), (64, 64, 128, 16), (64, 256, 128, 16), (8, 2048, 1536, 16)]}
-MOST_TOKENS = {  # of the lengths, 2^10 and on: training one sequence, and reading one in pieces
-    "cpu": {"mamba": 2**16, "rope": 2**13}, "cuda": {"mamba": 2**20, "rope": 2**16}}
+MOST_TOKENS = {  # of the lengths, which begin at 2^10
+    "cpu": {"rope": 2**14, "hybrid-a": 2**14, "mamba": 2**16}, "cuda": {"rope": 2**16, "hybrid-a": 2**16, "mamba": 2**20}}
 
 
 def sync(device):
@@ -164,26 +165,26 @@ def length_table(device):
     for name, most in MOST_TOKENS[device.type].items():
         L = 2**10
         while L <= most:
-            row = {"model": name, "length": L}
-            _, _, _, step = train.prepare(config_for(name, d=64, L=L, batch_size=1), device)
-            row["train_us"] = 1e3 * timed(step, device, repeats=3, graph=False)[0] / L
+            row, repeats = {"model": name, "length": L}, 9 if L < 2**14 else 3
+            _, _, _, step = train.prepare(config_for(name, d=64, L=L - 1, batch_size=1), device)
+            row["train_us"] = 1e3 * timed(step, device, repeats, graph=False)[0] / L
             row["train_megabytes"] = peak_megabytes(step, device)
             del step
             model = build_model(name, d=64, L=L).to(device)
-            tokens, _ = recall_batch(1, L, device=device)
+            tokens = recall_batch(1, L - 1, device=device)[0]                          # (1, L), the query among them
             with torch.no_grad():
                 def read():
                     states = None
                     for piece in tokens.split(PIECE, dim=1):
                         _, states = model.stream(piece, states)
                     return states
-                row["read_us"] = 1e3 * timed(read, device, repeats=3, graph=False)[0] / L
+                row["read_us"] = 1e3 * timed(read, device, repeats, graph=False)[0] / L
                 row["read_megabytes"] = peak_megabytes(read, device)
                 states = read()
-                row["token_ms"] = timed(lambda: model.stream(tokens[:, -1:], states), device, graph=False)[0]
+                row["token_ms"] = timed(lambda: model.stream(tokens[:, -1:], states), device, 51, graph=False)[0]
                 row["state_bytes"] = sum(v.nbytes for state in states for v in state)
             memory = "  ".join(f"{row[k]:7.0f} MB" if row[k] else "" for k in ("train_megabytes", "read_megabytes"))
-            print(f"  {name:6} {L:8}  train {row['train_us']:8.2f}  read {row['read_us']:8.3f}  {memory}"
+            print(f"  {name:8} {L:8}  train {row['train_us']:8.2f}  read {row['read_us']:8.3f}  {memory}"
                   f"  one more {row['token_ms']:.3f}  state {row['state_bytes']}", flush=True)
             rows.append(row)
             L *= 4

@@ -5,7 +5,7 @@
 
 The numbers are printed and added to the run's JSON, results/X.json.
 
-Imports data and hybrid. All models are causal, which is what makes this cheap: sequences of different
+Imports data and runs. All models are causal, which is what makes this cheap: sequences of different
 lengths share a forward pass, each read at its own last token, and long sequences go through in pieces.
 """
 
@@ -13,78 +13,15 @@ import argparse
 import json
 import os
 import time
-import warnings
 
 import torch
 
 from data import recall_batch
-from hybrid import build_model
+from runs import load_run, pick_device, short_errors, write_json
 
 BATCH_ROWS = 2048    # contexts that go through the model together,
 HELD_TOKENS = 2**22  # but no more tokens than this, which bounds the memory that the model has no part in
 PIECE = 4096         # tokens of a context that go through the model at once
-
-
-def pick_device(name=None):
-    """The torch.device of that name, or the best one here. Raises ValueError if it is not here."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (AssertionError, RuntimeError):                     # which one depends on how torch was built
-        device = None
-    if device is None or device.type not in ("cuda", "mps", "cpu"):
-        raise ValueError(f"--device is {name!r}, but torch {torch.__version__} finds no such device here")
-    return device
-
-
-def write_atomically(path, write):
-    """Call write(a temporary path) and move the file to its place: at any moment the old file or the new one, whole."""
-    temporary = path + ".tmp"
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def write_json(path, record):
-    def write(temporary):
-        with open(temporary, "w") as f:
-            json.dump(record, f)
-            f.write("\n")
-    write_atomically(path, write)
-
-
-def model_from(config):
-    return build_model(config["model"], config["K"], config["d"], config["L"], n_heads=config["n_heads"],
-                       learn_embedding=config["learn_embedding"])
-
-
-def load_run(path, device="cpu"):
-    """Read a finished run's checkpoint and its JSON -> model, record. Raises ValueError, in one sentence, if it is none."""
-    record_path = os.path.splitext(path)[0] + ".json"
-    if not os.path.exists(path):
-        raise ValueError(f"{path} is not there; train.py writes it when a run is finished")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            model = model_from(checkpoint["config"])
-            model.load_state_dict(checkpoint["model"])
-    except Exception:  # there is no telling how a file that is something else will fail
-        raise ValueError(f"{path} is not a whole checkpoint of train.py") from None
-    try:
-        with open(record_path) as f:
-            record = json.load(f)
-        if not (record["config"] == checkpoint["config"] and record["seconds"]["eval"] >= 0
-                and len(record["eval"]["length"]) == len(record["eval"]["accuracy"]) and record["eval"]["sequences"]):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{record_path}, which train.py writes beside {path}, is missing or not of the same run") from None
-    return model.to(device).eval(), record
 
 
 @torch.no_grad()
@@ -136,13 +73,6 @@ def print_table(lengths, accuracies, L):
 def some_lengths(L, tau):
     """A few lengths below, at and beyond L, for a table that fits a terminal."""
     return sorted({n for n in (tau + 1, L // 8, L // 4, L // 2, L, 3 * L // 2, 2 * L, 3 * L) if n > tau})
-
-
-def short_errors(parser):
-    """Make a parser answer a wrong command, also an abbreviated flag, with one sentence and status 2."""
-    parser.allow_abbrev = False
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
-    return parser
 
 
 def main(argv=None):

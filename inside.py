@@ -1,21 +1,25 @@
 """What a trained model does on one sequence: where attention looks, and what Mamba writes, keeps and forgets.
 
-    python plot.py --inside results/X.pt                draws what look(path) returns
+    python plot.py --inside results/X.pt                look(path) finds it, draw(look) is the figure
 
 Nothing here changes a model: hooks on two of its linear maps see what goes through them, and the rest is recomputed.
 
-Imports attention, data, eval and mamba; plot imports it for --inside only.
+Imports attention, data, mamba and runs; plot imports it for --inside only.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
 
 from attention import Attention, rotary
 from data import recall_batch
-from eval import load_run
 from mamba import Mamba
+from runs import load_run
 
 CONTEXT = 24  # tokens before the query: few enough to see each of them
+MARKS = {"q": "#D55E00", "v": "#009E73"}  # the query and its value in a sequence
 
 
 def attention_maps(layer, qkv):
@@ -96,3 +100,76 @@ def look(path):
         raise ValueError(f"{path} has neither an attention nor a Mamba layer, so there is nothing to look at")
     return {"config": config, "tokens": tokens[0].numpy(), "q": q, "v": q + tau, "label": label.item(),
             "answer": int(logits.argmax()), "layers": layers}
+
+
+# ---- the figure ----
+
+def images(layer, look):
+    """The images that show a layer, from the top -> a list of (title, image, label of the colour bar, colours)."""
+    share = dict(vmin=0, vmax=1)
+    if "maps" in layer:
+        shown, q, v, last = [], look["q"], look["v"], len(look["tokens"]) - 1
+        for head, w in enumerate(layer["maps"], 1):
+            title = f"v looks at q: {w[v, q]:.2f}\nlast q looks at v: {w[last, v]:.2f}"
+            shown.append((f"head {head}: {title}" if len(layer["maps"]) > 1 else title, np.where(np.tri(last + 1), w, np.nan),
+                          "attention weight (grey: later tokens, not seen)", share))
+        return shown
+    rows = np.ptp(layer["dt"], axis=1).argsort()[::-1]  # the channels that choose among tokens stand together, on top
+    dt, left = layer["dt"][rows], layer["left"][rows]
+    step = dict(norm=LogNorm(1e-3, 3, clip=True))
+    return [("step Δ (channels sorted by its range)\npale: passes a token by, dark: resets the state", dt, "Δ", step),
+            ("what is left of each token at the end\npale: forgotten, dark: kept", left, "left, mean over states", share),
+            ("weight of each token in the state at the end:\nthe product of the two above", dt * left, "Δ times what is left",
+             step)]
+
+
+def mark(ax, look, rows):
+    """Frame the columns of q, v and the last q in an image, and if rows is true, their rows too."""
+    for place, name in ((look["q"], "q"), (look["v"], "v"), (len(look["tokens"]) - 1, "q")):
+        text = dict(textcoords="offset points", color=MARKS[name], fontsize=10, fontweight="bold")
+        ax.annotate(name, (place, 1), (0, 2), ax.get_xaxis_transform(), ha="center", **text)
+        if rows:
+            ax.annotate(name, (1, place), (3, 0), ax.get_yaxis_transform(), va="center_baseline", **text)
+        for edge in (place - 0.5, place + 0.5):
+            ax.axvline(edge, color=MARKS[name], lw=0.7)
+            if rows:
+                ax.axhline(edge, color=MARKS[name], lw=0.7)
+
+
+def draw(look):
+    """The figure of what inside.look found: a column for each layer, in which tokens go from left to right."""
+    tokens, config = look["tokens"], look["config"]
+    columns = [(depth, layer) for depth, layer in enumerate(look["layers"], 1) if layer]
+    height = 4.6  # of a map, in inches; three images of a Mamba layer share 7.4
+    tall = max(height * len(layer["maps"]) if "maps" in layer else 7.4 for _, layer in columns)
+    fig = Figure(figsize=(max(7, 4 * len(columns)), tall + 1), layout="constrained")
+    for (depth, layer), part in zip(columns, np.atleast_1d(fig.subfigures(1, len(columns), wspace=0.02))):
+        attends, shown = "maps" in layer, images(layer, look)
+        part.suptitle(f"layer {depth} of {len(look['layers'])}: {'attention' if attends else 'Mamba'}", fontsize=12)
+        heights = [height] * len(shown)
+        if attends and tall > sum(heights):  # another layer's images are taller together: leave room below
+            heights.append(tall - sum(heights))
+        axes = part.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for ax in axes[len(shown):]:
+            ax.set_axis_off()
+        for ax, (title, image, label, colours) in zip(axes, shown):
+            bar = dict(location="bottom", aspect=30) if attends else dict(pad=0.02)
+            drawn = ax.imshow(image, cmap="Blues", aspect="auto", interpolation="nearest", **colours)
+            part.colorbar(drawn, ax=ax, label=label, **bar)
+            ax.set_title(title, pad=19, fontsize=10)
+            ax.set_facecolor("0.9")
+            ax.set_xticks(range(len(tokens)), tokens, fontsize=8, rotation=90)
+            if attends:
+                ax.set_yticks(range(len(tokens)), tokens, fontsize=8)
+                ax.set(xlabel="token looked at (key)", ylabel="token that looks (query)")
+            else:
+                ax.set(yticks=[], ylabel=f"{len(image)} channels")
+                ax.tick_params(labelbottom=ax is axes[-1])
+            mark(ax, look, rows=attends)
+        if not attends:
+            axes[-1].set_xlabel("token, mixed by the convolution\nwith those just before it")
+    verdict = "right" if look["answer"] == look["label"] else "wrong"
+    fig.suptitle("{model}, M = {M}, delay tau = {tau}, d = {d}, seed {seed}\n".format(**config)
+                 + f"{len(tokens) - 1} tokens, then the query: answer {look['answer']}, label v = {look['label']}, {verdict}",
+                 fontsize=12)
+    return fig

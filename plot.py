@@ -1,12 +1,14 @@
-"""The figures, from the JSON files that train.py and eval.py write.
+"""The figures, from the JSON files that train.py, eval.py and bench.py write.
 
     python plot.py results/*.json                       all figures, into figures/
     python plot.py results/*_M1_tau1_*.json --out .     those of one task
+    python plot.py results/bench/cpu.json               what a longer context costs, as bench.py measured it
     python plot.py --inside results/X.pt                what a trained model does on one sequence
 
 Runs of one task (tau, K, d, L, train-lengths) share two figures: length_*.png, accuracy against context length, and
 training_*.png, accuracy against training step. Each M is a panel, each model a curve: the median over its seeds, in a
-band from the lowest to the highest. Each checkpoint given to --inside has a figure of its own, inside_*.png.
+band from the lowest to the highest. Each file of bench.py has a figure of its own, cost_*.png, and so has each checkpoint
+given to --inside, inside_*.png.
 
 Imports nothing of this repository and needs no torch, for it reads JSON only. But --inside runs a model: for that alone,
 when it is asked for, inside.py is imported, and torch with it.
@@ -18,10 +20,9 @@ import os
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MultipleLocator, NullLocator
+from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
 
 GRID = ["model", "M", "tau", "K", "d", "L", "seed"]  # what names a run, as in train.py
 TASK = ["tau", "K", "d", "L", "train_lengths"]       # what the panels of a figure have in common
@@ -36,12 +37,14 @@ STYLES = {  # model: colour, line width, dashes
     "hybrid-a": ("#009E73", 1.8, (0, (4.5, 4.5))),
     "hybrid-b": ("#CC79A7", 1.8, (0, (1.5, 3))),
 }
+COSTS = {  # what bench.py measures at each length: the title of its panel
+    "train_us": "training: μs a token", "read_us": "reading: μs a token", "token_ms": "one token more: ms",
+    "state_bytes": "state: bytes", "train_megabytes": "training: memory, MB", "read_megabytes": "reading: memory, MB"}
 LETTERS = {"M": 6, "R": 4, "P": 2.5, "A": 1}  # other models are black, with a dash for each letter of their pattern
 GREY = "0.35"
 LOOK = {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
         "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY}
 LABEL_GAP = 0.062    # between the labels at the curves' ends, in units of accuracy
-MARKS = {"q": "#D55E00", "v": "#009E73"}  # the query and its value in a sequence
 
 
 def style(model):
@@ -195,73 +198,60 @@ def draw(task, panels, kind):
     return fig
 
 
-def images(layer, look):
-    """The images that show a layer, from the top -> a list of (title, image, label of the colour bar, colours)."""
-    share = dict(vmin=0, vmax=1)
-    if "maps" in layer:
-        shown, q, v, last = [], look["q"], look["v"], len(look["tokens"]) - 1
-        for head, w in enumerate(layer["maps"], 1):
-            title = f"v looks at q: {w[v, q]:.2f}\nlast q looks at v: {w[last, v]:.2f}"
-            shown.append((f"head {head}: {title}" if len(layer["maps"]) > 1 else title, np.where(np.tri(last + 1), w, np.nan),
-                          "attention weight (grey: later tokens, not seen)", share))
-        return shown
-    rows = np.ptp(layer["dt"], axis=1).argsort()[::-1]  # the channels that choose among tokens stand together, on top
-    dt, left = layer["dt"][rows], layer["left"][rows]
-    step = dict(norm=LogNorm(1e-3, 3, clip=True))
-    return [("step Δ (channels sorted by its range)\npale: passes a token by, dark: resets the state", dt, "Δ", step),
-            ("what is left of each token at the end\npale: forgotten, dark: kept", left, "left, mean over states", share),
-            ("weight of each token in the state at the end:\nthe product of the two above", dt * left, "Δ times what is left",
-             step)]
+def load_costs(path):
+    """Read a file of bench.py -> {model: {cost: (x, y)}}, env; or None if it is something else. Raises ValueError."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            record = json.load(f)
+        rows = record["bench"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    try:
+        costs = {}
+        for row in sorted(rows["length"], key=lambda row: row["length"]):
+            for cost in COSTS:
+                if row[cost] is not None:
+                    for values, value in zip(costs.setdefault(row["model"], {}).setdefault(cost, ([], [])),
+                                             (row["length"], row[cost])):
+                        values.append(float(value))
+                        if not 0 < values[-1] < np.inf:
+                            raise ValueError
+        if not costs:
+            raise ValueError
+        return costs, {key: record["env"][key] for key in ("device", "torch", "threads")}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is of bench.py, but has no whole table of what length costs") from None
 
 
-def mark(ax, look, rows):
-    """Frame the columns of q, v and the last q in an image, and if rows is true, their rows too."""
-    for place, name in ((look["q"], "q"), (look["v"], "v"), (len(look["tokens"]) - 1, "q")):
-        text = dict(textcoords="offset points", color=MARKS[name], fontsize=10, fontweight="bold")
-        ax.annotate(name, (place, 1), (0, 2), ax.get_xaxis_transform(), ha="center", **text)
-        if rows:
-            ax.annotate(name, (1, place), (3, 0), ax.get_yaxis_transform(), va="center_baseline", **text)
-        for edge in (place - 0.5, place + 0.5):
-            ax.axvline(edge, color=MARKS[name], lw=0.7)
-            if rows:
-                ax.axhline(edge, color=MARKS[name], lw=0.7)
-
-
-def draw_inside(look):
-    """The figure of what inside.look found: a column for each layer, in which tokens go from left to right."""
-    tokens, config = look["tokens"], look["config"]
-    columns = [(depth, layer) for depth, layer in enumerate(look["layers"], 1) if layer]
-    height = 4.6  # of a map, in inches; three images of a Mamba layer share 7.4
-    tall = max(height * len(layer["maps"]) if "maps" in layer else 7.4 for _, layer in columns)
-    fig = Figure(figsize=(max(7, 4 * len(columns)), tall + 1), layout="constrained")
-    for (depth, layer), part in zip(columns, np.atleast_1d(fig.subfigures(1, len(columns), wspace=0.02))):
-        attends, shown = "maps" in layer, images(layer, look)
-        part.suptitle(f"layer {depth} of {len(look['layers'])}: {'attention' if attends else 'Mamba'}", fontsize=12)
-        heights = [height] * len(shown)
-        if attends and tall > sum(heights):  # another layer's images are taller together: leave room below
-            heights.append(tall - sum(heights))
-        axes = part.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for ax in axes[len(shown):]:
-            ax.set_axis_off()
-        for ax, (title, image, label, colours) in zip(axes, shown):
-            bar = dict(location="bottom", aspect=30) if attends else dict(pad=0.02)
-            drawn = ax.imshow(image, cmap="Blues", aspect="auto", interpolation="nearest", **colours)
-            part.colorbar(drawn, ax=ax, label=label, **bar)
-            ax.set_title(title, pad=19, fontsize=10)
-            ax.set_facecolor("0.9")
-            ax.set_xticks(range(len(tokens)), tokens, fontsize=8, rotation=90)
-            if attends:
-                ax.set_yticks(range(len(tokens)), tokens, fontsize=8)
-                ax.set(xlabel="token looked at (key)", ylabel="token that looks (query)")
-            else:
-                ax.set(yticks=[], ylabel=f"{len(image)} channels")
-                ax.tick_params(labelbottom=ax is axes[-1])
-            mark(ax, look, rows=attends)
-        if not attends:
-            axes[-1].set_xlabel("token, mixed by the convolution\nwith those just before it")
-    verdict = "right" if look["answer"] == look["label"] else "wrong"
-    fig.suptitle("{model}, M = {M}, delay tau = {tau}, d = {d}, seed {seed}\n".format(**config)
-                 + f"{len(tokens) - 1} tokens, then the query: answer {look['answer']}, label v = {look['label']}, {verdict}",
+def draw_costs(costs, env):
+    """The figure of what load_costs returns: a panel for each cost, both axes logarithmic, each model a line."""
+    shown = [cost for cost in COSTS if any(cost in of_model for of_model in costs.values())]
+    fig = Figure(figsize=(10, 3.4 * -(-len(shown) // 2) + 0.8), layout="constrained")
+    axes = fig.subplots(-(-len(shown) // 2), 2, squeeze=False, sharex=True).ravel()
+    right = max(x[-1] for of_model in costs.values() for x, _ in of_model.values())
+    for ax in axes[len(shown):]:
+        ax.set_axis_off()
+    for ax, cost in zip(axes, shown):
+        drawn = {model: costs[model][cost] for model in sorted(costs, key=order) if cost in costs[model]}
+        low, high = (f(f(y) for _, y in drawn.values()) for f in (min, max))
+        span = max(10, high / low) ** 0.06                     # a little air, and a decade at least
+        low, high = low / span, max(high, 10 * low) * span
+        ax.set_xscale("log", base=2)
+        ax.set(yscale="log", ylim=(low, high), title=COSTS[cost])
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}" if y < 1e3 else f"{y / 1e3:g} k" if y < 1e6 else f"{y / 1e6:g} M")
+        ax.xaxis.set_minor_locator(NullLocator()), ax.yaxis.set_minor_locator(NullLocator())
+        ends = sorted(((np.log(y[-1] / low) / np.log(high / low), model) for model, (_, y) in drawn.items()), reverse=True)
+        for model, (x, y) in drawn.items():
+            colour, width, dashes = style(model)
+            ax.plot(x, y, color=colour, lw=width, ls=dashes, marker="o", ms=width + 2.5)
+        for (_, model), height in zip(ends, spread([end for end, _ in ends], 0.03, 0.97)):
+            x = drawn[model][0][-1] * 1.25
+            ax.text(x, height, model, color=style(model)[0], va="center_baseline", transform=ax.get_xaxis_transform())
+        ax.set_xlim(right=right * 2.5)                         # room for the labels
+    fig.supxlabel("context length", fontsize=11)
+    fig.suptitle(f"What a longer context costs: two layers, d = 64, one sequence\n"
+                 f"{'CPU' if env['device'] == 'cpu' else env['device']}, {env['threads']} threads, torch {env['torch']}",
                  fontsize=12)
     return fig
 
@@ -278,9 +268,10 @@ def save(fig, path):
 
 
 def figures_of_results(paths):
-    """Read results -> {file name: figure}. Raises ValueError, in one sentence."""
-    figures = {}
-    for task, panels in group(paths).items():
+    """Read results of train.py and bench.py -> {file name: figure}. Raises ValueError, in one sentence."""
+    costs = {path: found for path in dict.fromkeys(paths) if (found := load_costs(path))}
+    figures = {f"cost_{os.path.splitext(os.path.basename(path))[0]}.png": draw_costs(*found) for path, found in costs.items()}
+    for task, panels in group([path for path in paths if path not in costs]).items():
         for kind in ("length", "training"):
             name = "{}_tau{}_K{}_d{}_L{}_M{}".format(kind, *task[:4], "-".join(map(str, panels)))
             figures[name + (".png" if task[4] == "fixed" else f"_{task[4]}.png")] = draw(task, panels, kind)
@@ -289,7 +280,7 @@ def figures_of_results(paths):
 
 def figures_of_insides(paths):
     """Read checkpoints and run their models -> {file name: figure}. Raises ValueError, in one sentence."""
-    from inside import look  # here, because it needs torch, which nothing else in this file does
+    import inside  # here, because it needs torch, which nothing else in this file does
 
     figures, seen = {}, {}
     for path in dict.fromkeys(paths):
@@ -297,15 +288,15 @@ def figures_of_insides(paths):
         if name in seen:
             raise ValueError(f"{path} and {seen[name]} would both be drawn into {name}: give each its own --out")
         seen[name] = path
-        figures[name] = draw_inside(look(path))
+        figures[name] = inside.draw(inside.look(path))
     return figures
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser("plot.py", allow_abbrev=False,
-                                     description="Draw the figures from the JSON files that train.py writes.")
+                                     description="Draw the figures from the JSON files that train.py and bench.py write.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one sentence, without all flags
-    parser.add_argument("results", nargs="*", metavar="RUN.json", help="results that train.py wrote")
+    parser.add_argument("results", nargs="*", metavar="RUN.json", help="results that train.py or bench.py wrote")
     parser.add_argument("--inside", nargs="+", default=[], metavar="RUN.pt",
                         help="checkpoints that train.py wrote: draw what each model does on one sequence, without results")
     parser.add_argument("--out", default="figures", metavar="DIR", help="where the figures go (default: figures)")

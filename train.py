@@ -8,7 +8,7 @@
 A run writes OUT/NAME.json, the result, and OUT/NAME.pt, the model. A run that is killed goes on where it was when the same
 command is given again; a run that is finished is not repeated unless --overwrite says so.
 
-Imports data, eval and mamba; bench times its step, and plot draws what it writes.
+Imports data, eval, mamba and runs; bench times its step, and plot draws what it writes.
 """
 
 import argparse
@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 import mamba
 from data import check_task, recall_batch
-from eval import (accuracy_by_length, model_from, pick_device, print_table, short_errors, some_lengths, write_atomically,
-                  write_json)
+from eval import accuracy_by_length, print_table, some_lengths
+from runs import (RESUME, config_of, load_saved, model_from, pick_device, processes, remove_saved, same_run, short_errors,
+                  write_atomically, write_json)
 
 GRID = ["model", "M", "tau", "K", "d", "L", "seed"]  # the flags that take several values, and that name a run
 WARMUP = 400         # steps in which the learning rate rises
@@ -46,7 +47,6 @@ COOLDOWN = 1000, 1 / 5  # at the end the learning rate falls, for so many steps 
 TEST_SEQUENCES = 1024  # of each length, after training
 SAVE_SECONDS = 5     # between saves of a run that is not finished
 SMALL = 16, 256      # largest d and L for which products are written out as sums on CUDA
-RESUME = ".resume.pt"  # what a run that is not finished is saved under
 
 
 def parse(argv):
@@ -117,11 +117,6 @@ def last_step(curves, config):
             solved = curves["step"][k - 1]
             return min(config["steps"], max(solved + steps, round(solved / (1 - share))))
     return config["steps"]
-
-
-def processes():
-    """This process's number and how many share the run: (0, 1) unless torchrun started several."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def prepare(config, device):
@@ -284,43 +279,6 @@ def run(config, path, device):
                 "threads": torch.get_num_threads(), "processes": world},
         "seconds": {"train": round(seconds, 3), "eval": round(time.time() - began, 3)}})
     remove_saved(path)
-
-
-def load_saved(saved, config, device):
-    """What this very run had saved when it was killed, or None."""
-    if not os.path.exists(saved):
-        return None
-    try:
-        state = torch.load(saved, map_location=device, weights_only=True)
-        if same_run(state["config"], config):
-            return state
-    except Exception:  # there is no telling how a file that is something else will fail
-        pass
-    if processes()[0] == 0:
-        print(f"{saved} is not of a run with these flags, so this one starts from the beginning")
-
-
-def remove_saved(path):
-    """Forget what an unfinished run has saved, and what it was saving when it was killed."""
-    for name in (path + RESUME, path + RESUME + ".tmp"):
-        if os.path.exists(name):
-            os.remove(name)
-
-
-def same_run(a, b):
-    """Whether two configs make the same run: where its result goes, and on which of several GPUs it is, do not change it."""
-    def what(config):
-        return {**config, "device": str(config.get("device")).split(":")[0], "out": None, "overwrite": None}
-    return what(a) == what(b)
-
-
-def config_of(path):
-    """The config of a finished run, or an empty one if the file is not a result."""
-    try:
-        with open(path) as f:
-            return dict(json.load(f)["config"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 def main(argv=None):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import eval
+import runs
 import train
 from conftest import ROOT, TINY, assert_uniform
 from hybrid import Model, build_model
@@ -143,7 +144,7 @@ def test_write_atomically(tmp_path):
         assert path.read_text() == "old"
         raise RuntimeError
     with pytest.raises(RuntimeError):
-        eval.write_atomically(str(path), broken)
+        runs.write_atomically(str(path), broken)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 

@@ -100,7 +100,7 @@ def test_the_figure(train_tiny, tmp_path, capsys, flags, texts):
     assert len(tokens) - 1 == min(max(24, 2 * look["config"]["tau"]), look["config"]["L"])
     assert v == q + look["config"]["tau"] < len(tokens) - 1
     assert tokens[q] == tokens[-1] and tokens[v] == look["label"] and (tokens == tokens[-1]).sum() == 2
-    fig = plot.draw_inside(look)
+    fig = inside.draw(look)
     assert [part.get_suptitle() for part in fig.subfigs] == texts
     verdict = "right" if look["answer"] == look["label"] else "wrong"
     assert f"answer {look['answer']}, label v = {look['label']}, {verdict}" in fig.get_suptitle()
@@ -121,16 +121,16 @@ def test_the_map_says_who_looks_at_whom(train_tiny, tmp_path):
     last = len(look["tokens"]) - 1
     w = np.zeros((1, last + 1, last + 1))
     w[0, look["v"], look["q"]], w[0, last, look["v"]] = 0.25, 0.75
-    (title, image, _, _), = plot.images({"maps": w}, look)
+    (title, image, _, _), = inside.images({"maps": w}, look)
     assert title == "v looks at q: 0.25\nlast q looks at v: 0.75"
     assert np.isnan(image[0, 1:]).all() and not np.isnan(image[-1]).any()              # the future is not drawn as a zero
 
 
 def test_channels_stay_together():
     layer = {"dt": np.array([[0.1, 0.1, 0.1], [0.0, 2.0, 0.0]]), "left": np.array([[0.8, 0.9, 1.0], [0.1, 1.0, 1.0]])}
-    images = [image.tolist() for _, image, _, _ in plot.images(layer, None)]
+    images = [image.tolist() for _, image, _, _ in inside.images(layer, None)]
     assert images == [layer["dt"][::-1].tolist(), layer["left"][::-1].tolist(), (layer["dt"] * layer["left"])[::-1].tolist()]
-    _, dt, _, colours = plot.images(layer, None)[0]
+    _, dt, _, colours = inside.images(layer, None)[0]
     assert colours["norm"](dt)[0].tolist()[0] == 0  # a step that underflows is pale, not missing
 
 

@@ -234,3 +234,39 @@ def test_as_a_command_without_torch(tmp_path):
     assert done.stdout.split() == [os.path.join("figures", name) for name in names]
     assert sorted(os.listdir(tmp_path / "figures")) == names
     assert (tmp_path / "figures" / names[0]).read_bytes().startswith(b"\x89PNG")
+
+
+# ---- what length costs ----
+
+def write_bench(path, **changes):
+    rows = [{"model": model, "length": L, "train_us": 10.0, "read_us": 2.0, "token_ms": 0.5, "state_bytes": 100 * L**(model == "rope"),
+             "train_megabytes": None, "read_megabytes": None, **changes} for model in ("rope", "mamba") for L in (4096, 1024)]
+    with open(path, "w") as f:
+        json.dump({"bench": {"scan": [], "length": rows}, "env": {"device": "cpu", "torch": "2", "threads": 1, "date": ""}}, f)
+    return str(path)
+
+
+def test_costs(tmp_path, capsys):
+    path, run = write_bench(tmp_path / "mine.json"), write(tmp_path)
+    images = draw(tmp_path, [path, run], capsys)
+    assert sorted(images) == ["cost_mine.png", "length_tau1_K16_d8_L64_M1.png", "training_tau1_K16_d8_L64_M1.png"]
+    assert all(ink(images["cost_mine.png"], plot.style(model)[0]) > 200 for model in ("rope", "mamba"))
+
+    costs, env = plot.load_costs(path)
+    assert costs["rope"]["state_bytes"] == ([1024, 4096], [102400, 409600]) and "train_megabytes" not in costs["rope"]
+    fig = plot.draw_costs(costs, env)
+    assert [ax.get_title() for ax in fig.axes] == [plot.COSTS[c] for c in ("train_us", "read_us", "token_ms", "state_bytes")]
+    for ax in fig.axes:
+        rope, mamba = ax.lines
+        assert list(rope.get_xdata()) == [1024, 4096] and [t.get_text() for t in ax.texts] == ["rope", "mamba"]
+        low, high = ax.get_ylim()
+        assert low < min(mamba.get_ydata()) and max(rope.get_ydata()) < high
+    assert list(fig.axes[3].lines[0].get_ydata()) == [102400, 409600] and list(fig.axes[3].lines[1].get_ydata()) == [100, 100]
+    assert len(plot.draw_costs(*plot.load_costs(write_bench(tmp_path / "gpu.json", train_megabytes=3.0))).axes) == 6
+
+
+@pytest.mark.parametrize("changes", [{"token_ms": -1.0}, {"token_ms": "fast"}, {"length": 0}, {"read_us": float("nan")},
+                                     {"read_us": [1]}])
+def test_costs_that_are_none(changes, tmp_path, refuses):
+    path = write_bench(tmp_path / "x.json", **changes)
+    assert "is of bench.py, but" in refuses(plot.main, [path, "--out", str(tmp_path / "none")])
