@@ -4,8 +4,8 @@
     python bench.py --tables scan step    some of them
 
 Beside the scan stand mambapy's pscan and mamba_ssm's kernel, if they can be imported. On CUDA the scan and the training step
-are recorded as a graph and replayed, so that what the host needs to launch them is left out, as it is in train.py. Times
-are medians of several calls, after two that do not count. With --out the numbers are written as JSON too.
+of the second table are recorded as a graph and replayed, so that what the host needs to launch them is left out, as it is in
+train.py. Times are medians of several calls, after two that do not count. With --out the numbers are written as JSON too.
 
 Imports data, eval, hybrid, mamba, runs and train.
 """
@@ -29,7 +29,8 @@ from runs import pick_device, short_errors, write_json
 SHAPES = {  # (b, L, D, N)
     "cpu": [(64, 64, 16, 16), (64, 64, 128, 16), (8, 1024, 128, 16)],
     "cuda": [(64, 64, 16, 16), (64, 64, 128, 16), (64, 256, 128, 16), (8, 2048, 1536, 16)]}
-MOST_TOKENS = {  # of the lengths, which begin at 2^10
+FEWEST_TOKENS = 2**10
+MOST_TOKENS = {  # each length is four times the one before
     "cpu": {"rope": 2**14, "hybrid-a": 2**14, "mamba": 2**16}, "cuda": {"rope": 2**16, "hybrid-a": 2**16, "mamba": 2**20}}
 
 
@@ -158,31 +159,38 @@ def step_table(device):
 
 # ---- what length costs ----
 
+def length_row(name, L, device):
+    """What L tokens cost a model. In a function of its own, for what a row leaves behind would count as the next one's memory."""
+    row, repeats = {"model": name, "length": L}, 9 if L < 2**14 else 3
+    step = train.prepare(config_for(name, d=64, L=L - 1, batch_size=1), device)[-1]
+    row["train_us"] = 1e3 * timed(step, device, repeats, graph=False)[0] / L
+    row["train_megabytes"] = peak_megabytes(step, device)
+    del step
+    model = build_model(name, d=64, L=L).to(device)
+    tokens = recall_batch(1, L - 1, device=device)[0]                                  # (1, L), the query among them
+
+    def read():
+        states = None
+        for piece in tokens.split(PIECE, dim=1):
+            _, states = model.stream(piece, states)
+        return states
+    with torch.no_grad():
+        row["read_us"] = 1e3 * timed(read, device, repeats, graph=False)[0] / L
+        row["read_megabytes"] = peak_megabytes(read, device)
+        states = read()
+        row["token_ms"] = timed(lambda: model.stream(tokens[:, -1:], states), device, 51, graph=False)[0]
+        row["state_bytes"] = sum(v.nbytes for state in states for v in state)
+    return row
+
+
 def length_table(device):
     print("Two layers, d 64, one sequence: microseconds a token and peak memory, in training and when read in pieces;\n"
           "and with so much context, one token more: milliseconds, and bytes of state")
     rows = []
     for name, most in MOST_TOKENS[device.type].items():
-        L = 2**10
+        L = FEWEST_TOKENS
         while L <= most:
-            row, repeats = {"model": name, "length": L}, 9 if L < 2**14 else 3
-            _, _, _, step = train.prepare(config_for(name, d=64, L=L - 1, batch_size=1), device)
-            row["train_us"] = 1e3 * timed(step, device, repeats, graph=False)[0] / L
-            row["train_megabytes"] = peak_megabytes(step, device)
-            del step
-            model = build_model(name, d=64, L=L).to(device)
-            tokens = recall_batch(1, L - 1, device=device)[0]                          # (1, L), the query among them
-            with torch.no_grad():
-                def read():
-                    states = None
-                    for piece in tokens.split(PIECE, dim=1):
-                        _, states = model.stream(piece, states)
-                    return states
-                row["read_us"] = 1e3 * timed(read, device, repeats, graph=False)[0] / L
-                row["read_megabytes"] = peak_megabytes(read, device)
-                states = read()
-                row["token_ms"] = timed(lambda: model.stream(tokens[:, -1:], states), device, 51, graph=False)[0]
-                row["state_bytes"] = sum(v.nbytes for state in states for v in state)
+            row = length_row(name, L, device)
             memory = "  ".join(f"{row[k]:7.0f} MB" if row[k] else "" for k in ("train_megabytes", "read_megabytes"))
             print(f"  {name:8} {L:8}  train {row['train_us']:8.2f}  read {row['read_us']:8.3f}  {memory}"
                   f"  one more {row['token_ms']:.3f}  state {row['state_bytes']}", flush=True)
@@ -201,10 +209,10 @@ def main(argv=None):
     parser.add_argument("--out", metavar="FILE.json", help="write the numbers there too")
     args = parser.parse_args(argv)
     try:
-        device = pick_device(args.device)
+        device = pick_device(args.device or (None if torch.cuda.is_available() else "cpu"))
         if device.type not in SHAPES:
             raise ValueError(f"--device is {args.device or device.type!r}, but bench.py times cuda and cpu")
-        if args.out and not os.access(os.path.dirname(args.out) or ".", os.W_OK):
+        if args.out and (os.path.isdir(args.out) or not os.access(os.path.dirname(args.out) or ".", os.W_OK)):
             raise ValueError(f"--out is {args.out!r}, but it cannot be written to")
     except ValueError as error:
         parser.error(str(error))

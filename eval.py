@@ -5,12 +5,11 @@
 
 The numbers are printed and added to the run's JSON, results/X.json.
 
-Imports data and runs. All models are causal, which is what makes this cheap: sequences of different
+Imports data and runs; train tests with it. All models are causal, which is what makes this cheap: sequences of different
 lengths share a forward pass, each read at its own last token, and long sequences go through in pieces.
 """
 
 import argparse
-import json
 import os
 import time
 

@@ -193,10 +193,14 @@ def _(x, dt, A, B, C, starts, decay, dy, dh, off):
 
 def _keep(ctx, inputs, output):
     x, dt, A, B, C, _, ctx.off = inputs
+    ctx.set_materialize_grads(False)                           # or there were zeros for starts and decay
     ctx.save_for_backward(x, dt, A, B, C, *output[2:])
 
 
 def _gradients(ctx, dy, dh, *_):
+    x, starts = ctx.saved_tensors[0], ctx.saved_tensors[5]
+    dy = torch.zeros_like(x) if dy is None else dy
+    dh = torch.zeros_like(starts[:, 0]) if dh is None else dh
     return *_scan_backward(*ctx.saved_tensors, dy.contiguous(), dh.contiguous(), ctx.off), None
 
 

@@ -104,11 +104,11 @@ def look(path):
 
 # ---- the figure ----
 
-def images(layer, look):
+def images(layer, found):
     """The images that show a layer, from the top -> a list of (title, image, label of the colour bar, colours)."""
     share = dict(vmin=0, vmax=1)
     if "maps" in layer:
-        shown, q, v, last = [], look["q"], look["v"], len(look["tokens"]) - 1
+        shown, q, v, last = [], found["q"], found["v"], len(found["tokens"]) - 1
         for head, w in enumerate(layer["maps"], 1):
             title = f"v looks at q: {w[v, q]:.2f}\nlast q looks at v: {w[last, v]:.2f}"
             shown.append((f"head {head}: {title}" if len(layer["maps"]) > 1 else title, np.where(np.tri(last + 1), w, np.nan),
@@ -123,9 +123,9 @@ def images(layer, look):
              step)]
 
 
-def mark(ax, look, rows):
+def mark(ax, found, rows):
     """Frame the columns of q, v and the last q in an image, and if rows is true, their rows too."""
-    for place, name in ((look["q"], "q"), (look["v"], "v"), (len(look["tokens"]) - 1, "q")):
+    for place, name in ((found["q"], "q"), (found["v"], "v"), (len(found["tokens"]) - 1, "q")):
         text = dict(textcoords="offset points", color=MARKS[name], fontsize=10, fontweight="bold")
         ax.annotate(name, (place, 1), (0, 2), ax.get_xaxis_transform(), ha="center", **text)
         if rows:
@@ -136,16 +136,16 @@ def mark(ax, look, rows):
                 ax.axhline(edge, color=MARKS[name], lw=0.7)
 
 
-def draw(look):
-    """The figure of what inside.look found: a column for each layer, in which tokens go from left to right."""
-    tokens, config = look["tokens"], look["config"]
-    columns = [(depth, layer) for depth, layer in enumerate(look["layers"], 1) if layer]
+def draw(found):
+    """The figure of what look found: a column for each layer, in which tokens go from left to right."""
+    tokens, config = found["tokens"], found["config"]
+    columns = [(depth, layer) for depth, layer in enumerate(found["layers"], 1) if layer]
     height = 4.6  # of a map, in inches; three images of a Mamba layer share 7.4
     tall = max(height * len(layer["maps"]) if "maps" in layer else 7.4 for _, layer in columns)
     fig = Figure(figsize=(max(7, 4 * len(columns)), tall + 1), layout="constrained")
     for (depth, layer), part in zip(columns, np.atleast_1d(fig.subfigures(1, len(columns), wspace=0.02))):
-        attends, shown = "maps" in layer, images(layer, look)
-        part.suptitle(f"layer {depth} of {len(look['layers'])}: {'attention' if attends else 'Mamba'}", fontsize=12)
+        attends, shown = "maps" in layer, images(layer, found)
+        part.suptitle(f"layer {depth} of {len(found['layers'])}: {'attention' if attends else 'Mamba'}", fontsize=12)
         heights = [height] * len(shown)
         if attends and tall > sum(heights):  # another layer's images are taller together: leave room below
             heights.append(tall - sum(heights))
@@ -165,11 +165,11 @@ def draw(look):
             else:
                 ax.set(yticks=[], ylabel=f"{len(image)} channels")
                 ax.tick_params(labelbottom=ax is axes[-1])
-            mark(ax, look, rows=attends)
+            mark(ax, found, rows=attends)
         if not attends:
             axes[-1].set_xlabel("token, mixed by the convolution\nwith those just before it")
-    verdict = "right" if look["answer"] == look["label"] else "wrong"
+    verdict = "right" if found["answer"] == found["label"] else "wrong"
     fig.suptitle("{model}, M = {M}, delay tau = {tau}, d = {d}, seed {seed}\n".format(**config)
-                 + f"{len(tokens) - 1} tokens, then the query: answer {look['answer']}, label v = {look['label']}, {verdict}",
+                 + f"{len(tokens) - 1} tokens, then the query: answer {found['answer']}, label v = {found['label']}, {verdict}",
                  fontsize=12)
     return fig

@@ -44,7 +44,7 @@ LETTERS = {"M": 6, "R": 4, "P": 2.5, "A": 1}  # other models are black, with a d
 GREY = "0.35"
 LOOK = {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
         "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY}
-LABEL_GAP = 0.062    # between the labels at the curves' ends, in units of accuracy
+LABEL_GAP = 0.062    # between the labels at the curves' ends, in units of accuracy or of the height of the axes
 
 
 def style(model):
@@ -199,7 +199,7 @@ def draw(task, panels, kind):
 
 
 def load_costs(path):
-    """Read a file of bench.py -> {model: {cost: (x, y)}}, env; or None if it is something else. Raises ValueError."""
+    """Read a file of bench.py -> {model: {cost: (2, n), lengths and costs}}, env; None if it is another. Raises ValueError."""
     try:
         with open(path, encoding="utf-8") as f:
             record = json.load(f)
@@ -208,18 +208,21 @@ def load_costs(path):
         return None
     try:
         costs = {}
-        for row in sorted(rows["length"], key=lambda row: row["length"]):
+        for row in rows["length"]:
+            if not (isinstance(row["model"], str) and row["model"]):
+                raise ValueError
             for cost in COSTS:
                 if row[cost] is not None:
-                    for values, value in zip(costs.setdefault(row["model"], {}).setdefault(cost, ([], [])),
-                                             (row["length"], row[cost])):
-                        values.append(float(value))
-                        if not 0 < values[-1] < np.inf:
-                            raise ValueError
+                    costs.setdefault(row["model"], {}).setdefault(cost, []).append((row["length"], row[cost]))
+        for of_model in costs.values():
+            for cost, measured in of_model.items():
+                x, y = of_model[cost] = np.array(sorted(measured), float).T
+                if not (x[0] > 0 and (np.diff(x) > 0).all() and (y > 0).all() and np.isfinite([x, y]).all()):
+                    raise ValueError
         if not costs:
             raise ValueError
         return costs, {key: record["env"][key] for key in ("device", "torch", "threads")}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise ValueError(f"{path} is of bench.py, but has no whole table of what length costs") from None
 
 
@@ -250,9 +253,8 @@ def draw_costs(costs, env):
             ax.text(x, height, model, color=style(model)[0], va="center_baseline", transform=ax.get_xaxis_transform())
         ax.set_xlim(right=right * 2.5)                         # room for the labels
     fig.supxlabel("context length", fontsize=11)
-    fig.suptitle(f"What a longer context costs: two layers, d = 64, one sequence\n"
-                 f"{'CPU' if env['device'] == 'cpu' else env['device']}, {env['threads']} threads, torch {env['torch']}",
-                 fontsize=12)
+    where = f"CPU, threads: {env['threads']}" if env["device"] == "cpu" else env["device"]
+    fig.suptitle(f"What a longer context costs: two layers, d = 64, one sequence\n{where}, torch {env['torch']}", fontsize=12)
     return fig
 
 
@@ -267,10 +269,21 @@ def save(fig, path):
             os.remove(temporary)
 
 
+def named(kind, paths):
+    """{file name of a figure: path of the file that is drawn into it}. Raises ValueError where two would have the same."""
+    names = {}
+    for path in paths:
+        name = f"{kind}_{os.path.splitext(os.path.basename(path))[0]}.png"
+        if name in names:
+            raise ValueError(f"{path} and {names[name]} would both be drawn into {name}: give each its own --out")
+        names[name] = path
+    return names
+
+
 def figures_of_results(paths):
     """Read results of train.py and bench.py -> {file name: figure}. Raises ValueError, in one sentence."""
     costs = {path: found for path in dict.fromkeys(paths) if (found := load_costs(path))}
-    figures = {f"cost_{os.path.splitext(os.path.basename(path))[0]}.png": draw_costs(*found) for path, found in costs.items()}
+    figures = {name: draw_costs(*costs[path]) for name, path in named("cost", costs).items()}
     for task, panels in group([path for path in paths if path not in costs]).items():
         for kind in ("length", "training"):
             name = "{}_tau{}_K{}_d{}_L{}_M{}".format(kind, *task[:4], "-".join(map(str, panels)))
@@ -282,14 +295,7 @@ def figures_of_insides(paths):
     """Read checkpoints and run their models -> {file name: figure}. Raises ValueError, in one sentence."""
     import inside  # here, because it needs torch, which nothing else in this file does
 
-    figures, seen = {}, {}
-    for path in dict.fromkeys(paths):
-        name = f"inside_{os.path.splitext(os.path.basename(path))[0]}.png"
-        if name in seen:
-            raise ValueError(f"{path} and {seen[name]} would both be drawn into {name}: give each its own --out")
-        seen[name] = path
-        figures[name] = inside.draw(inside.look(path))
-    return figures
+    return {name: inside.draw(inside.look(path)) for name, path in named("inside", dict.fromkeys(paths)).items()}
 
 
 def main(argv=None):

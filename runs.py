@@ -23,16 +23,18 @@ def short_errors(parser):
 
 
 def pick_device(name=None):
-    """The torch.device of that name, or the best one here. Raises ValueError if it is not here."""
+    """The torch.device of that name, or the best one here, made the current one. Raises ValueError if it is not here."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (AssertionError, RuntimeError):                     # which one depends on how torch was built
+    except (AssertionError, RuntimeError, ImportError):        # which one depends on how torch was built
         device = None
     if device is None or device.type not in ("cuda", "mps", "cpu"):
         raise ValueError(f"--device is {name!r}, but torch {torch.__version__} finds no such device here")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                          # graphs and timers are on the current one
     return device
 
 
@@ -89,8 +91,9 @@ def processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def load_saved(saved, config, device):
+def load_saved(path, config, device):
     """What this very run had saved when it was killed, or None."""
+    saved = path + RESUME
     if not os.path.exists(saved):
         return None
     try:
@@ -108,6 +111,11 @@ def remove_saved(path):
     for name in (path + RESUME, path + RESUME + ".tmp"):
         if os.path.exists(name):
             os.remove(name)
+
+
+def is_finished(path):
+    """Whether a run has its result, and is not being repeated."""
+    return os.path.exists(path + ".json") and not os.path.exists(path + RESUME)
 
 
 def same_run(a, b):

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import datetime
 import itertools
-import json
 import math
 import os
 import platform
@@ -33,7 +32,7 @@ from tqdm import tqdm
 import mamba
 from data import check_task, recall_batch
 from eval import accuracy_by_length, print_table, some_lengths
-from runs import (RESUME, config_of, load_saved, model_from, pick_device, processes, remove_saved, same_run, short_errors,
+from runs import (RESUME, config_of, is_finished, load_saved, model_from, pick_device, processes, remove_saved, same_run, short_errors,
                   write_atomically, write_json)
 
 GRID = ["model", "M", "tau", "K", "d", "L", "seed"]  # the flags that take several values, and that name a run
@@ -43,10 +42,11 @@ CLIP = 0.2           # largest norm of the gradient
 TEST_BATCH = 512     # sequences of a fresh test batch during training
 POINTS = 200         # times that the curves are measured in a run
 SOLVED = 10, 0.99    # a run has solved its task when so many test batches in a row were at least so accurate
-COOLDOWN = 1000, 1 / 5  # at the end the learning rate falls, for so many steps or so much of the run, whichever is longer
+COOLDOWN = 1000, 1 / 5  # at the end the learning rate falls, for so many steps (at most a quarter of the run), or for so
+                        # much of the run if that is longer
 TEST_SEQUENCES = 1024  # of each length, after training
 SAVE_SECONDS = 5     # between saves of a run that is not finished
-SMALL = 16, 256      # largest d and L for which products are written out as sums on CUDA
+SMALL = 16, 256      # largest d and L for which compiled() writes products out as sums
 
 
 def parse(argv):
@@ -63,7 +63,7 @@ def parse(argv):
     parser.add_argument("--L", type=int, default=[64], **several, help="context length in training (default: 64)")
     parser.add_argument("--seed", type=int, default=[0], **several, help="seed of weights and data (default: 0)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="sequences in a step (default: 64)")
-    parser.add_argument("--steps", type=int, default=20000, metavar="N", help="most training steps (default: 20000)")
+    parser.add_argument("--steps", type=int, default=20000, metavar="N", help="most training steps; a test batch is drawn every 200th part of them (default: 20000)")
     parser.add_argument("--lr", type=float, default=8e-3, metavar="X", help="highest learning rate (default: 0.008)")
     parser.add_argument("--stop-early", action=argparse.BooleanOptionalAction, default=True,
                         help="cool down and stop once the task is solved, as a rule long before --steps (default: on)")
@@ -132,7 +132,7 @@ def prepare(config, device):
     torch.manual_seed(config["seed"])
     model = model_from(config).to(device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = {}                                                # of the same weight decay: the matrices, and what is none
+    groups = {}                                                # by weight decay, which vectors and A_log never have
     for name, p in trained.items():
         groups.setdefault(config["weight_decay"] if p.dim() > 1 and not name.endswith("A_log") else 0.0, []).append(p)
     optimizer = torch.optim.AdamW([{"params": group, "weight_decay": decay} for decay, group in groups.items()],
@@ -147,8 +147,9 @@ def prepare(config, device):
         return F.cross_entropy(forward(tokens, lengths), labels, reduction="sum") * (world / batch_size)
 
     mamba.compile_scan = config["compile"]
-    small = config["d"] <= SMALL[0] and L <= SMALL[1]
-    if on_cuda and config["compile"]:
+    compiles = on_cuda and config["compile"]
+    small = compiles and config["d"] <= SMALL[0] and L <= SMALL[1]
+    if compiles:
         draw, loss_of, clip = (compiled(function, small) for function in (draw, loss_of, clip))
 
     def step():
@@ -158,7 +159,7 @@ def prepare(config, device):
         tokens, labels = draw(batch_size, L, K, M, tau, device, generator, lengths)
         if world > 1:
             tokens, labels, lengths = (v if v is None else v[rank::world] for v in (tokens, labels, lengths))
-        with sdpa_kernel(SDPBackend.MATH) if on_cuda and small else contextlib.nullcontext():
+        with sdpa_kernel(SDPBackend.MATH) if small else contextlib.nullcontext():
             loss = loss_of(tokens, labels, lengths)
         optimizer.zero_grad()
         loss.backward()                                        # of several processes, the mean of their gradients
@@ -172,8 +173,8 @@ def compiled(function, small):
     """torch.compile for a function that meets the same shapes at every step of a run.
 
     small: write matrix products out as sums, and attention as products and a softmax. At d = 8 a product is less work than to
-    start the library's kernel for it, and sums are merged with what stands around them: a step of rope took 0.22 ms in
-    place of 0.27 on an H200.
+    start the library's kernel for it, and sums are merged with what stands around them: on an H200 a step of rope took
+    0.22 ms in place of 0.27, before its other parts were compiled too.
     """
     from torch._inductor import config as inductor             # here, because it takes a second
     products = {"decompose_mm_pass": {"min_first_dimension_decomposition": 1, "max_other_dimension_decomposition": 10**9}}
@@ -208,8 +209,7 @@ def run(config, path, device):
     start, seconds, curves = 0, 0.0, {"step": [], "loss": [], "accuracy": []}
 
     # A run that was killed goes on from what it saved, if it was the same run.
-    saved = path + RESUME
-    state = load_saved(saved, config, device)
+    state = load_saved(path, config, device)
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -221,7 +221,12 @@ def run(config, path, device):
         state = {"config": config, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                  "training": training.get_state(), "testing": testing.get_state(), "curves": curves,
                  "seconds": seconds + time.time() - began}
-        write_atomically(saved, lambda temporary: torch.save(state, temporary))
+        write_atomically(path + RESUME, lambda temporary: torch.save(state, temporary))
+
+    def stop_if_not_finite(loss, step):
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step} of {path}; "
+                                     f"a lower --lr than {config['lr']:g} may help")
 
     # The loop. On CUDA, if one process compiles, the step runs three times, is then recorded as one graph, and replayed.
     every = max(1, steps // POINTS)
@@ -250,12 +255,12 @@ def run(config, path, device):
                     curve.append(value)
                 last = last_step(curves, config)
                 bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.3f}")
-                if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {loss} at step {step + 1} of {path}; "
-                                             f"a lower --lr than {config['lr']:g} may help")
+                stop_if_not_finite(loss, step + 1)
                 if rank == 0 and time.time() - last_save > SAVE_SECONDS:
                     save(step + 1)
                     last_save = time.time()
+    if start < last:
+        stop_if_not_finite(float(loss), last)
     seconds += time.time() - began
     if rank > 0:
         return
@@ -288,7 +293,6 @@ def main(argv=None):
         if "LOCAL_RANK" in os.environ:                         # torchrun started this process, and others
             if device.type == "cuda":
                 device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-                torch.cuda.set_device(device)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                     timeout=datetime.timedelta(days=1))                # the others wait while one tests
         rank, world = processes()
@@ -309,7 +313,7 @@ def main(argv=None):
     for number, config in enumerate(configs, 1):
         path = os.path.join(args.out, "{model}_M{M}_tau{tau}_K{K}_d{d}_L{L}_seed{seed}".format(**config))
         count = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
-        if os.path.exists(path + ".json") and not args.overwrite:
+        if is_finished(path) and not args.overwrite:
             note = "" if same_run(config_of(path + ".json"), config) else ", with other flags"
             say(f"{count}{path}.json is finished{note}; --overwrite repeats it")
             continue
@@ -321,7 +325,8 @@ def main(argv=None):
             sys.exit(f"train.py: {error}" if rank == 0 else 1)
         except KeyboardInterrupt:
             goes_on = "from where it was last saved" if os.path.exists(path + RESUME) else "from the beginning"
-            say(f"stopped; the same command goes on with {path} {goes_on}", file=sys.stderr)
+            command = "the same command" + " without --overwrite" * args.overwrite
+            say(f"stopped; {command} goes on with {path} {goes_on}", file=sys.stderr)
             sys.exit(130)
         say(f"{count}wrote {path}.json")
     if world > 1:

@@ -93,6 +93,18 @@ def test_equals_reference_with_the_real_chunks(scan, L):
     assert_close(everything(scan, inputs), everything(selective_scan_ref, inputs), 1e-12, 1e-12)
 
 
+@scans
+@pytest.mark.parametrize("used", [0, 1])
+def test_gradient_of_one_of_the_two_results(scan, used, small_chunks):
+    """Of y alone, as in training, or of the last state alone."""
+    gradients = []
+    for function in scan, selective_scan_ref:
+        inputs = [v.requires_grad_() for v in operands(2 * CHUNK + 1)]
+        gradients.append(torch.autograd.grad(function(*inputs)[used].square().sum(), inputs, allow_unused=True,
+                                             materialize_grads=True))
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*gradients))
+
+
 @pytest.mark.parametrize("scan", [selective_scan, parallel], ids=["selective_scan", "parallel"])
 def test_bfloat16_inputs_and_float32_state(scan, small_chunks):
     x, dt, A, B, C, h = (v.float() for v in operands(2 * CHUNK))

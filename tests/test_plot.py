@@ -253,7 +253,7 @@ def test_costs(tmp_path, capsys):
     assert all(ink(images["cost_mine.png"], plot.style(model)[0]) > 200 for model in ("rope", "mamba"))
 
     costs, env = plot.load_costs(path)
-    assert costs["rope"]["state_bytes"] == ([1024, 4096], [102400, 409600]) and "train_megabytes" not in costs["rope"]
+    assert costs["rope"]["state_bytes"].tolist() == [[1024, 4096], [102400, 409600]] and "train_megabytes" not in costs["rope"]
     fig = plot.draw_costs(costs, env)
     assert [ax.get_title() for ax in fig.axes] == [plot.COSTS[c] for c in ("train_us", "read_us", "token_ms", "state_bytes")]
     for ax in fig.axes:
@@ -266,7 +266,13 @@ def test_costs(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("changes", [{"token_ms": -1.0}, {"token_ms": "fast"}, {"length": 0}, {"read_us": float("nan")},
-                                     {"read_us": [1]}])
+                                     {"read_us": [1]}, {"read_us": 10**400}, {"model": 3}, {"model": ""}, {"length": 7}])
 def test_costs_that_are_none(changes, tmp_path, refuses):
     path = write_bench(tmp_path / "x.json", **changes)
     assert "is of bench.py, but" in refuses(plot.main, [path, "--out", str(tmp_path / "none")])
+
+
+def test_two_files_of_one_name(tmp_path, refuses):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    paths = [write_bench(tmp_path / folder / "cpu.json") for folder in "ab"]
+    assert "both be drawn into cost_cpu.png" in refuses(plot.main, [*paths, "--out", str(tmp_path / "none")])

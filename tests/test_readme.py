@@ -97,6 +97,8 @@ def test_results_are_of_the_present_defaults():
         for run in runs:
             for flag, value in vars(defaults).items():
                 assert flag in own or run["config"][flag] == (value[0] if isinstance(value, list) else value), flag
+            every, last = run["config"]["steps"] // train.POINTS, train.last_step(run["train"], run["config"])
+            assert run["train"]["step"][-1] == last - last % every, "this run ended when a former version would have ended it"
 
 
 def median(values):

@@ -202,6 +202,25 @@ def test_goes_on_only_with_the_same_flags(flags, steps, train_tiny, monkeypatch,
     assert curves_and_eval(resumed) == curves_and_eval(train_tiny("--M", 2, *flags, out=tmp_path / "in one go"))
 
 
+def test_overwriting_can_be_stopped_too(train_tiny, monkeypatch, tmp_path, capsys):
+    """A run that was finished, and is stopped while it is repeated, is not finished: the command says how it goes on."""
+    first, write_atomically = train_tiny(), train.write_atomically
+
+    def interrupted(path, write):
+        write_atomically(path, write)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "SAVE_SECONDS", -1)
+        patch.setattr(train, "write_atomically", interrupted)
+        with pytest.raises(SystemExit):
+            train_tiny("--overwrite")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped; the same command without --overwrite goes on with ")
+    assert len(names(tmp_path / "out")) == 3
+    again = train_tiny()
+    assert "is finished" not in capsys.readouterr().out and len(names(tmp_path / "out")) == 2
+    assert curves_and_eval(again) == curves_and_eval(first) and again != first
+
+
 # ---- several processes ----
 
 @pytest.mark.parametrize("count, flags", [(2, ["--model", "mamba"]), (2, ["--model", "learned"]),
@@ -238,6 +257,22 @@ def test_loss_that_is_no_number(bad, train_tiny, monkeypatch, tmp_path):
     assert isinstance(stop.value.code, str)                                        # printed; the exit status is 1
     assert f"the loss is {bad} at step 20" in stop.value.code and "--lr" in stop.value.code
     assert "\n" not in stop.value.code and names(tmp_path / "out") == []
+
+
+def test_last_loss_that_is_no_number(train_tiny, monkeypatch, tmp_path):
+    """The last step of a run that stops early is not among those that are measured; its loss is looked at all the same."""
+    calls, loss = [], train.F.cross_entropy
+    monkeypatch.setattr(train, "SOLVED", (3, 0.0))
+    monkeypatch.setattr(train, "COOLDOWN", (3, 0.2))
+    assert train_tiny("--steps", 400)[0]["train"]["step"] == [2, 4, 6, 8]
+
+    def spoiled(*arguments, **options):
+        calls.append(0)
+        return loss(*arguments, **options) * (float("nan") if len(calls) == 9 else 1)
+    monkeypatch.setattr(train.F, "cross_entropy", spoiled)
+    with pytest.raises(SystemExit) as stop:
+        train_tiny("--steps", 400, out=tmp_path / "spoiled")
+    assert "the loss is nan at step 9" in stop.value.code and names(tmp_path / "spoiled") == []
 
 
 @pytest.mark.parametrize("model", ["rope", "mamba"])
