@@ -162,8 +162,8 @@ def draw(task, panels, kind):
     curves = {M: {model: curve(runs, kind) for model, runs in models.items()} for M, models in panels.items()}
     drawn = [xy for models in curves.values() for xy in models.values()]
     right = max([x[-1] for x, _ in drawn] + [L] * (kind == "length"))
-    logarithmic = kind == "length" and right > 8 * L
-    left = min([x[0] for x, _ in drawn] + [L]) if logarithmic else 0
+    logarithmic = kind == "training" or right > 8 * L          # some models learn in a twentieth of another's steps
+    left = min([x[0] for x, _ in drawn] + [right / 2] + [L] * (kind == "length")) if logarithmic else 0
 
     fig = Figure(figsize=(max(9, 1 + 3.1 * len(panels)), 5), layout="constrained")
     fig.get_layout_engine().set(w_pad=0.08)
@@ -177,11 +177,12 @@ def draw(task, panels, kind):
         if kind == "length":
             ax.axvline(L, color=GREY, lw=1, ls="--")
             ax.annotate(f"trained at {L}", (L, 1), (0, 2), ax.get_xaxis_transform(), ha="center", **small)
-            if logarithmic:
-                ax.set_xscale("log", base=2)
-                ax.xaxis.set_minor_locator(NullLocator())
-            else:
-                ax.xaxis.set_major_locator(MultipleLocator(L))
+            ax.xaxis.set_major_locator(MultipleLocator(L))
+        if logarithmic:
+            ax.set_xscale("log", base=2 if kind == "length" else 10)
+            ax.xaxis.set_minor_locator(NullLocator())
+        if kind == "training":
+            ax.xaxis.set_major_formatter("{x:,.0f}")
         if len(panels) > 1:
             ax.set_title(f"M = {M}", pad=18 if kind == "length" else 6)
         draw_curves(ax, models, kind, right, reach=0.1 if len(panels) == 1 else 0.23)

@@ -26,7 +26,8 @@ def commands():
 
 def test_every_command_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "reference").symlink_to(ROOT / "results" / "reference")
+    for folder in "reference", "bench":
+        (tmp_path / "results" / folder).symlink_to(ROOT / "results" / folder)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "TEST_SEQUENCES", 8)
     monkeypatch.setattr(train, "TEST_BATCH", 8)
@@ -81,13 +82,29 @@ def test_every_number_of_the_results_table_is_the_one_in_results():
     for model, M, tau, seeds, numbers in rows:
         of_setting = runs[model, int(M), int(tau)]
         assert int(seeds) == len(of_setting)
-        at, beyond = [], []
+        solved, at, beyond = [], [], []
         for run in of_setting:
             accuracy = dict(zip(run["eval"]["length"], run["eval"]["accuracy"]))
+            curve = zip(run["train"]["step"], run["train"]["accuracy"])
+            solved.append(min((step for step, a in curve if a >= 0.99), default=float("inf")))
             at.append(accuracy[64])
             beyond.append(min(a for n, a in accuracy.items() if 64 <= n <= 192))
-        expected = [median(at), min(at), median(beyond), min(beyond)]
-        assert numbers.split(" | ") == [f"{number:.3f}" for number in expected], (model, M, tau)
+        steps = "never" if median(solved) == float("inf") else f"{median(solved):.0f}"
+        expected = [f"{number:.3f}" for number in (median(at), min(at), median(beyond), min(beyond))]
+        assert numbers.split(" | ") == [steps, *expected], (model, M, tau)
+
+
+def test_every_time_on_a_cpu_is_the_one_that_was_measured():
+    tables = json.loads((ROOT / "results" / "bench" / "cpu.json").read_text())["bench"]
+    forms = ["recurrence", "chunked", "parallel", "mambapy"]
+    measured = {(tuple(row["shape"]), row["form"]): f"{row['ms']:.1f}" for row in tables["scan"]}
+    rows = re.findall(r"^\| (\d+), (\d+), (\d+), (\d+) \| (.+) \|$", README.split("On 2 CPU cores")[1], re.M)
+    assert len(rows) == 3
+    for *shape, times in rows:
+        expected = [measured.get((tuple(map(int, shape)), form), "") for form in forms]
+        assert [time.strip() for time in times.split("|")] == expected
+    steps = re.search(r"A training step there takes (.+?) ms", README.replace("\n", " ")).group(1)
+    assert steps == ", ".join(f"{row['ms']:.1f} (`{row['model']}`)" for row in tables["step"])
 
 
 def test_results_are_of_the_present_defaults():
