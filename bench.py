@@ -160,7 +160,7 @@ def step_table(device):
 # ---- what length costs ----
 
 def length_row(name, L, device):
-    """What L tokens cost a model. In a function of its own, for what a row leaves behind would count as the next one's memory."""
+    """What L tokens cost a model. A function of its own, or what one row leaves behind would count as the next one's memory."""
     row, repeats = {"model": name, "length": L}, 9 if L < 2**14 else 3
     step = train.prepare(config_for(name, d=64, L=L - 1, batch_size=1), device)[-1]
     row["train_us"] = 1e3 * timed(step, device, repeats, graph=False)[0] / L

@@ -32,8 +32,8 @@ from tqdm import tqdm
 import mamba
 from data import check_task, recall_batch
 from eval import accuracy_by_length, print_table, some_lengths
-from runs import (RESUME, config_of, is_finished, load_saved, model_from, pick_device, processes, remove_saved, same_run, short_errors,
-                  write_atomically, write_json)
+from runs import (RESUME, config_of, is_finished, load_saved, model_from, pick_device, processes, remove_saved, same_run,
+                  short_errors, write_atomically, write_json)
 
 GRID = ["model", "M", "tau", "K", "d", "L", "seed"]  # the flags that take several values, and that name a run
 WARMUP = 400         # steps in which the learning rate rises
@@ -63,7 +63,8 @@ def parse(argv):
     parser.add_argument("--L", type=int, default=[64], **several, help="context length in training (default: 64)")
     parser.add_argument("--seed", type=int, default=[0], **several, help="seed of weights and data (default: 0)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="sequences in a step (default: 64)")
-    parser.add_argument("--steps", type=int, default=20000, metavar="N", help="most training steps; a test batch is drawn every 200th part of them (default: 20000)")
+    parser.add_argument("--steps", type=int, default=20000, metavar="N",
+                        help="most training steps; a test batch is drawn every 200th part of them (default: 20000)")
     parser.add_argument("--lr", type=float, default=8e-3, metavar="X", help="highest learning rate (default: 0.008)")
     parser.add_argument("--stop-early", action=argparse.BooleanOptionalAction, default=True,
                         help="cool down and stop once the task is solved, as a rule long before --steps (default: on)")

@@ -239,8 +239,9 @@ def test_as_a_command_without_torch(tmp_path):
 # ---- what length costs ----
 
 def write_bench(path, **changes):
-    rows = [{"model": model, "length": L, "train_us": 10.0, "read_us": 2.0, "token_ms": 0.5, "state_bytes": 100 * L**(model == "rope"),
-             "train_megabytes": None, "read_megabytes": None, **changes} for model in ("rope", "mamba") for L in (4096, 1024)]
+    rows = [{"model": model, "length": L, "train_us": 10.0, "read_us": 2.0, "token_ms": 0.5,
+             "state_bytes": 100 * L**(model == "rope"), "train_megabytes": None, "read_megabytes": None, **changes}
+            for model in ("rope", "mamba") for L in (4096, 1024)]
     with open(path, "w") as f:
         json.dump({"bench": {"scan": [], "length": rows}, "env": {"device": "cpu", "torch": "2", "threads": 1, "date": ""}}, f)
     return str(path)
