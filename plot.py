@@ -187,7 +187,7 @@ def draw(task, panels, kind):
             ax.set_title(f"M = {M}", pad=18 if kind == "length" else 6)
         draw_curves(ax, models, kind, right, reach=0.1 if len(panels) == 1 else 0.23)
     axes[0].set_ylabel("accuracy")
-    label, dot = {"length": ("context length", "longest tested"), "training": ("training step", "training ended")}[kind]
+    label, dot = {"length": ("context length", "longest tested"), "training": ("training step", "the last seed ended")}[kind]
     fig.supxlabel(label + (f" (large dot: {dot})" if any(x[-1] < right for x, _ in drawn) else ""), fontsize=11)
 
     queries = ", ".join(map(str, panels)) + (" query" if list(panels) == [1] else " queries")

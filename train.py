@@ -64,7 +64,7 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=[0], **several, help="seed of weights and data (default: 0)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="sequences in a step (default: 64)")
     parser.add_argument("--steps", type=int, default=20000, metavar="N",
-                        help="most training steps; a test batch is drawn every 200th part of them (default: 20000)")
+                        help="most training steps, with 200 test batches on the way (default: 20000)")
     parser.add_argument("--lr", type=float, default=8e-3, metavar="X", help="highest learning rate (default: 0.008)")
     parser.add_argument("--stop-early", action=argparse.BooleanOptionalAction, default=True,
                         help="cool down and stop once the task is solved, as a rule long before --steps (default: on)")

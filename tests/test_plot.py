@@ -136,7 +136,7 @@ def test_a_run_that_has_ended_holds_its_accuracy(tmp_path):
     x, y = plot.curve(runs, "training")
     assert x.tolist() == [200, 300, 400, 500, 600, 1000]
     assert y[0, -2:].tolist() == [0.9, 0.9] and y[1, -3:].tolist() == [0.7, 0.7, 0.7]
-    assert any("training ended" in t.get_text() for t in figure(paths + [write(tmp_path, "mamba")], "training").texts)
+    assert any("the last seed ended" in t.get_text() for t in figure(paths + [write(tmp_path, "mamba")], "training").texts)
 
 
 def test_lengths_common_to_all_seeds(tmp_path, refuses):
