@@ -164,7 +164,7 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
 def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, decay: Tensor, dy: Tensor,
                    dh: Tensor, off: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> the gradients of x, dt, A, B, C and h."""
-    gradients, dA = [], 0.0
+    gradients, dA = [], None
     for x_k, dt_k, B_k, C_k, dy_k, starts_k, decay_k in reversed(_pieces(x, dt, B, C, dy, starts, decay)):
         L = x_k.shape[1]
         x_k, dt_k, B_k, C_k, dy_k = map(_split, (x_k, dt_k, B_k, C_k, dy_k))
@@ -173,7 +173,8 @@ def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start
         dx, ddt, dA_k = _kernel(_gradients_x_dt_A, off)(x_k, dt_k, A, B_k, C_k, dy_k, starts_k, arriving)
         dB = _kernel(_gradient_B, off)(x_k, dt_k, A, B_k, C_k, dy_k, arriving)
         dC = _kernel(_gradient_C, off)(x_k, dt_k, A, B_k, C_k, dy_k, starts_k)
-        dA = dA + _kernel(_total, off)(dA_k)
+        dA_k = _kernel(_total, off)(dA_k)
+        dA = dA_k if dA is None else dA + dA_k                 # most sequences are one piece, and need no sum
         gradients.append([v.flatten(1, 2)[:, :L] for v in (dx, ddt, dB, dC)])
     dx, ddt, dB, dC = map(_join, zip(*reversed(gradients)))
     return dx, ddt, dA, dB, dC, dh
