@@ -98,7 +98,16 @@ class LearnedPosition(nn.Module):
 
     def __init__(self, d_model, positions):
         super().__init__()
-        self.table = nn.Parameter(0.1 * torch.randn(positions, d_model) / d_model**0.5)  # length about 0.1
+        self.table = nn.Parameter(self.rows(positions, d_model))
+
+    @staticmethod
+    def rows(positions, d_model):
+        return 0.1 * torch.randn(positions, d_model) / d_model**0.5                    # length about 0.1
+
+    def reach(self, positions):
+        """Make the table long enough for so many positions: more rows, untrained like those that training never reached."""
+        missing = max(0, positions - len(self.table))
+        self.table.data = torch.cat([self.table.data, self.rows(missing, self.table.shape[1]).to(self.table)])
 
     def forward(self, x, state=None):
         """x (B, L, d_model), state the number of tokens before it or None -> (1, L, d_model), the new number."""

@@ -39,9 +39,10 @@ def sync(device):
         torch.cuda.synchronize()
 
 
-def timed(call, device, repeats=9, graph=True):
-    """Milliseconds of call(): median, lowest, highest. The first calls, which may compile, are left out."""
-    call(), call()
+def timed(call, device, repeats=9, graph=True, warm=2):
+    """Milliseconds of call(): median, lowest, highest. The first `warm` calls, which may compile, are left out."""
+    for _ in range(warm):
+        call()
     inner = 1
     if device.type == "cuda" and graph:
         recorded, inner = torch.cuda.CUDAGraph(), 10
@@ -142,16 +143,20 @@ def config_for(model, **changes):
     return {**vars(args), **single, "model": model, **changes}
 
 
+def recorded(step, generator, device):
+    """A training step as train.py takes it after three others."""
+    return train.record(step, generator) if device.type == "cuda" else step
+
+
 def step_table(device):
     print("A training step, K 16, d 8, L 64, batch 64: milliseconds (lowest to highest)")
     rows = []
     for name in MODELS:
         began = time.time()
-        _, optimizer, generator, step = train.prepare(config_for(name), device)
+        _, _, generator, step = train.prepare(config_for(name), device)
         step(), step(), step(), sync(device)
         first = time.time() - began
-        call = train.record(step, generator) if device.type == "cuda" else step
-        ms, lowest, highest = timed(call, device, repeats=31, graph=False)
+        ms, lowest, highest = timed(recorded(step, generator, device), device, repeats=31, graph=False)
         rows.append({"model": name, "ms": ms, "ms_lowest": lowest, "ms_highest": highest, "first_call_s": first})
         print(f"  {name:10} {ms:8.3f} ({lowest:.3f} to {highest:.3f})    first steps {first:.1f} s", flush=True)
     return rows
@@ -161,10 +166,11 @@ def step_table(device):
 
 def length_row(name, L, device):
     """What L tokens cost a model. A function of its own, or what one row leaves behind would count as the next one's memory."""
-    row, repeats = {"model": name, "length": L}, 9 if L < 2**14 else 3
-    step = train.prepare(config_for(name, d=64, L=L - 1, batch_size=1), device)[-1]
-    row["train_us"] = 1e3 * timed(step, device, repeats, graph=False)[0] / L
+    row, calls = {"model": name, "length": L}, dict(graph=False, warm=1, repeats=9 if L < 2**14 else 3 if L < 2**18 else 1)
+    _, _, generator, step = train.prepare(config_for(name, d=64, L=L - 1, batch_size=1), device)
+    step(), step()
     row["train_megabytes"] = peak_megabytes(step, device)
+    row["train_us"] = 1e3 * timed(recorded(step, generator, device), device, **calls)[0] / L
     del step
     model = build_model(name, d=64, L=L).to(device)
     tokens = recall_batch(1, L - 1, device=device)[0]                                  # (1, L), the query among them
@@ -175,8 +181,8 @@ def length_row(name, L, device):
             _, states = model.stream(piece, states)
         return states
     with torch.no_grad():
-        row["read_us"] = 1e3 * timed(read, device, repeats, graph=False)[0] / L
         row["read_megabytes"] = peak_megabytes(read, device)
+        row["read_us"] = 1e3 * timed(read, device, **calls)[0] / L
         states = read()
         row["token_ms"] = timed(lambda: model.stream(tokens[:, -1:], states), device, 51, graph=False)[0]
         row["state_bytes"] = sum(v.nbytes for state in states for v in state)
@@ -199,7 +205,8 @@ def length_table(device):
     return rows
 
 
-TABLES = {"scan": scan_table, "step": step_table, "length": length_table}
+TABLES = {  # the step first: what train.compiled sets, torch reads once, before it compiles anything
+    "step": step_table, "scan": scan_table, "length": length_table}
 
 
 def main(argv=None):
@@ -220,7 +227,7 @@ def main(argv=None):
     env = {"torch": torch.__version__, "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
     print(", ".join(f"{key} {value}" for key, value in env.items()))
-    tables = {name: TABLES[name](device) for name in args.tables}
+    tables = {name: table(device) for name, table in TABLES.items() if name in args.tables}
     if args.out:
         write_json(args.out, {"bench": tables, "env": env})
 

@@ -19,7 +19,7 @@ from data import recall_batch
 from runs import load_run, pick_device, short_errors, write_json
 
 BATCH_ROWS = 2048    # contexts that go through the model together,
-HELD_TOKENS = 2**22  # but no more tokens than this, which bounds the memory that the model has no part in
+HELD_TOKENS = 2**22  # but no more tokens than this (on CUDA four times as many), which bounds the memory beside the model's
 PIECE = 4096         # tokens of a context that go through the model at once
 
 
@@ -34,6 +34,7 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
     the part that is new (reservoir sampling). So 1024 sequences at each of 191 lengths need 6,000 contexts, not 200,000.
     """
     generator = torch.Generator(device).manual_seed(2**40 + seed)                      # no training run draws from this
+    held = HELD_TOKENS * (4 if torch.device(device).type == "cuda" else 1)
     order = sorted(set(lengths))
     new = torch.tensor(order, device=device) - tau                                     # positions allowed at each length
     old = torch.cat([new.new_zeros(1), new[:-1]])                                      # and at the length before it
@@ -48,7 +49,7 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
     rank = last.argsort(stable=True, descending=True)                                  # so that a batch ends together
     while len(rank):
         longest = order[last[rank[0]]]
-        batch, rank = rank.tensor_split([max(1, min(BATCH_ROWS, HELD_TOKENS // longest))])
+        batch, rank = rank.tensor_split([max(1, min(BATCH_ROWS, held // longest))])
         final = int(last[batch].max())
         tokens, labels = recall_batch(len(batch), order[final], K, M, tau, device, generator, i=i[batch])
         states, start = None, 0
@@ -100,10 +101,9 @@ def main(argv=None):
     for path, model, record in runs:
         c, began = record["config"], time.time()
         lengths = sorted(set(args.lengths or range(c["tau"] + 1, 3 * c["L"] + 1)))
-        try:
-            accuracies = accuracy_by_length(model, lengths, c["K"], c["M"], c["tau"], args.sequences, device, args.seed)
-        except ValueError as error:  # a length that this model cannot take: learned positions come to an end
-            parser.error(f"{path}: {error}")
+        torch.manual_seed(args.seed)
+        model.reach(lengths[-1] + 1)
+        accuracies = accuracy_by_length(model, lengths, c["K"], c["M"], c["tau"], args.sequences, device, args.seed)
         record["eval"] = merged(record["eval"], lengths, accuracies, args.sequences)
         record["seconds"]["eval"] = time.time() - began
         write_json(os.path.splitext(path)[0] + ".json", record)

@@ -14,11 +14,11 @@ from attention import Attention, LearnedPosition
 from data import embedding_table
 from mamba import Mamba
 
-LAYERS = {  # letter: how to build the layer; d is the width, o the other options: n_heads, L, and depth, from 0
+LAYERS = {  # letter: how to build the layer; d is the width, o the other options: n_heads, d_state, L, and depth, from 0
     "A": lambda d, o: Attention(d, o["n_heads"]),
     "R": lambda d, o: Attention(d, o["n_heads"], "rope", recency=2.0 if o["depth"] == 0 else None),
     "P": lambda d, o: LearnedPosition(d, 3 * o["L"] + 1),
-    "M": lambda d, o: Mamba(d),
+    "M": lambda d, o: Mamba(d, o["d_state"]),
 }
 MODELS = {
     "nope": "AA",
@@ -90,15 +90,22 @@ class Model(nn.Module):
             return type(state)(*chosen) if hasattr(state, "_fields") else tuple(chosen)
         return [of_layer(state) for state in states]
 
+    def reach(self, positions):
+        """Make room for so many tokens where a layer has a table of positions: its new rows are untrained."""
+        for layer in self.layers:
+            if isinstance(layer, LearnedPosition):
+                layer.reach(positions)
+
     def forward(self, tokens, last=None):
         """tokens (B, L + 1) int64 -> logits (B, K) at the last token, or in row b at token last[b]."""
         x, _ = self.stream(tokens, only_last=last is None)                             # (B, 1 or L+1, d)
         return self.head(x[:, -1] if last is None else x[torch.arange(len(x), device=x.device), last])
 
 
-def build_model(name, K=16, d=8, L=64, n_heads=1, learn_embedding=False):
+def build_model(name, K=16, d=8, L=64, n_heads=1, d_state=16, init="official", learn_embedding=False):
     """Build a model by its name in MODELS, or by its pattern, such as "MAM". L is the training length.
 
+    init: "official", or "mimetic" for Mamba layers that start out near linear attention (Mamba.start_as_linear_attention).
     Raises ValueError for an unknown name, or an option that a layer cannot have.
     """
     pattern = MODELS.get(name, name)
@@ -106,5 +113,9 @@ def build_model(name, K=16, d=8, L=64, n_heads=1, learn_embedding=False):
     if unknown or not pattern:
         raise ValueError(f"--model is {name!r}, but it must be one of {', '.join(MODELS)}, "
                          f"or a pattern of the letters {', '.join(LAYERS)}")
-    layers = [LAYERS[letter](d, dict(L=L, n_heads=n_heads, depth=depth)) for depth, letter in enumerate(pattern)]
+    layers = [LAYERS[letter](d, dict(L=L, n_heads=n_heads, d_state=d_state, depth=depth)) for depth, letter in enumerate(pattern)]
+    if init == "mimetic":
+        for layer in layers:
+            if isinstance(layer, Mamba):
+                layer.start_as_linear_attention()
     return Model(layers, K, d, learn_embedding)

@@ -177,6 +177,9 @@ def selective_scan(x, dt, A, B, C, h=None):
 
 # ---- 4. The layer ----------------------------------------------------------------------------------------------------
 
+LINEAR_DECAY = 256  # what A is divided by at the start of a layer that is to forget next to nothing
+
+
 class MambaState(NamedTuple):
     """All that a Mamba layer remembers of the tokens so far. Its size does not depend on how many they were."""
     conv: torch.Tensor  # (b, d_inner, d_conv - 1), the convolution's window
@@ -213,6 +216,19 @@ class Mamba(nn.Module):
         dt = torch.exp(torch.empty(self.d_inner).uniform_(math.log(1e-3), math.log(1e-1)))
         with torch.no_grad():
             self.dt_proj.bias.copy_(torch.log(torch.expm1(dt)))
+
+    def start_as_linear_attention(self):
+        """Another start, after Trockman et al. 2024 (arXiv 2410.11135): a layer that remembers every token alike.
+
+        Without decay and with dt = 1, y_t is the sum over s <= t of (C_t B_s) x_s: attention without the softmax, C its
+        queries and B its keys. As there, C starts equal to B, so that a token finds what is like it.
+        """
+        with torch.no_grad():
+            self.A_log.sub_(math.log(LINEAR_DECAY))
+            self.dt_proj.weight.zero_()
+            self.dt_proj.bias.fill_(math.log(math.expm1(1.0)))                         # softplus of it is 1
+            _, B, C = self.x_proj.weight.split([self.dt_rank, self.d_state, self.d_state])
+            C.copy_(B)
 
     def forward(self, x, state=None):
         """x (b, L, d_model), state a MambaState or None at the start -> y (b, L, d_model), the state after the last token."""

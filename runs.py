@@ -33,7 +33,7 @@ def pick_device(name=None):
         device = None
     if device is None or device.type not in ("cuda", "mps", "cpu"):
         raise ValueError(f"--device is {name!r}, but torch {torch.__version__} finds no such device here")
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)                          # graphs and timers are on the current one
     return device
 
@@ -58,8 +58,8 @@ def write_json(path, record):
 
 
 def model_from(config):
-    return build_model(config["model"], config["K"], config["d"], config["L"], n_heads=config["n_heads"],
-                       learn_embedding=config["learn_embedding"])
+    options = {k: config[k] for k in ("n_heads", "d_state", "init", "learn_embedding") if k in config}  # old files lack some
+    return build_model(config["model"], config["K"], config["d"], config["L"], **options)
 
 
 def load_run(path, device="cpu"):

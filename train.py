@@ -39,7 +39,8 @@ GRID = ["model", "M", "tau", "K", "d", "L", "seed"]  # the flags that take sever
 WARMUP = 400         # steps in which the learning rate rises
 BETAS = (0.9, 0.98)  # of AdamW
 CLIP = 0.2           # largest norm of the gradient
-TEST_BATCH = 512     # sequences of a fresh test batch during training
+TEST_BATCH = 512     # sequences of a fresh test batch during training,
+TEST_TOKENS = 2**18  # which are in the model together as long as they are no more tokens than this
 POINTS = 200         # times that the curves are measured in a run
 SOLVED = 10, 0.99    # a run has solved its task when so many test batches in a row were at least so accurate
 COOLDOWN = 1000, 1 / 5  # at the end the learning rate falls, for so many steps (at most a quarter of the run), or for so
@@ -70,6 +71,9 @@ def parse(argv):
                         help="cool down and stop once the task is solved, as a rule long before --steps (default: on)")
     parser.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="of AdamW (default: 0)")
     parser.add_argument("--n-heads", type=int, default=1, metavar="N", help="heads of an attention layer (default: 1)")
+    parser.add_argument("--d-state", type=int, default=16, metavar="N", help="states in a channel of Mamba (default: 16)")
+    parser.add_argument("--init", choices=["official", "mimetic"], default="official",
+                        help="start of Mamba layers: official, or near linear attention (default: official)")
     parser.add_argument("--train-lengths", choices=["fixed", "uniform"], default="fixed",
                         help="train at length L, or at a length from tau + 1 to L for each sequence (default: fixed)")
     parser.add_argument("--learn-embedding", action="store_true", help="train the embedding table too")
@@ -83,7 +87,7 @@ def parse(argv):
 
 def check(config):
     """Raise a ValueError, in one sentence, for a run that cannot be made. Nothing is written before this has passed."""
-    for flag in ("d", "L", "n_heads", "batch_size", "steps"):
+    for flag in ("d", "L", "n_heads", "d_state", "batch_size", "steps"):
         if config[flag] < 1:
             raise ValueError(f"--{flag.replace('_', '-')} is {config[flag]}, but it must be at least 1")
     if not (config["lr"] > 0 and math.isfinite(config["lr"])):
@@ -248,7 +252,8 @@ def run(config, path, device):
             if (step + 1) % every == 0 or step + 1 == steps:
                 tokens, labels = recall_batch(TEST_BATCH, L, K, M, tau, device, testing)
                 with torch.no_grad(), torch.compiler.set_stance("force_eager"):        # not worth compiling for
-                    measured = torch.stack([loss, (model(tokens).argmax(-1) == labels).float().mean()])
+                    answers = torch.cat([model(part).argmax(-1) for part in tokens.split(max(1, TEST_TOKENS // L))])
+                measured = torch.stack([loss, (answers == labels).float().mean()])
                 if world > 1:
                     dist.all_reduce(measured)                  # also makes sure that all come to the same conclusions
                 loss, accuracy = (measured / world).tolist()
