@@ -140,7 +140,8 @@ def config_for(model, **changes):
     """train.py's config for its default flags, but for the changes."""
     _, args = train.parse([])
     single = {flag: values[0] for flag, values in vars(args).items() if isinstance(values, list)}
-    return {**vars(args), **single, "model": model, **changes}
+    config = {**vars(args), **single, "model": model, **changes}
+    return {**config, "lr": train.default_lr(config["d"])}
 
 
 def recorded(step, generator, device):

@@ -108,13 +108,16 @@ class ChunkedScan(torch.autograd.Function):
         T = min(L, max(8, CHUNK_ELEMENTS // (b * D * N)))                              # steps in a chunk
         x, dt, A, B, C = _time_first(x, dt, A, B, C)
         u, y = dt * x, x.new_empty(L, b, D)
+        forgets = bool(dt.max() * A.min() < -80)               # exp(-80) is as good as 0, and below it a CPU's exp is 50 times
+                                                               # slower: a trained model reads twice as fast when clamped
         ctx.T, ctx.starts, ctx.from_zero = T, [], h is None
         h = x.new_zeros(N, b, D) if h is None else h.permute(2, 0, 1).contiguous()
         space = x.new_empty(2, T, N, b, D)                     # used for every chunk again: fresh memory costs page faults
         for dt_k, u_k, B_k, C_k, y_k in zip(*(v.split(T) for v in (dt, u, B, C, y))):
             ctx.starts.append(h)
             a, hs = space[:, :len(dt_k)]                                               # (T, N, b, D) each
-            torch.mul(dt_k, A, out=a).exp_()
+            torch.mul(dt_k, A, out=a)
+            (a.clamp_(min=-80) if forgets else a).exp_()
             torch.mul(u_k, B_k, out=hs)                                                # b_t until _run
             h = _run(a.unbind(), hs.unbind(), h).clone()                               # a view would not survive the chunk
             torch.sum(torch.mul(hs, C_k, out=a), 1, out=y_k)                           # (T, b, D); a is free by now

@@ -2,16 +2,18 @@
 
     python plot.py results/*.json                       all figures, into figures/
     python plot.py results/*_M1_tau1_*.json --out .     those of one task
+    python plot.py results/*.json --panels d M          a row of panels for each d, a column for each M
+    python plot.py results/*.json --against d           accuracy at the training length, against d
     python plot.py results/bench/cpu.json               what a longer context costs, as bench.py measured it
     python plot.py --inside results/X.pt                what a trained model does on one sequence
 
-Runs of one task (tau, K, d, L, train-lengths) share two figures: length_*.png, accuracy against context length, and
-training_*.png, accuracy against training step. Each M is a panel, each model a curve: the median over its seeds, in a
-band from the lowest to the highest. Each file of bench.py has a figure of its own, cost_*.png, and so has each checkpoint
-given to --inside, inside_*.png.
+Runs of one task share two figures: length_*.png, accuracy against context length, and training_*.png, accuracy against
+training step. Each M, or what --panels says, is a panel, each model a curve: the median over its seeds, in a band from the
+lowest to the highest. Published numbers (results/published/) are drawn beside the runs of their task, as hollow points. Each
+file of bench.py has a figure of its own, cost_*.png, and so has each checkpoint given to --inside, inside_*.png.
 
-Imports nothing of this repository and needs no torch, for it reads JSON only. But --inside runs a model: for that alone,
-when it is asked for, inside.py is imported, and torch with it.
+Imports costs and look, and needs no torch, for it reads JSON only. But --inside runs a model: for that alone, when it is
+asked for, inside.py is imported, and torch with it.
 """
 
 import argparse
@@ -22,39 +24,14 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
+from matplotlib.ticker import MultipleLocator, NullLocator
+
+from costs import draw_costs, load_costs
+from look import GREY, LOOK, order, spread, style
 
 GRID = ["model", "M", "tau", "K", "d", "L", "seed"]  # what names a run, as in train.py
-TASK = ["tau", "K", "d", "L", "train_lengths"]       # what the panels of a figure have in common
-
-# Colours of Okabe and Ito, which the colour-blind can tell apart. Later lines lie on earlier ones and are thinner or broken,
-# so that models which are all at 1 can all be seen.
-STYLES = {  # model: colour, line width, dashes
-    "nope":     ("#56B4E9", 4.4, "-"),
-    "learned":  ("#E69F00", 3.0, "-"),
-    "rope":     ("#0072B2", 1.8, "-"),
-    "mamba":    ("#D55E00", 1.8, (0, (7, 2))),
-    "hybrid-a": ("#009E73", 1.8, (0, (4.5, 4.5))),
-    "hybrid-b": ("#CC79A7", 1.8, (0, (1.5, 3))),
-}
-COSTS = {  # what bench.py measures at each length: the title of its panel
-    "train_us": "training: μs a token", "read_us": "reading: μs a token", "token_ms": "one token more: ms",
-    "state_bytes": "state: bytes", "train_megabytes": "training: memory, MB", "read_megabytes": "reading: memory, MB"}
-LETTERS = {"M": 6, "R": 4, "P": 2.5, "A": 1}  # other models are black, with a dash for each letter of their pattern
-GREY = "0.35"
-LOOK = {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY}
-LABEL_GAP = 0.062    # between the labels at the curves' ends, in units of accuracy or of the height of the axes
-
-
-def style(model):
-    """Colour, width and dashes of a model: they depend on its name only, so they are the same in every figure."""
-    dashes = [length for letter in model for length in (LETTERS.get(letter, 3), 1.5)]
-    return STYLES.get(model, ("black", 1.6, (0, (*dashes[:-1], 4.5))))
-
-
-def order(model):
-    return list(STYLES).index(model) if model in STYLES else len(STYLES), model
+OTHERS = {"train_lengths": "fixed", "d_state": 16, "init": "official"}  # what else tells runs apart, and what files without it had
+TASK = ["tau", "K", "d", "L", "M", "train_lengths", "d_state"]          # what tells figures or their panels apart
 
 
 def points(section, x):
@@ -72,9 +49,11 @@ def load(path):
         with open(path, encoding="utf-8") as f:
             record = json.load(f)
         config = {flag: record["config"][flag] for flag in GRID}
-        config["train_lengths"] = record["config"].get("train_lengths", "fixed")
-        if not (isinstance(config["model"], str) and config["model"] and all(type(config[flag]) is int for flag in GRID[1:])
-                and min(config[flag] for flag in GRID[1:-1]) > 0 and config["train_lengths"] in ("fixed", "uniform")):
+        config.update({flag: record["config"].get(flag, value) for flag, value in OTHERS.items()})
+        whole = [config[flag] for flag in (*GRID[1:], "d_state")]
+        if not (isinstance(config["model"], str) and config["model"] and all(type(number) is int for number in whole)
+                and min(config[flag] for flag in (*GRID[1:-1], "d_state")) > 0
+                and config["train_lengths"] in ("fixed", "uniform") and config["init"] in ("official", "mimetic")):
             raise ValueError
         return {"config": config, "length": points(record["eval"], "length"), "training": points(record["train"], "step")}
     except FileNotFoundError:
@@ -85,20 +64,40 @@ def load(path):
         raise ValueError(f"{path} is not a whole result of train.py") from None
 
 
-def group(paths):
-    """Read the files -> {task: {M: {model: [run, ...]}}}, sorted, with the values of TASK as the task. Raises ValueError."""
+def name_of(config):
+    """What a run's curve is called: its model, and its initialisation where that is not the usual one."""
+    return config["model"] + ("" if config["init"] == OTHERS["init"] else ", " + config["init"])
+
+
+def group(paths, flags=("M",)):
+    """Read the files and put the runs that differ in nothing but model, seed and these flags into one figure.
+
+    -> {task: {values of the flags: {name: [run, ...]}}}, sorted; a task is the values of what is left of TASK, in its order.
+    Raises ValueError.
+    """
     seen, figures = {}, {}
     for path in dict.fromkeys(paths):
         run = load(path)
         config = run["config"]
-        task = tuple(config[flag] for flag in TASK)
-        name = (*task, config["M"], config["model"], config["seed"])
+        name = (*(config[flag] for flag in (*TASK, "seed")), name_of(config))
         if name in seen:
             raise ValueError(f"{path} and {seen[name]} are the same run, of which one is enough")
         seen[name] = path
-        figures.setdefault(task, {}).setdefault(config["M"], {}).setdefault(config["model"], []).append(run)
-    return {task: {M: {model: panels[M][model] for model in sorted(panels[M], key=order)} for M in sorted(panels)}
+        task, panel = tuple(config[flag] for flag in TASK if flag not in flags), tuple(config[flag] for flag in flags)
+        figures.setdefault(task, {}).setdefault(panel, {}).setdefault(name_of(config), []).append(run)
+    return {task: {panel: {name: panels[panel][name] for name in sorted(panels[panel], key=order)} for panel in sorted(panels)}
             for task, panels in sorted(figures.items())}
+
+
+def load_published(path):
+    """Read a file of published numbers -> {"published": source, "task": ..., "curves": {model: (x, y)}}; None if it is another."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            record = json.load(f)
+        curves = {model: points(curve, "length") for model, curve in record["curves"].items()}
+        return {"published": str(record["published"]), "task": dict(record["task"]), "curves": curves}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def curve(runs, kind):
@@ -117,16 +116,6 @@ def curve(runs, kind):
         x = np.unique(np.concatenate([x for x, _ in curves]))
         x = x[x >= max(x[0] for x, _ in curves)]
     return x, np.stack([np.interp(x, *seed) for seed in curves])
-
-
-def spread(heights, low, high):
-    """Heights of labels, at least LABEL_GAP apart and near the heights wanted, which fall from the first to the last."""
-    placed = []
-    for y in heights:
-        placed.append(min(y, high if not placed else placed[-1] - LABEL_GAP))
-    for i in reversed(range(len(placed))):
-        placed[i] = max(placed[i], low if i + 1 == len(placed) else placed[i + 1] + LABEL_GAP)
-    return placed
 
 
 def draw_curves(ax, models, kind, right, reach):
@@ -156,27 +145,60 @@ def draw_curves(ax, models, kind, right, reach):
         ax.text(1 + 1.12 * reach, height, model, va="center_baseline", **look)
 
 
-def draw(task, panels, kind):
-    """The figure of one task, kind "length" or "training". panels: {M: {model: [run, ...]}}. Raises ValueError."""
-    tau, K, d, L, train_lengths = task
-    curves = {M: {model: curve(runs, kind) for model, runs in models.items()} for M, models in panels.items()}
-    drawn = [xy for models in curves.values() for xy in models.values()]
-    right = max([x[-1] for x, _ in drawn] + [L] * (kind == "length"))
-    logarithmic = kind == "training" or right > 8 * L          # some models learn in a twentieth of another's steps
-    left = min([x[0] for x, _ in drawn] + [right / 2] + [L] * (kind == "length")) if logarithmic else 0
+def shared(panels, flag):
+    """The values of a flag in a figure, sorted."""
+    return sorted({runs[0]["config"][flag] for curves in panels.values() for runs in curves.values()})
 
-    fig = Figure(figsize=(max(9, 1 + 3.1 * len(panels)), 5), layout="constrained")
+
+def described(panels):
+    """What all panels of a figure are about, in words, and their seeds: the two lines above the figure."""
+    M, tau, d, L, N = (shared(panels, flag) for flag in ("M", "tau", "d", "L", "d_state"))
+    say = lambda values: ", ".join(map(str, values))
+    trained = {("fixed",): f"L = {say(L)}", ("uniform",): f"lengths up to L = {say(L)}",
+               ("fixed", "uniform"): f"L = {say(L)} or lengths up to it"}[tuple(shared(panels, "train_lengths"))]
+    counts = {len(runs) for curves in panels.values() for runs in curves.values()}
+    fewest, most = min(counts), max(counts)
+    seeds = f"{fewest} to {most} seeds" if fewest < most else f"{most} seed{'s' * (most > 1)}"
+    return (f"Associative recall: M = {say(M)} {'query' if M == [1] else 'queries'}, delay tau = {say(tau)}, trained at "
+            f"{trained}, d = {say(d)}" + (f", d_state = {say(N)}" if N != [OTHERS["d_state"]] else "") + "\n"
+            + (f"median of {seeds}, band from lowest to highest" if most > 1 else seeds))
+
+
+def title(flags, values):
+    words = {"fixed": "one length", "uniform": "mixed lengths"}
+    return ", ".join(words.get(value) or f"{flag} = {value}" for flag, value in zip(flags, values))
+
+
+def draw(panels, kind, flags=("M",), published=()):
+    """The figure of one task, kind "length" or "training". panels: {values of flags: {name: [run, ...]}}. Raises ValueError."""
+    curves = {panel: {name: curve(runs, kind) for name, runs in of_panel.items()} for panel, of_panel in panels.items()}
+    rows = sorted({panel[:-1] for panel in panels})            # the last flag is that of the columns
+    columns = sorted({panel[-1] for panel in panels})
+    drawn = [xy for of_panel in curves.values() for xy in of_panel.values()]
+    lengths = shared(panels, "L") if kind == "length" else []
+    right = max([x[-1] for x, _ in drawn] + lengths)
+    logarithmic = kind == "training" or right > 8 * lengths[0]  # some models learn in a twentieth of another's steps
+    left = min([x[0] for x, _ in drawn] + [right / 2] + lengths) if logarithmic else 0
+
+    fig = Figure(figsize=(max(9, 1 + 3.1 * len(columns)), 1 + 4 * len(rows)), layout="constrained")
     fig.get_layout_engine().set(w_pad=0.08)
-    axes = fig.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    axes = fig.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
     small = dict(textcoords="offset points", color=GREY, fontsize=10, zorder=50,
                  path_effects=[withStroke(linewidth=3, foreground="white")])  # to be read where curves pass
-    for ax, (M, models) in zip(axes, curves.items()):
+    sources = []
+    for ax, panel in zip(axes.ravel(), [(*row, column) for row in rows for column in columns]):
+        if panel not in panels:
+            ax.set_axis_off()
+            continue
+        task = next(iter(panels[panel].values()))[0]["config"]
+        K, L = task["K"], task["L"]
         ax.set(xlim=(left, right), ylim=(min(0, 1 / K - 0.09), 1.05))
         ax.axhline(1 / K, color=GREY, lw=1, ls=":")
         ax.annotate(f"chance 1/{K}", (1, 1 / K), (-2, -3), ax.get_yaxis_transform(), ha="right", va="top", **small)
         if kind == "length":
             ax.axvline(L, color=GREY, lw=1, ls="--")
-            ax.annotate(f"trained at {L}", (L, 1), (0, 2), ax.get_xaxis_transform(), ha="center", **small)
+            ax.annotate(f"trained at {L}" if task["train_lengths"] == "fixed" else f"trained up to {L}", (L, 1), (0, 2),
+                        ax.get_xaxis_transform(), ha="center", **small)
             ax.xaxis.set_major_locator(MultipleLocator(L))
         if logarithmic:
             ax.set_xscale("log", base=2 if kind == "length" else 10)
@@ -184,78 +206,54 @@ def draw(task, panels, kind):
         if kind == "training":
             ax.xaxis.set_major_formatter("{x:,.0f}")
         if len(panels) > 1:
-            ax.set_title(f"M = {M}", pad=18 if kind == "length" else 6)
-        draw_curves(ax, models, kind, right, reach=0.1 if len(panels) == 1 else 0.23)
-    axes[0].set_ylabel("accuracy")
+            ax.set_title(title(flags, panel), pad=18 if kind == "length" else 6)
+        for other in published if kind == "length" else ():
+            if all(task[flag] == value for flag, value in other["task"].items()):
+                sources.append(other["published"])
+                for name, (x, y) in other["curves"].items():
+                    ax.plot(x, y, color=style(name)[0], lw=0.8, marker="o", mfc="white", ms=5, zorder=2.5)
+        draw_curves(ax, curves[panel], kind, right, reach=0.1 if len(columns) == 1 else 0.23)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("accuracy")
     label, dot = {"length": ("context length", "longest tested"), "training": ("training step", "the last seed ended")}[kind]
     fig.supxlabel(label + (f" (large dot: {dot})" if any(x[-1] < right for x, _ in drawn) else ""), fontsize=11)
-
-    queries = ", ".join(map(str, panels)) + (" query" if list(panels) == [1] else " queries")
-    trained = f"L = {L}" if train_lengths == "fixed" else f"lengths up to L = {L}"
-    fewest, most = (f(len(y) for _, y in drawn) for f in (min, max))
-    seeds = f"{fewest} to {most} seeds" if fewest < most else f"{most} seed{'s' * (most > 1)}"
-    fig.suptitle(f"Associative recall: M = {queries}, delay tau = {tau}, trained at {trained}, d = {d}\n"
-                 + (f"median of {seeds}, band from lowest to highest" if most > 1 else seeds), fontsize=12)
+    beside = f"; thin lines with hollow points: {', '.join(dict.fromkeys(sources))}" if sources else ""
+    fig.suptitle(described(panels) + beside, fontsize=12)
     return fig
 
 
-def load_costs(path):
-    """Read a file of bench.py -> {model: {cost: (2, n), lengths and costs}}, env; None if it is another. Raises ValueError."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            record = json.load(f)
-        rows = record["bench"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    try:
-        costs = {}
-        for row in rows["length"]:
-            if not (isinstance(row["model"], str) and row["model"]):
-                raise ValueError
-            for cost in COSTS:
-                if row[cost] is not None:
-                    costs.setdefault(row["model"], {}).setdefault(cost, []).append((row["length"], row[cost]))
-        for of_model in costs.values():
-            for cost, measured in of_model.items():
-                x, y = of_model[cost] = np.array(sorted(measured), float).T
-                if not (x[0] > 0 and (np.diff(x) > 0).all() and (y > 0).all() and np.isfinite([x, y]).all()):
-                    raise ValueError
-        if not costs:
-            raise ValueError
-        return costs, {key: record["env"][key] for key in ("device", "torch", "threads")}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        raise ValueError(f"{path} is of bench.py, but has no whole table of what length costs") from None
-
-
-def draw_costs(costs, env):
-    """The figure of what load_costs returns: a panel for each cost, both axes logarithmic, each model a line."""
-    shown = [cost for cost in COSTS if any(cost in of_model for of_model in costs.values())]
-    fig = Figure(figsize=(10, 3.4 * -(-len(shown) // 2) + 0.8), layout="constrained")
-    axes = fig.subplots(-(-len(shown) // 2), 2, squeeze=False, sharex=True).ravel()
-    right = max(x[-1] for of_model in costs.values() for x, _ in of_model.values())
-    for ax in axes[len(shown):]:
-        ax.set_axis_off()
-    for ax, cost in zip(axes, shown):
-        drawn = {model: costs[model][cost] for model in sorted(costs, key=order) if cost in costs[model]}
-        low, high = (f(f(y) for _, y in drawn.values()) for f in (min, max))
-        span = max(10, high / low) ** 0.06                     # a little air, and a decade at least
-        low, high = low / span, max(high, 10 * low) * span
-        ax.set_xscale("log", base=2)
-        ax.set(yscale="log", ylim=(low, high), title=COSTS[cost])
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-        ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}" if y < 1e3 else f"{y / 1e3:g} k" if y < 1e6 else f"{y / 1e6:g} M")
-        ax.xaxis.set_minor_locator(NullLocator()), ax.yaxis.set_minor_locator(NullLocator())
-        ends = sorted(((np.log(y[-1] / low) / np.log(high / low), model) for model, (_, y) in drawn.items()), reverse=True)
-        for model, (x, y) in drawn.items():
-            colour, width, dashes = style(model)
-            ax.plot(x, y, color=colour, lw=width, ls=dashes, marker="o", ms=width + 2.5)
-        for (_, model), height in zip(ends, spread([end for end, _ in ends], 0.03, 0.97)):
-            x = drawn[model][0][-1] * 1.25
-            ax.text(x, height, model, color=style(model)[0], va="center_baseline", transform=ax.get_xaxis_transform())
-        ax.set_xlim(right=right * 2.5)                         # room for the labels
-    fig.supxlabel("context length", fontsize=11)
-    where = f"CPU, threads: {env['threads']}" if env["device"] == "cpu" else env["device"]
-    fig.suptitle(f"What a longer context costs: two layers, d = 64, one sequence\n{where}, torch {env['torch']}", fontsize=12)
+def draw_against(panels, flag):
+    """The figure of accuracy at the training length against a flag. panels: {(value,): {name: [run, ...]}}. Raises ValueError."""
+    found = {}                                                 # {name: {value: accuracies of its seeds}}
+    for (value,), of_value in panels.items():
+        for name, runs in of_value.items():
+            L = runs[0]["config"]["L"]
+            accuracies = [y[x == L] for x, y in (run["length"] for run in runs)]
+            if not all(map(len, accuracies)):
+                raise ValueError(f"a run of {name} at {flag} = {value} was not tested at its training length {L}")
+            found.setdefault(name, {})[value] = np.concatenate(accuracies)
+    values = shared(panels, flag)
+    fig = Figure(figsize=(8, 5), layout="constrained")
+    ax = fig.subplots()
+    K = next(iter(next(iter(panels.values())).values()))[0]["config"]["K"]
+    ax.axhline(1 / K, color=GREY, lw=1, ls=":")
+    ends, names = [], sorted(found, key=order)
+    for z, name in enumerate(names):
+        (x, y), (colour, width, dashes) = zip(*sorted(found[name].items())), style(name)
+        x = [value * 1.03**(z - (len(names) - 1) / 2) for value in x]                  # side by side, for the bars to be seen
+        look = dict(color=colour, zorder=z + 3, clip_on=False)
+        ax.vlines(x, [min(seeds) for seeds in y], [max(seeds) for seeds in y], alpha=0.4, lw=4, **look)
+        middle = [np.median(seeds) for seeds in y]
+        ax.plot(x, middle, lw=width, ls=dashes, marker="o", ms=width + 3.5, **look)
+        ends.append((middle[-1], name))
+    ends.sort(key=lambda end: -end[0])
+    for (_, name), height in zip(ends, spread([end for end, _ in ends], 0.0, 1.0)):
+        ax.text(1.03, height, name, color=style(name)[0], va="center_baseline", transform=ax.get_yaxis_transform())
+    ax.set(xscale="log", ylim=(0, 1.05), xlabel=flag, ylabel="accuracy at the training length")
+    ax.set_xticks(values, map(str, values)), ax.xaxis.set_minor_locator(NullLocator())
+    ax.annotate(f"chance 1/{K}", (1, 1 / K), (-2, -3), ax.get_yaxis_transform(), textcoords="offset points", color=GREY,
+                fontsize=10, ha="right", va="top")
+    fig.suptitle(described(panels).replace("band", "bar"), fontsize=12)
     return fig
 
 
@@ -281,14 +279,25 @@ def named(kind, paths):
     return names
 
 
-def figures_of_results(paths):
-    """Read results of train.py and bench.py -> {file name: figure}. Raises ValueError, in one sentence."""
-    costs = {path: found for path in dict.fromkeys(paths) if (found := load_costs(path))}
+def file_name(kind, panels):
+    parts = ["{}{}".format(flag, "-".join(map(str, shared(panels, flag)))) for flag in ("tau", "K", "d", "L", "M")]
+    trained, N = shared(panels, "train_lengths"), shared(panels, "d_state")
+    parts += ["-".join(trained)] * (trained != ["fixed"]) + ["N" + "-".join(map(str, N))] * (N != [OTHERS["d_state"]])
+    return "_".join([kind, *parts]) + ".png"
+
+
+def figures_of_results(paths, flags, against):
+    """Read results of train.py and bench.py, and published ones -> {file name: figure}. Raises ValueError, in one sentence."""
+    paths = list(dict.fromkeys(paths))
+    costs = {path: found for path in paths if (found := load_costs(path))}
+    published = {path: found for path in paths if (found := load_published(path))}
     figures = {name: draw_costs(*costs[path]) for name, path in named("cost", costs).items()}
-    for task, panels in group([path for path in paths if path not in costs]).items():
-        for kind in ("length", "training"):
-            name = "{}_tau{}_K{}_d{}_L{}_M{}".format(kind, *task[:4], "-".join(map(str, panels)))
-            figures[name + (".png" if task[4] == "fixed" else f"_{task[4]}.png")] = draw(task, panels, kind)
+    for panels in group([path for path in paths if path not in costs | published], [against] if against else flags).values():
+        if against:
+            figures[file_name(f"against_{against}", panels)] = draw_against(panels, against)
+        else:
+            for kind in ("length", "training"):
+                figures[file_name(kind, panels)] = draw(panels, kind, flags, published.values())
     return figures
 
 
@@ -304,6 +313,10 @@ def main(argv=None):
                                      description="Draw the figures from the JSON files that train.py and bench.py write.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one sentence, without all flags
     parser.add_argument("results", nargs="*", metavar="RUN.json", help="results that train.py or bench.py wrote")
+    parser.add_argument("--panels", nargs="+", default=["M"], choices=TASK, metavar="FLAG",
+                        help="flags of train.py whose values have a panel each, the last one in columns (default: M)")
+    parser.add_argument("--against", choices=["tau", "K", "d", "L", "M", "d_state"], metavar="FLAG",
+                        help="draw accuracy at the training length against this flag of train.py instead")
     parser.add_argument("--inside", nargs="+", default=[], metavar="RUN.pt",
                         help="checkpoints that train.py wrote: draw what each model does on one sequence, without results")
     parser.add_argument("--out", default="figures", metavar="DIR", help="where the figures go (default: figures)")
@@ -312,7 +325,7 @@ def main(argv=None):
         parser.error("give it either results, RUN.json ..., or checkpoints, --inside RUN.pt ...")
     matplotlib.rcParams.update(LOOK)
     try:
-        figures = figures_of_insides(args.inside) if args.inside else figures_of_results(args.results)
+        figures = figures_of_insides(args.inside) if args.inside else figures_of_results(args.results, args.panels, args.against)
         os.makedirs(args.out, exist_ok=True)
         for name, fig in figures.items():
             path = os.path.join(args.out, name)

@@ -132,3 +132,8 @@ def test_learned_position(sizes):
         layer(x[:, :1], count)
     with pytest.raises(ValueError, match="sequence of 12 tokens"):
         layer(torch.zeros(1, 12, 8))
+    layer.reach(10)
+    assert layer.table.shape == (11, 8)
+    layer.reach(40)
+    longer, _ = layer(torch.zeros(1, 40, 8))
+    assert torch.equal(longer[:, :11], y) and 0.05 < longer[0, 11:].norm(dim=1).mean() < 0.15

@@ -93,6 +93,24 @@ def test_learned_table_covers_three_lengths():
         model(torch.zeros(1, 26, dtype=torch.long))
 
 
+def test_learned_table_reaches_farther():
+    model, tokens = build_model("learned", L=8), torch.zeros(1, 60, dtype=torch.long)
+    before = model(tokens[:, :25])
+    model.reach(60)
+    assert model(tokens).shape == (1, 16) and torch.equal(model(tokens[:, :25]), before)
+
+
+def test_options_of_mamba():
+    for layer in build_model("mamba", d_state=4).layers:
+        assert layer.A_log.shape == (16, 4)
+    model = build_model("MAM", d=16, init="mimetic")
+    for layer in (model.layers[0], model.layers[2]):
+        _, B, C = layer.x_proj.weight.split([layer.dt_rank, 16, 16])
+        x = torch.randn(5, layer.dt_rank)
+        assert torch.equal(B, C) and torch.allclose(nn.functional.softplus(layer.dt_proj(x)), torch.ones(5, 32))
+        assert (torch.exp(-64 * torch.exp(layer.A_log)) > 0.015).all()                # what is left of a token after 64 others
+
+
 @pytest.mark.parametrize("name", ["gpt", "hybrid-c", "", "MAX", "mam"])
 def test_unknown_name_names_the_models(name):
     with pytest.raises(ValueError) as error:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
+import costs
+import look
 import plot
 
 SIX = ["nope", "learned", "rope", "mamba", "hybrid-a", "hybrid-b"]
@@ -46,9 +48,9 @@ def ink(image, colour):
     return int((np.abs(image - to_rgb(colour)).max(-1) < 0.02).sum())
 
 
-def figure(paths, kind):
-    (task, panels), = plot.group(paths).items()
-    return plot.draw(task, panels, kind)
+def figure(paths, kind, flags=("M",), published=()):
+    panels, = plot.group(paths, flags).values()
+    return plot.draw(panels, kind, flags, published)
 
 
 def texts(fig):
@@ -62,10 +64,10 @@ def test_six_models_at_one_can_all_be_seen(tmp_path, capsys):
     for image in images.values():
         assert image.shape[1] >= 900 and 0.5 < (image == 1).all(-1).mean() < 0.99  # white, but not blank
         for model in SIX + ["MAM"]:
-            assert ink(image, plot.style(model)[0]) > 100, model
+            assert ink(image, look.style(model)[0]) > 100, model
     curves = images["length_tau1_K16_d8_L64_M1.png"][:, :int(0.8 * image.shape[1])]  # without the labels on the right
     for model in SIX:
-        assert ink(curves, plot.style(model)[0]) > 50, model
+        assert ink(curves, look.style(model)[0]) > 50, model
 
 
 def test_a_model_looks_the_same_everywhere(tmp_path):
@@ -73,8 +75,8 @@ def test_a_model_looks_the_same_everywhere(tmp_path):
         for kind in ("length", "training"):
             fig = figure([write(tmp_path, model) for model in models], kind)
             drawn = {text.get_text(): text.get_color() for text in fig.axes[0].texts}
-            assert [drawn[model] for model in models] == [plot.style(model)[0] for model in models]
-    looks = [plot.style(model) for model in SIX + ["MAM", "MA", "RR", "XYZ"]]
+            assert [drawn[model] for model in models] == [look.style(model)[0] for model in models]
+    looks = [look.style(model) for model in SIX + ["MAM", "MA", "RR", "XYZ"]]
     assert len(set(looks)) == len(looks)
 
 
@@ -91,10 +93,10 @@ def test_labels_do_not_overlap(tmp_path):
 
 @pytest.mark.parametrize("heights", [[1.0] * 6, [0.06] * 6, [1, 0.99, 0.5, 0.49, 0.06, 0.05], [0.3]])
 def test_spread(heights):
-    placed = plot.spread(heights, 0.0, 1.02)
-    assert all(a - b > plot.LABEL_GAP - 1e-9 for a, b in zip(placed, placed[1:]))
+    placed = look.spread(heights, 0.0, 1.02)
+    assert all(a - b > look.LABEL_GAP - 1e-9 for a, b in zip(placed, placed[1:]))
     assert max(placed) <= 1.02 and min(placed) >= 0
-    assert plot.spread([0.9, 0.5], 0.0, 1.02) == [0.9, 0.5]
+    assert look.spread([0.9, 0.5], 0.0, 1.02) == [0.9, 0.5]
 
 
 def test_panels_by_M_and_figures_by_task(tmp_path, monkeypatch):
@@ -112,6 +114,64 @@ def test_panels_by_M_and_figures_by_task(tmp_path, monkeypatch):
     assert texts(fig).count("trained at 64") == texts(fig).count("chance 1/16") == texts(fig).count("mamba") == 3
     assert "M = 4, 8, 16 queries, delay tau = 1, trained at L = 64, d = 8\n1 seed" in fig.get_suptitle()
     assert "M = 1 query, delay tau = 1, trained at lengths up to L = 32" in figure(paths[-1:], "length").get_suptitle()
+
+
+def test_panels_by_other_flags(tmp_path, monkeypatch):
+    paths = [write(tmp_path, model, M=M, d=d) for M in (4, 8) for d in (64, 8) for model in ("rope", "mamba")][:-1]
+    fig = figure(paths, "length", ("d", "M"))
+    assert [ax.get_title() for ax in fig.axes] == [f"d = {d}, M = {M}" for d in (8, 64) for M in (4, 8)]
+    assert "M = 4, 8 queries" in fig.get_suptitle() and "d = 8, 64" in fig.get_suptitle()
+    fig = figure(paths[:-2], "training", ("d", "M"))
+    assert len([ax for ax in fig.axes if ax.axison]) == 3                            # d = 8, M = 8 has no run
+    (tmp_path / "uniform").mkdir()
+    paths = [write(tmp_path), write(tmp_path / "uniform", train_lengths="uniform")]
+    fig = figure(paths, "length", ("train_lengths",))
+    assert [ax.get_title() for ax in fig.axes] == ["one length", "mixed lengths"]
+    assert texts(fig).count("trained at 64") == texts(fig).count("trained up to 64") == 1
+    monkeypatch.setattr(plot, "save", lambda fig, path: open(path, "w").close())
+    plot.main([*paths, "--panels", "train_lengths", "--out", str(tmp_path / "out")])
+    assert "length_tau1_K16_d8_L64_M1_fixed-uniform.png" in os.listdir(tmp_path / "out")
+
+
+def test_against_a_flag(tmp_path, monkeypatch, refuses):
+    for folder in "abc":
+        (tmp_path / folder).mkdir()
+    paths = [write(tmp_path, "mamba", d=d, seed=seed, accuracy=accuracy)
+             for d, accuracies in ((8, (0.2, 0.3, 0.9)), (64, (1.0, 0.8, 0.9))) for seed, accuracy in enumerate(accuracies)]
+    paths.append(write(tmp_path / "a", "mamba", init="mimetic", accuracy=0.5))
+    panels, = plot.group(paths, ("d",)).values()
+    fig = plot.draw_against(panels, "d")
+    drawn = [list(line.get_ydata()) for line in fig.axes[0].lines if line.get_marker() == "o"]
+    assert sorted(drawn) == [[0.3, 0.9], [0.5]]
+    assert {"mamba", "mamba, mimetic"} <= set(texts(fig)) and "median of 1 to 3 seeds, bar from" in fig.get_suptitle()
+    names = []
+    monkeypatch.setattr(plot, "save", lambda fig, path: names.append(os.path.basename(path)))
+    small = write(tmp_path / "b", "mamba", d_state=4)
+    plot.main([paths[0], small, "--against", "d_state", "--out", str(tmp_path / "out")])
+    plot.main([*paths, "--against", "d", "--out", str(tmp_path / "out")])
+    assert names == ["against_d_state_tau1_K16_d8_L64_M1_N4-16.png", "against_d_tau1_K16_d8-64_L64_M1.png"]
+    untested = write(tmp_path / "c", lengths=[9])
+    assert "not tested at its training length" in refuses(plot.main, [untested, "--against", "d", "--out", tmp_path / "out"])
+
+
+def test_sizes_of_the_state_are_not_seeds_of_one_run(tmp_path):
+    (tmp_path / "4").mkdir()
+    paths = [write(tmp_path, "mamba"), write(tmp_path / "4", "mamba", d_state=4)]
+    assert len(plot.group(paths)) == 2
+
+
+def test_published_numbers_stand_beside_the_runs_of_their_task(tmp_path, capsys):
+    path = tmp_path / "paper.json"
+    path.write_text(json.dumps({"published": "a paper", "task": {"L": 64, "tau": 1},
+                                "curves": {"rope": {"length": [64, 128], "accuracy": [1.0, 0.25]}}}))
+    published = plot.load_published(path)
+    fig = figure([write(tmp_path)], "length", published=[published])
+    assert any(list(line.get_ydata()) == [1.0, 0.25] for line in fig.axes[0].lines) and "a paper" in fig.get_suptitle()
+    for fig in (figure([write(tmp_path, tau=5)], "length", published=[published]),
+                figure([write(tmp_path)], "training", published=[published])):
+        assert not any(list(line.get_ydata()) == [1.0, 0.25] for line in fig.axes[0].lines)
+        assert "a paper" not in fig.get_suptitle()
+    assert len(draw(tmp_path, [write(tmp_path), str(path)], capsys)) == 2
 
 
 def test_several_seeds_are_a_median_in_a_band(tmp_path):
@@ -223,8 +283,8 @@ def test_folders(tmp_path, refuses):
 
 
 def test_as_a_command_without_torch(tmp_path):
-    code = ("import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
-            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    code = ("import os, sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+            "sys.path.insert(0, os.path.dirname(sys.argv[0])); runpy.run_path(sys.argv[0], run_name='__main__')")
     names = ["length_tau1_K16_d8_L64_M1.png", "training_tau1_K16_d8_L64_M1.png"]
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / names[0]).write_text("an older figure")
@@ -251,19 +311,19 @@ def test_costs(tmp_path, capsys):
     path, run = write_bench(tmp_path / "mine.json"), write(tmp_path)
     images = draw(tmp_path, [path, run], capsys)
     assert sorted(images) == ["cost_mine.png", "length_tau1_K16_d8_L64_M1.png", "training_tau1_K16_d8_L64_M1.png"]
-    assert all(ink(images["cost_mine.png"], plot.style(model)[0]) > 200 for model in ("rope", "mamba"))
+    assert all(ink(images["cost_mine.png"], look.style(model)[0]) > 200 for model in ("rope", "mamba"))
 
-    costs, env = plot.load_costs(path)
-    assert costs["rope"]["state_bytes"].tolist() == [[1024, 4096], [102400, 409600]] and "train_megabytes" not in costs["rope"]
-    fig = plot.draw_costs(costs, env)
-    assert [ax.get_title() for ax in fig.axes] == [plot.COSTS[c] for c in ("train_us", "read_us", "token_ms", "state_bytes")]
+    found, env = costs.load_costs(path)
+    assert found["rope"]["state_bytes"].tolist() == [[1024, 4096], [102400, 409600]] and "train_megabytes" not in found["rope"]
+    fig = costs.draw_costs(found, env)
+    assert [ax.get_title() for ax in fig.axes] == [costs.COSTS[c] for c in ("train_us", "read_us", "token_ms", "state_bytes")]
     for ax in fig.axes:
         rope, mamba = ax.lines
         assert list(rope.get_xdata()) == [1024, 4096] and [t.get_text() for t in ax.texts] == ["rope", "mamba"]
         low, high = ax.get_ylim()
         assert low < min(mamba.get_ydata()) and max(rope.get_ydata()) < high
     assert list(fig.axes[3].lines[0].get_ydata()) == [102400, 409600] and list(fig.axes[3].lines[1].get_ydata()) == [100, 100]
-    assert len(plot.draw_costs(*plot.load_costs(write_bench(tmp_path / "gpu.json", train_megabytes=3.0))).axes) == 6
+    assert len(costs.draw_costs(*costs.load_costs(write_bench(tmp_path / "gpu.json", train_megabytes=3.0))).axes) == 6
 
 
 @pytest.mark.parametrize("changes", [{"token_ms": -1.0}, {"token_ms": "fast"}, {"length": 0}, {"read_us": float("nan")},

@@ -4,6 +4,7 @@ import glob
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,7 @@ def commands():
 
 
 def test_every_command_runs(tmp_path, monkeypatch, capsys):
-    (tmp_path / "results").mkdir()
-    for folder in "reference", "bench":
-        (tmp_path / "results" / folder).symlink_to(ROOT / "results" / folder)
+    shutil.copytree(ROOT / "results", tmp_path / "results")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "TEST_SEQUENCES", 8)
     monkeypatch.setattr(train, "TEST_BATCH", 8)
@@ -44,7 +43,10 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
             plot.main([f for word in words for f in (sorted(glob.glob(word)) or [word])])
         else:
             evaluation.main([words[0], "--sequences", "4", "--lengths", "13", "200"])
-    assert list(tmp_path.glob("results/rope_M4_tau1_*.json")) and list(tmp_path.glob("figures/*.png"))
+    assert list(tmp_path.glob("results/rope_M4_tau1_*.json"))
+    drawn = {path.name for path in tmp_path.glob("figures/*.png")}
+    shown = {name for name in re.findall(r"\(figures/(\S+?\.png)\)", README) if not name.startswith("inside_")}
+    assert shown <= drawn, "a figure of the README that no command of the README draws"
 
 
 @pytest.mark.parametrize("script", [train, evaluation, plot])
@@ -65,33 +67,54 @@ def test_readme_names_every_script_and_nothing_that_is_not_there():
         assert (ROOT / figure).exists(), figure
 
 
-def results():
-    """The reference runs, by model, M and tau: a list of results, one for each seed."""
+def results(*folders):
+    """The runs in folders of results/, by model, d, M and tau: a list of results, one for each seed."""
     runs = {}
-    for path in sorted(ROOT.glob("results/reference/*.json")):
-        result = json.loads(path.read_text())
-        runs.setdefault(tuple(result["config"][flag] for flag in ("model", "M", "tau")), []).append(result)
+    for folder in folders:
+        for path in sorted(ROOT.glob(f"results/{folder}/*.json")):
+            result = json.loads(path.read_text())
+            runs.setdefault(tuple(result["config"][flag] for flag in ("model", "d", "M", "tau")), []).append(result)
     return runs
 
 
+def accuracies(run):
+    return dict(zip(run["eval"]["length"], run["eval"]["accuracy"]))
+
+
+def lowest_beyond(run):
+    return min(a for n, a in accuracies(run).items() if 64 <= n <= 192)
+
+
 def test_every_number_of_the_results_table_is_the_one_in_results():
-    rows = re.findall(r"^\| `([\w-]+)` \| (\d+) \| (\d+) \| (\d+) \| (.+) \|$", README, re.M)
-    assert len(rows) >= 10
-    runs = results()
-    assert {(model, int(M), int(tau)) for model, M, tau, *_ in rows} == set(runs)
-    for model, M, tau, seeds, numbers in rows:
-        of_setting = runs[model, int(M), int(tau)]
-        assert int(seeds) == len(of_setting)
-        solved, at, beyond = [], [], []
-        for run in of_setting:
-            accuracy = dict(zip(run["eval"]["length"], run["eval"]["accuracy"]))
+    rows = re.findall(r"^\| `([\w-]+)` \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (.+) \| ([\d.]*) *\|$", README, re.M)
+    assert len(rows) >= 20
+    runs, on_cpu = results("problem1", "problem2", "problem3"), results("reference")
+    assert {(model, *map(int, setting)) for model, *setting, _, _, _ in rows} == set(runs)
+    for model, *setting, seeds, numbers, cpu in rows:
+        setting = (model, *map(int, setting))
+        assert int(seeds) == len(runs[setting])
+        solved = []
+        for run in runs[setting]:
             curve = zip(run["train"]["step"], run["train"]["accuracy"])
             solved.append(min((step for step, a in curve if a >= 0.99), default=float("inf")))
-            at.append(accuracy[64])
-            beyond.append(min(a for n, a in accuracy.items() if 64 <= n <= 192))
+        at, beyond = ([measure(run) for run in runs[setting]] for measure in (lambda run: accuracies(run)[64], lowest_beyond))
         steps = "never" if median(solved) == float("inf") else f"{median(solved):.0f}"
         expected = [f"{number:.3f}" for number in (median(at), min(at), median(beyond), min(beyond))]
-        assert numbers.split(" | ") == [steps, *expected], (model, M, tau)
+        assert numbers.split(" | ") == [steps, *expected], setting
+        assert cpu == (f"{median(map(lowest_beyond, on_cpu[setting])):.3f}" if setting in on_cpu else ""), setting
+
+
+def test_the_numbers_beside_the_project_page_are_those_in_results():
+    rows = re.findall(r"^\| (\d) \| `([\w-]+)` \| (.+) \| ([\d.]+) million \|$", README, re.M)
+    assert len(rows) == 12
+    for tau, model, numbers, millions in rows:
+        runs = results("page")[model, 8, 1, int(tau)]
+        assert len(runs) == 5
+        curve = json.loads((ROOT / f"results/published/page_tau{tau}.json").read_text())["curves"][model]
+        expected = [f"{median(accuracies(run)[length] for run in runs):.2f} / {theirs:.2f}"
+                    for length, theirs in zip(curve["length"], curve["accuracy"])]
+        assert numbers.split(" | ") == expected and curve["length"] == [7, 15, 31, 63, 95, 127]
+        assert millions == f"{median(run['train']['step'][-1] * run['config']['batch_size'] for run in runs) / 1e6:.2f}"
 
 
 def test_every_time_on_a_cpu_is_the_one_that_was_measured():
@@ -107,14 +130,24 @@ def test_every_time_on_a_cpu_is_the_one_that_was_measured():
     assert steps == ", ".join(f"{row['ms']:.1f} (`{row['model']}`)" for row in tables["step"])
 
 
+OWN_FLAGS = {  # of the runs in a folder of results/, beside those that name a run
+    "reference": {}, "problem1": {}, "problem2": {}, "problem3": {}, "page": {}, "capacity": {},
+    "uniform": {"train_lengths": "uniform"}, "capacity_states": {"d_state": 4}, "capacity_mimetic": {"init": "mimetic"},
+    "table2": {"batch_size": 16, "steps": 10000, "stop_early": False, "lr": 0.008}}
+
+
 def test_results_are_of_the_present_defaults():
     _, defaults = train.parse([])
-    own = {"model", "M", "tau", "seed", "device", "out", "overwrite"}
-    for runs in results().values():
-        for run in runs:
-            for flag, value in vars(defaults).items():
-                assert flag in own or run["config"][flag] == (value[0] if isinstance(value, list) else value), flag
-            every, last = run["config"]["steps"] // train.POINTS, train.last_step(run["train"], run["config"])
+    folders = {path.parent.name for path in ROOT.glob("results/*/*_seed*.json")}
+    assert folders == set(OWN_FLAGS)
+    for folder, own in OWN_FLAGS.items():
+        for run in (run for runs in results(folder).values() for run in runs):
+            config = {"d_state": 16, "init": "official", **run["config"]}              # flags that came after some of the runs
+            changed = own if folder != "table2" or config["model"] == "mamba" else {}
+            expected = {**vars(defaults), "lr": train.default_lr(config["d"]), **changed}
+            for flag in set(expected) - {*train.GRID, "device", "out", "overwrite"}:
+                assert config[flag] == expected[flag], (folder, flag)
+            every, last = config["steps"] // train.POINTS, train.last_step(run["train"], config)
             assert run["train"]["step"][-1] == last - last % every, "this run ended when a former version would have ended it"
 
 

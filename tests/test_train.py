@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import hybrid
 import train
 from conftest import ROOT, TINY
 
@@ -37,7 +38,8 @@ def test_command_line(tmp_path):
     assert list(result) == ["config", "params", "train", "eval", "env", "seconds"]
     assert result["config"] == {
         "model": "rope", "M": 2, "tau": 1, "K": 16, "d": 8, "L": 8, "seed": 0, "batch_size": 4, "steps": 4, "lr": 0.01,
-        "stop_early": True, "weight_decay": 0.0, "n_heads": 1, "train_lengths": "fixed", "learn_embedding": False,
+        "stop_early": True, "weight_decay": 0.0, "n_heads": 1, "d_state": 16, "init": "official", "train_lengths": "fixed",
+        "learn_embedding": False,
         "device": "cpu", "compile": True, "out": "results", "overwrite": False}
     assert result["params"] == 2 * (4 * 8 * 8 + 4 * 8) + 3 * 8 + 8 * 16
     assert result["train"]["step"] == [1, 2, 3, 4]
@@ -52,6 +54,22 @@ def test_command_line(tmp_path):
     assert checkpoint["config"] == result["config"]
     train.model_from(checkpoint["config"]).load_state_dict(checkpoint["model"])
     assert "context length" in done.stdout and done.stdout.endswith(f"wrote {os.path.join('results', NAME)}.json\n")
+
+
+def test_wider_models_learn_more_slowly(train_tiny, tmp_path):
+    results = train_tiny("--d", 8, 16, 64, "--steps", 1)
+    assert {r["config"]["d"]: r["config"]["lr"] for r in results} == {8: 0.008, 16: 0.008, 64: 0.002}
+    assert train_tiny("--d", 64, "--lr", 0.3, "--steps", 1, out=tmp_path / "own")[0]["config"]["lr"] == 0.3
+
+
+def test_large_test_batches_go_through_in_parts(train_tiny, monkeypatch, tmp_path):
+    whole, = train_tiny("--model", "mamba", "--steps", 3, out=tmp_path / "whole")
+    monkeypatch.setattr(train, "TEST_TOKENS", 8 * 5)                                  # 5 of 32 sequences at a time
+    seen = []
+    forward = hybrid.Model.forward
+    monkeypatch.setattr(hybrid.Model, "forward", lambda self, tokens, *rest: seen.append(len(tokens)) or forward(self, tokens, *rest))
+    parts, = train_tiny("--model", "mamba", "--steps", 3, out=tmp_path / "parts")
+    assert parts["train"] == whole["train"] and max(seen) == 5
 
 
 def test_every_model_trains(train_tiny):
@@ -333,6 +351,7 @@ def test_stops_early(train_tiny, monkeypatch):
     ("--model rope --d 6 --n-heads 2", "--n-heads 2"), ("--model rope --d 7", "odd size 7"),
     ("--model nope --n-heads 3", "--n-heads is 3"),
     ("--model nope --n-heads 0", "--n-heads is 0"), ("--model mamba --n-heads 0", "--n-heads is 0"),
+    ("--model mamba --d-state 0", "--d-state is 0"), ("--init random", "--init"),
     ("--train-lengths some", "--train-lengths"), ("--step 20", "--step"),
     ("--d 1000000000000", "does not fit"), ("--heads 2", "--heads"), ("--seed", "--seed"),
     ("--device cuda:77", "--device is 'cuda:77'"), ("--device nonsense", "--device is 'nonsense'"),
