@@ -6,7 +6,8 @@
 
 Imports nothing of this repository.
 
-Letters: B batch, L tokens in this call, Q of them that ask, S tokens seen before (in the cache), H heads, P size of a head.
+Letters: B batch, L tokens in this call, Q of them that ask, S tokens seen before (in the cache), H heads, P size of a head,
+G heads of keys and values.
 """
 
 from typing import NamedTuple
@@ -17,9 +18,12 @@ import torch.nn.functional as F
 
 
 class KVCache(NamedTuple):
-    """Attention's state: the keys (already rotated) and values of every token so far. It grows with the context."""
-    k: torch.Tensor  # (B, H, S, P)
-    v: torch.Tensor  # (B, H, S, P)
+    """Attention's state: the keys (already rotated) and values of every token so far. It grows with the context.
+
+    Under a sliding window it is those of the last window - 1 tokens, the keys not rotated yet, and stops growing.
+    """
+    k: torch.Tensor  # (B, G, S, P)
+    v: torch.Tensor  # (B, G, S, P)
 
 
 def rotary(x, start, base=10000.0):
@@ -43,6 +47,10 @@ class Attention(nn.Module):
     """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2), without a residual or a norm.
 
     d_model: width of the stream; n_heads: must divide it, and rope needs heads of even size.
+    kv_heads: how many heads of keys and values there are, each shared by a group of query heads (grouped-query attention,
+        Ainslie et al. 2023, arXiv 2305.13245); must divide n_heads, which is the default.
+    window: how many tokens a query sees, itself among them (sliding window, Beltagy et al. 2020, arXiv 2004.05150), None for
+        all. Left out: the scores outside the window are computed all the same, in pieces as long as the call.
     recency: where the query and key biases start. With rope, equal biases add a score that is highest at distance 0 and
         falls over the first few tokens (farther on it swings with the fastest rotation, always below its start), so
         the head starts out preferring what is near.
@@ -52,8 +60,9 @@ class Attention(nn.Module):
     what the token is.
     """
 
-    def __init__(self, d_model, n_heads=1, position="none", recency=None):
+    def __init__(self, d_model, n_heads=1, position="none", recency=None, kv_heads=None, window=None):
         super().__init__()
+        kv_heads = n_heads if kv_heads is None else kv_heads
         if n_heads < 1 or d_model % n_heads:
             raise ValueError(f"--n-heads is {n_heads}, but the number of heads must divide d = {d_model}")
         if position not in ("none", "rope"):
@@ -61,11 +70,15 @@ class Attention(nn.Module):
         if position == "rope" and (d_model // n_heads) % 2:
             raise ValueError(f"--n-heads {n_heads} at d = {d_model} gives heads of odd size {d_model // n_heads}, "
                              "but rope turns pairs and needs an even one")
-        self.n_heads, self.position = n_heads, position
-        self.qkv = nn.Linear(d_model, 3 * d_model)
+        if kv_heads < 1 or n_heads % kv_heads:
+            raise ValueError(f"kv_heads is {kv_heads}, but it must divide the number of heads, {n_heads}")
+        self.n_heads, self.kv_heads, self.position, self.window = n_heads, kv_heads, position, window
+        kv = d_model // n_heads * kv_heads
+        self.sizes = [d_model, kv, kv]
+        self.qkv = nn.Linear(d_model, sum(self.sizes))
         self.out_proj = nn.Linear(d_model, d_model)
         if recency is not None:
-            nn.init.constant_(self.qkv.bias[:2 * d_model], recency)
+            nn.init.constant_(self.qkv.bias[:d_model + kv], recency)
 
     def forward(self, x, state=None, queries=None):
         """x (B, L, d_model), state a KVCache of S earlier tokens or None -> y (B, L, d_model), the longer KVCache.
@@ -76,16 +89,31 @@ class Attention(nn.Module):
         B, L, d = x.shape
         S = 0 if state is None else state.k.shape[2]
         Q = L if queries is None else queries
-        q, k, v = self.qkv(x).view(B, L, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)   # (B, H, L, P) each
+        q, k, v = (part.view(B, L, heads, -1).transpose(1, 2) for part, heads in       # (B, H or G, L, P)
+                   zip(self.qkv(x).split(self.sizes, dim=-1), (self.n_heads, self.kv_heads, self.kv_heads)))
         q = q[:, :, L - Q:]                                                            # (B, H, Q, P)
-        if self.position == "rope":
-            q, k = rotary(q, S + L - Q), rotary(k, S)
+        rotates, slides = self.position == "rope", self.window is not None
+        if rotates:
+            q = rotary(q, S + L - Q)
+        if rotates and not slides:
+            k = rotary(k, S)
         if state is not None:
-            k, v = torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2)      # (B, H, S+L, P)
+            k, v = torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2)      # (B, G, S+L, P)
+        cache = KVCache(k, v)
+        if slides:
+            # Only differences of positions count, so the window can be counted from its own first token.
+            cache = KVCache(*(u[:, :, max(0, S + L - self.window + 1):] for u in (k, v)))
+            k = rotary(k, 0) if rotates else k
+
         # The first query is token S + L - Q: it sees keys 0 ... S + L - Q, the next one more, the last one all.
         mask = torch.ones(Q, S + L, dtype=torch.bool, device=x.device).tril(S + L - Q) if 1 < Q < S + L else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=Q == S + L)  # (B, H, Q, P)
-        return self.out_proj(y.transpose(1, 2).reshape(B, Q, d)), KVCache(k, v)
+        if slides and S + L > self.window:
+            seen = torch.ones(Q, S + L, dtype=torch.bool, device=x.device)
+            mask = seen.tril(S + L - Q) & seen.triu(S + L - Q - self.window + 1)
+        if self.kv_heads < self.n_heads:
+            k, v = (u.repeat_interleave(self.n_heads // self.kv_heads, 1) for u in (k, v))     # (B, H, S+L, P)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and Q > 1)  # (B, H, Q, P)
+        return self.out_proj(y.transpose(1, 2).reshape(B, Q, d)), cache
 
 
 class LearnedPosition(nn.Module):

@@ -4,29 +4,74 @@ A pattern is a string with one letter for each layer, first layer first. To add 
 add a letter to LAYERS: its module maps x (B, L, d) and a state (None at the start) to y (B, L, d) and the next state. It must
 be causal; its state is a tensor or a tuple of tensors, batch first, or has nothing per row, such as a count of tokens.
 
-Imports attention, mamba and data.
+Imports attention, data, ladder, mamba, mamba2, mlp and zamba.
 """
+
+import math
 
 import torch
 import torch.nn as nn
 
 from attention import Attention, LearnedPosition
 from data import embedding_table
+from ladder import LTI, RGLRU, RNN, Retention
 from mamba import Mamba
+from mamba2 import Mamba2
+from mlp import MLP, MixtureOfExperts
+from zamba import SharedBlock, SharedUse
+
+
+def shared(blocks, rank=0, position="none"):
+    """How to build uses of that many shared blocks in turn: o["shared"] holds those that a model has so far."""
+    def use(d, o):
+        have = o["shared"].setdefault(o["letter"], [])         # the one used last at the end
+        have.append(SharedBlock(2 * d, o["n_heads"], position) if len(have) < blocks else have.pop(0))
+        return SharedUse(d, have[-1], rank)
+    return use
+
 
 LAYERS = {  # letter: how to build the layer; d is the width, o the other options: n_heads, d_state, L, and depth, from 0
+    # the six models of the study
     "A": lambda d, o: Attention(d, o["n_heads"]),
     "R": lambda d, o: Attention(d, o["n_heads"], "rope", recency=2.0 if o["depth"] == 0 else None),
     "P": lambda d, o: LearnedPosition(d, 3 * o["L"] + 1),
     "M": lambda d, o: Mamba(d, o["d_state"]),
+    # the ladder
+    "N": lambda d, o: RNN(d),
+    "L": lambda d, o: LTI(d, o["d_state"]),
+    "T": lambda d, o: Retention(d),
+    "U": lambda d, o: RGLRU(d),
+    # the hybrids
+    "2": lambda d, o: Mamba2(d, o["d_state"], headdim=math.gcd(2 * d, 8)),             # 8 channels in a head, where it can be
+    "F": lambda d, o: MLP(d),
+    "E": lambda d, o: MixtureOfExperts(d),
+    "J": lambda d, o: Mamba(d, o["d_state"], inner_norms=True),
+    "G": lambda d, o: Attention(d, n_heads=4, kv_heads=2),
+    "S": lambda d, o: Attention(d, o["n_heads"], "rope", recency=2.0 if o["depth"] == 0 else None, window=max(2, o["L"] // 4)),
+    "Z": shared(1),
+    "Y": shared(2, rank=4),
+    "X": shared(1, rank=4, position="rope"),
 }
-MODELS = {
+MODELS = {  # the six of the study
     "nope": "AA",
     "learned": "PAA",
     "rope": "RR",
     "mamba": "MM",
     "hybrid-a": "MA",
     "hybrid-b": "MAM",
+}
+FAMILY = {  # and their relatives
+    "rnn": "NN",
+    "lti": "LL",
+    "retention": "TT",
+    "griffin": "UFUFSF",
+    "mamba2": "22",
+    "samba": "MFSF",
+    "mamba2-hybrid": "2F2FGF2F",
+    "jamba": "JFJEJFJEGFJEJFJE",
+    "zamba": "MMZMMZ",
+    "zamba2": "22Y22Y22Y",
+    "zamba2-mini": "22X22X",
 }
 
 
@@ -60,8 +105,9 @@ class Model(nn.Module):
         self.embedding = nn.Embedding.from_pretrained(embedding_table(K, d), freeze=not learn_embedding)
         self.layers = nn.ModuleList(layers)
         bias = 0.5 if any(isinstance(layer, Attention) for layer in layers) else 0.0   # Mamba alone learns better from zero
-        self.norms = nn.ModuleList(nn.Identity() if isinstance(layer, LearnedPosition)  # which does not look at its input
-                                   else RMSNorm(d, bias if isinstance(layer, Mamba) else None) for layer in layers)
+        self.norms = nn.ModuleList(                            # a position does not look at its input, a shared block norms it itself
+            nn.Identity() if isinstance(layer, (LearnedPosition, SharedUse))
+            else RMSNorm(d, bias if isinstance(layer, (Mamba, Mamba2)) else None) for layer in layers)
         self.head = nn.Sequential(RMSNorm(d), nn.Linear(d, K, bias=False))
 
     def stream(self, tokens, states=None, only_last=False):
@@ -70,10 +116,12 @@ class Model(nn.Module):
         Returns x (B, L, d) before the head, or (B, 1, d) if only the last token's is wanted, and the list of states, one for
         each layer. Pieces give what the whole gives.
         """
-        x = self.embedding(tokens)                                                     # (B, L, d)
+        x = embedding = self.embedding(tokens)                                         # (B, L, d)
         states = list(states or [None] * len(self.layers))
         for i, (norm, layer) in enumerate(zip(self.norms, self.layers)):
             asks = {"queries": 1} if only_last and layer is self.layers[-1] and isinstance(layer, Attention) else {}
+            if isinstance(layer, SharedUse):
+                asks = {"embedding": embedding}
             y, states[i] = layer(norm(x), states[i], **asks)
             x = x[:, x.shape[1] - y.shape[1]:] + y
         return x[:, -1:] if only_last else x, states
@@ -103,17 +151,19 @@ class Model(nn.Module):
 
 
 def build_model(name, K=16, d=8, L=64, n_heads=1, d_state=16, init="official", learn_embedding=False):
-    """Build a model by its name in MODELS, or by its pattern, such as "MAM". L is the training length.
+    """Build a model by its name in MODELS or FAMILY, or by its pattern, such as "MAM". L is the training length.
 
     init: "official", or "mimetic" for Mamba layers that start out near linear attention (Mamba.start_as_linear_attention).
     Raises ValueError for an unknown name, or an option that a layer cannot have.
     """
-    pattern = MODELS.get(name, name)
+    known = {**MODELS, **FAMILY}
+    pattern = known.get(name, name)
     unknown = sorted(set(pattern) - set(LAYERS))
     if unknown or not pattern:
-        raise ValueError(f"--model is {name!r}, but it must be one of {', '.join(MODELS)}, "
+        raise ValueError(f"--model is {name!r}, but it must be one of {', '.join(known)}, "
                          f"or a pattern of the letters {', '.join(LAYERS)}")
-    layers = [LAYERS[letter](d, dict(L=L, n_heads=n_heads, d_state=d_state, depth=depth)) for depth, letter in enumerate(pattern)]
+    options, blocks = dict(L=L, n_heads=n_heads, d_state=d_state), {}
+    layers = [LAYERS[letter](d, dict(options, depth=depth, letter=letter, shared=blocks)) for depth, letter in enumerate(pattern)]
     if init == "mimetic":
         for layer in layers:
             if isinstance(layer, Mamba):

@@ -25,16 +25,20 @@ MARKS = {"q": "#D55E00", "v": "#009E73"}  # the query and its value in a sequenc
 def attention_maps(layer, qkv):
     """The weights that scaled_dot_product_attention has no way to return: softmax of q k / sqrt(P), causal.
 
-    layer: an Attention; qkv (L, 3d): what its Linear of that name made of a sequence that starts at position 0.
+    layer: an Attention; qkv (L, ...): what its Linear of that name made of a sequence that starts at position 0.
     Returns (H, L, L): for each head how much query t (row) takes of key s (column). Rows sum to 1.
     """
     L = len(qkv)
-    q, k, _ = qkv.view(L, 3, layer.n_heads, -1).permute(1, 2, 0, 3)                    # (H, L, P) each
+    q, k, _ = qkv.split(layer.sizes, dim=-1)
+    q, k = (u.view(L, heads, -1).transpose(0, 1) for u, heads in ((q, layer.n_heads), (k, layer.kv_heads)))    # (H or G, L, P)
     if layer.position == "rope":
         q, k = rotary(q, 0), rotary(k, 0)
+    k = k.repeat_interleave(layer.n_heads // layer.kv_heads, 0)                        # (H, L, P)
     scores = q @ k.mT / q.shape[-1]**0.5                                               # (H, L, L)
-    future = torch.ones(L, L, dtype=torch.bool, device=qkv.device).triu(1)
-    return scores.masked_fill(future, -torch.inf).softmax(-1)
+    unseen = torch.ones(L, L, dtype=torch.bool, device=qkv.device).triu(1)
+    if layer.window is not None:
+        unseen |= ~unseen.new_ones(L, L).triu(1 - layer.window)
+    return scores.masked_fill(unseen, -torch.inf).softmax(-1)
 
 
 def what_is_left(dt, A):

@@ -196,11 +196,12 @@ class Mamba(nn.Module):
                         \-> z -> SiLU ------------------------------------/
 
     d_model: width of the stream; d_inner = expand * d_model channels D; d_state: N; d_conv: the convolution's width;
-    dt_rank: rank of the map from a token to its dt, None for ceil(d_model / 16).
+    dt_rank: rank of the map from a token to its dt, None for ceil(d_model / 16); inner_norms: RMSNorm on dt, B and C, which
+    Jamba adds (Lieber et al. 2024, arXiv 2403.19887, section 6.4).
     Names, shapes and initial values are those of mamba_ssm.Mamba with its default arguments: state dicts move between the two.
     """
 
-    def __init__(self, d_model, d_state=16, d_conv=4, expand=2, dt_rank=None):
+    def __init__(self, d_model, d_state=16, d_conv=4, expand=2, dt_rank=None, inner_norms=False):
         super().__init__()
         self.d_inner, self.d_state, self.d_conv = expand * d_model, d_state, d_conv
         self.dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
@@ -208,6 +209,7 @@ class Mamba(nn.Module):
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner,
                                 padding=d_conv - 1)            # holds the weights; forward takes the products itself
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.inner_norms = nn.ModuleList(map(nn.RMSNorm, (self.dt_rank, d_state, d_state))) if inner_norms else None
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(self.d_inner, 1))   # A = -1 ... -N
         self.D = nn.Parameter(torch.ones(self.d_inner))
@@ -245,6 +247,8 @@ class Mamba(nn.Module):
         x = F.silu(sum((x[:, k:k + L] * tap for k, tap in enumerate(taps)), self.conv1d.bias))
 
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if self.inner_norms is not None:
+            dt, B, C = (norm(v) for norm, v in zip(self.inner_norms, (dt, B, C)))
         dt = F.softplus(self.dt_proj(dt))                                              # (b, L, d_inner), positive
         A = -torch.exp(self.A_log)                                                     # (d_inner, d_state), negative
         y, h = selective_scan(x, dt, A, B, C, None if state is None else state.h)

@@ -211,13 +211,13 @@ def draw(panels, kind, flags=("M",), published=()):
             if all(task[flag] == value for flag, value in other["task"].items()):
                 sources.append(other["published"])
                 for name, (x, y) in other["curves"].items():
-                    ax.plot(x, y, color=style(name)[0], lw=0.8, marker="o", mfc="white", ms=5, zorder=2.5)
+                    ax.plot(x, y, color=style(name)[0], lw=0.5, ls=":", marker="o", mfc="white", ms=6, mew=1.3, zorder=20)
         draw_curves(ax, curves[panel], kind, right, reach=0.1 if len(columns) == 1 else 0.23)
     for ax in axes[:, 0]:
         ax.set_ylabel("accuracy")
     label, dot = {"length": ("context length", "longest tested"), "training": ("training step", "the last seed ended")}[kind]
     fig.supxlabel(label + (f" (large dot: {dot})" if any(x[-1] < right for x, _ in drawn) else ""), fontsize=11)
-    beside = f"; thin lines with hollow points: {', '.join(dict.fromkeys(sources))}" if sources else ""
+    beside = f"; hollow points: {', '.join(dict.fromkeys(sources))}" if sources else ""
     fig.suptitle(described(panels) + beside, fontsize=12)
     return fig
 
@@ -239,13 +239,16 @@ def draw_against(panels, flag):
     ax.axhline(1 / K, color=GREY, lw=1, ls=":")
     ends, names = [], sorted(found, key=order)
     for z, name in enumerate(names):
-        (x, y), (colour, width, dashes) = zip(*sorted(found[name].items())), style(name)
-        x = [value * 1.03**(z - (len(names) - 1) / 2) for value in x]                  # side by side, for the bars to be seen
+        colour, width, dashes = style(name)
+        x = [value * 1.03**(z - (len(names) - 1) / 2) for value in values]             # side by side, for all to be seen
+        y = [found[name].get(value, [np.nan]) for value in values]                     # a gap where there is no run
         look = dict(color=colour, zorder=z + 3, clip_on=False)
-        ax.vlines(x, [min(seeds) for seeds in y], [max(seeds) for seeds in y], alpha=0.4, lw=4, **look)
+        ax.vlines(x, list(map(min, y)), list(map(max, y)), alpha=0.3, lw=4, **look)
+        for at, seeds in zip(x, y):
+            ax.plot([at] * len(seeds), seeds, ls="", marker=".", ms=5, alpha=0.7, **look)
         middle = [np.median(seeds) for seeds in y]
         ax.plot(x, middle, lw=width, ls=dashes, marker="o", ms=width + 3.5, **look)
-        ends.append((middle[-1], name))
+        ends.append(([m for m in middle if m == m][-1], name))
     ends.sort(key=lambda end: -end[0])
     for (_, name), height in zip(ends, spread([end for end, _ in ends], 0.0, 1.0)):
         ax.text(1.03, height, name, color=style(name)[0], va="center_baseline", transform=ax.get_yaxis_transform())
@@ -253,7 +256,7 @@ def draw_against(panels, flag):
     ax.set_xticks(values, map(str, values)), ax.xaxis.set_minor_locator(NullLocator())
     ax.annotate(f"chance 1/{K}", (1, 1 / K), (-2, -3), ax.get_yaxis_transform(), textcoords="offset points", color=GREY,
                 fontsize=10, ha="right", va="top")
-    fig.suptitle(described(panels).replace("band", "bar"), fontsize=12)
+    fig.suptitle(described(panels).replace("band from lowest to highest", "small dots: each seed"), fontsize=12)
     return fig
 
 

@@ -8,7 +8,7 @@
 A run writes OUT/NAME.json, the result, and OUT/NAME.pt, the model. A run that is killed goes on where it was when the same
 command is given again; a run that is finished is not repeated unless --overwrite says so.
 
-Imports data, eval, mamba and runs; bench times its step, and plot draws what it writes.
+Imports data, eval, hybrid, mamba and runs; bench times its step, and plot draws what it writes.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from tqdm import tqdm
 import mamba
 from data import check_task, recall_batch
 from eval import accuracy_by_length, print_table, some_lengths
+from hybrid import FAMILY, MODELS
 from runs import (RESUME, config_of, is_finished, load_saved, model_from, pick_device, processes, remove_saved, same_run,
                   short_errors, write_atomically, write_json)
 
@@ -56,7 +57,7 @@ def parse(argv):
         epilog="Flags that take several values run every combination of them."))
     several = dict(nargs="+", metavar="N")
     parser.add_argument("--model", nargs="+", default=["rope"], metavar="NAME",
-                        help="nope, learned, rope, mamba, hybrid-a, hybrid-b, or layers such as MAM (default: rope)")
+                        help=f"{', '.join([*MODELS, *FAMILY])}, or layers such as MAM (default: rope)")
     parser.add_argument("--M", type=int, default=[1], **several, help="number of possible queries (default: 1)")
     parser.add_argument("--tau", type=int, default=[1], **several, help="tokens from query to value (default: 1)")
     parser.add_argument("--K", type=int, default=[16], **several, help="size of the vocabulary (default: 16)")

@@ -121,6 +121,35 @@ def test_odd_heads_need_no_rope():
     assert Attention(6, 2)(torch.zeros(1, 2, 6))[0].shape == (1, 2, 6)
 
 
+def test_grouped_heads_are_heads_whose_keys_and_values_agree():
+    torch.manual_seed(0)
+    grouped, full, x = Attention(8, 4, "rope", kv_heads=2), Attention(8, 4, "rope"), torch.randn(2, 7, 8)
+    rows = [*range(8), *[8 + p for g in (0, 0, 1, 1) for p in (2 * g, 2 * g + 1)],
+            *[12 + p for g in (0, 0, 1, 1) for p in (2 * g, 2 * g + 1)]]
+    full.load_state_dict({"qkv.weight": grouped.qkv.weight[rows], "qkv.bias": grouped.qkv.bias[rows],
+                          "out_proj.weight": grouped.out_proj.weight, "out_proj.bias": grouped.out_proj.bias})
+    (y, cache), (same, _) = grouped(x), full(x)
+    assert torch.allclose(y, same, atol=1e-6) and cache.k.shape == cache.v.shape == (2, 2, 7, 2)
+    for kv_heads in (3, 0):
+        with pytest.raises(ValueError, match=f"kv_heads is {kv_heads}"):
+            Attention(8, 4, kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize("position", ["none", "rope"])
+@pytest.mark.parametrize("window", [1, 3, 20])
+def test_sliding_window(window, position):
+    torch.manual_seed(0)
+    layer, x = Attention(8, 2, position, window=window).double(), torch.randn(3, 11, 8).double()
+    whole, cache = layer(x)
+    for t in range(11):                                        # a token's output is that of the window alone
+        seen = x[:, max(0, t - window + 1):t + 1]
+        assert torch.allclose(layer(seen)[0][:, -1], whole[:, t], atol=1e-6)
+    assert torch.allclose(layer(x, queries=2)[0], whole[:, -2:], atol=1e-6)
+    for sizes in PIECES:
+        y, state = in_pieces(layer, x, sizes)
+        assert torch.allclose(y, whole, atol=1e-6) and state.k.shape[2] == min(11, window - 1) == cache.k.shape[2]
+
+
 @pytest.mark.parametrize("sizes", PIECES)
 def test_learned_position(sizes):
     layer, x = LearnedPosition(8, 11), torch.randn(3, 11, 8)

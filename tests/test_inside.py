@@ -33,17 +33,18 @@ def look_into(pattern, L=12, n_heads=1):
     return [(*call, of_layer) for call, of_layer in zip(calls, found)]
 
 
-@pytest.mark.parametrize("pattern, n_heads", [("AA", 1), ("RR", 1), ("AR", 2), ("PA", 4)])
+@pytest.mark.parametrize("pattern, n_heads", [("AA", 1), ("RR", 1), ("AR", 2), ("PA", 4), ("SFG", 4)])
 def test_maps_are_what_attention_used(pattern, n_heads):
     seen = [call for call in look_into(pattern, n_heads=n_heads) if call[3]]
-    assert len(seen) == pattern.count("A") + pattern.count("R")
+    assert len(seen) == sum(pattern.count(letter) for letter in "ARSG")
     for layer, x, y, found in seen:
         maps = torch.tensor(found["maps"])                                             # (H, L, L)
         L = x.shape[1]
         assert maps.shape == (n_heads, L, L)
         assert torch.allclose(maps.sum(-1), torch.ones(()).double())
         assert (maps.triu(1) == 0).all() and (maps >= 0).all()
-        v = layer.qkv(x[0])[:, -x.shape[2]:].view(L, n_heads, -1).transpose(0, 1)      # (H, L, P)
+        v = layer.qkv(x[0]).split(layer.sizes, dim=-1)[2].view(L, layer.kv_heads, -1).transpose(0, 1)
+        v = v.repeat_interleave(n_heads // layer.kv_heads, 0)                          # (H, L, P)
         assert relative(layer.out_proj((maps @ v).transpose(0, 1).reshape(L, -1)), y[0]) < 1e-6  # rotary is in float32
 
 

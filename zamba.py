@@ -1,0 +1,51 @@
+"""One block of attention and MLP whose weights are used several times: Zamba (Glorioso et al. 2024, arXiv 2405.16712) and Zamba2.
+
+Attention's weights are most of what a hybrid pays for it, so all uses share them. A use differs from another in what it is
+fed, the stream beside the token's embedding, in the map that brings its result back into the stream, and, in Zamba2, in a
+small correction of its own to the shared MLP (LoRA, Hu et al. 2021, arXiv 2106.09685).
+
+Imports attention and mlp; hybrid places the uses.
+"""
+
+import torch
+import torch.nn as nn
+
+from attention import Attention
+from mlp import MLP
+
+
+class SharedBlock(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)), on vectors of width 2d: the weights that all uses have in common."""
+
+    def __init__(self, width, n_heads=1, position="none"):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.RMSNorm(width), nn.RMSNorm(width)])
+        self.attention, self.mlp = Attention(width, n_heads, position), MLP(width)
+
+    def forward(self, x, state, correction):
+        y, state = self.attention(self.norms[0](x), state)
+        x = x + y
+        u = self.norms[1](x)
+        return x + self.mlp(u, extra=correction(u))[0], state
+
+
+class SharedUse(nn.Module):
+    """One use of a SharedBlock. Its state is a KVCache of its own: the weights are shared, the memory is not.
+
+    rank: of the correction to the MLP's first map, 0 for none, as in Zamba. Zamba2 corrects its attention as well.
+    """
+
+    def __init__(self, d_model, block, rank=0):
+        super().__init__()
+        self.block, self.rank = block, rank
+        self.out_proj = nn.Linear(2 * d_model, d_model, bias=False)
+        if rank:
+            self.lora_a = nn.Linear(2 * d_model, rank, bias=False)
+            self.lora_b = nn.Linear(rank, block.mlp.up.out_features, bias=False)
+            nn.init.zeros_(self.lora_b.weight)                 # all uses start alike
+
+    def forward(self, x, state=None, embedding=None):
+        """x and the embedding of the same tokens, (b, L, d) each -> y (b, L, d), the next state."""
+        correction = (lambda u: self.lora_b(self.lora_a(u))) if self.rank else (lambda u: 0.0)
+        y, state = self.block(torch.cat([x, embedding], dim=-1), state, correction)
+        return self.out_proj(y), state
