@@ -92,16 +92,19 @@ def processes():
 
 
 def load_saved(path, config, device):
-    """What this very run had saved when it was killed, or None."""
+    """What this very run had saved when it was killed, or None. Raises ValueError rather than lose another run's work."""
     saved = path + RESUME
     if not os.path.exists(saved):
         return None
     try:
         state = torch.load(saved, map_location=device, weights_only=True)
-        if same_run(state["config"], config):
-            return state
+        same = same_run(state["config"], config)
     except Exception:  # there is no telling how a file that is something else will fail
-        pass
+        same = None
+    if same:
+        return state
+    if same is False and not config["overwrite"]:
+        raise ValueError(f"{saved} is of an unfinished run with other flags; finish it, give this one its own --out, or --overwrite it")
     if processes()[0] == 0:
         print(f"{saved} is not of a run with these flags, so this one starts from the beginning")
 

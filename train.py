@@ -212,7 +212,10 @@ def record(step, generator):
 
 
 def run(config, path, device):
-    """Make one run and write path.pt and path.json. Raises FloatingPointError if the loss becomes NaN or infinite."""
+    """Make one run and write path.pt and path.json.
+
+    Raises FloatingPointError if the loss becomes NaN or infinite, ValueError if another run is saved under this path.
+    """
     K, M, tau, L, steps = (config[k] for k in ("K", "M", "tau", "L", "steps"))
     rank, world = processes()
     model, optimizer, training, next_step = prepare(config, device)
@@ -338,6 +341,8 @@ def main(argv=None):
             if rank == 0:
                 remove_saved(path)
             sys.exit(f"train.py: {error}" if rank == 0 else 1)
+        except ValueError as error:
+            parser.error(str(error)) if rank == 0 else sys.exit(2)
         except KeyboardInterrupt:
             goes_on = "from where it was last saved" if os.path.exists(path + RESUME) else "from the beginning"
             command = "the same command" + " without --overwrite" * args.overwrite

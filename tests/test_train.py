@@ -200,8 +200,8 @@ def test_stopped_and_resumed(moment, how, train_tiny, tmp_path):
 
 
 @pytest.mark.parametrize("flags, steps", [([], 35), (["--lr", "0.5"], 40), (["--batch-size", "5"], 40)])
-def test_goes_on_only_with_the_same_flags(flags, steps, train_tiny, monkeypatch, tmp_path):
-    """A run that was stopped at step 5 takes 35 steps more; with other flags it is another run and takes all 40."""
+def test_goes_on_only_with_the_same_flags(flags, steps, train_tiny, monkeypatch, tmp_path, refuses):
+    """A run that was stopped at step 5 takes 35 steps more; with other flags it is another run, which has to say --overwrite."""
     write_atomically, loss, taken = train.write_atomically, train.F.cross_entropy, []
 
     def interrupted(path, write):
@@ -215,6 +215,12 @@ def test_goes_on_only_with_the_same_flags(flags, steps, train_tiny, monkeypatch,
             train_tiny("--M", 2)
         assert stop.value.code == 130
     monkeypatch.setattr(train.F, "cross_entropy", lambda *arguments, **options: taken.append(0) or loss(*arguments, **options))
+    if flags:
+        before = (tmp_path / "out" / (NAME + ".resume.pt")).read_bytes()
+        error = refuses(train.main, [*TINY, "--M", 2, *flags, "--out", tmp_path / "out"])
+        assert "unfinished run with other flags" in error and not taken
+        assert (tmp_path / "out" / (NAME + ".resume.pt")).read_bytes() == before
+        flags = [*flags, "--overwrite"]
     resumed = train_tiny("--M", 2, *flags)
     assert len(taken) == steps
     assert curves_and_eval(resumed) == curves_and_eval(train_tiny("--M", 2, *flags, out=tmp_path / "in one go"))
