@@ -117,6 +117,21 @@ def test_the_numbers_beside_the_project_page_are_those_in_results():
         assert millions == f"{median(run['train']['step'][-1] * run['config']['batch_size'] for run in runs) / 1e6:.2f}"
 
 
+def test_every_time_on_a_gpu_is_the_one_that_was_measured():
+    rows = json.loads((ROOT / "results" / "bench" / "h200.json").read_text())["bench"]["scan"]
+    measured = {(tuple(row["shape"]), row["form"]): row for row in rows}
+    text = README.split("On one NVIDIA H200 (")[1].split("On 2 CPU cores")[0]
+    table = re.findall(r"^\| (\d+), (\d+), (\d+), (\d+) \| (.+) \| (\d+) \|$", text, re.M)
+    assert len(table) == 4
+    for *shape, times, megabytes in table:
+        shape = tuple(map(int, shape))
+        found = [measured.get((shape, form)) for form in ("recurrence", "chunked", "parallel", "mambapy")]
+        assert [time.strip() for time in times.split("|")] == ["" if row is None else f"{row['ms']:.3f}" for row in found]
+        assert int(megabytes) == found[2]["megabytes"]
+    first = [row["first_call_s"] for row in rows if row["form"] == "parallel"]
+    assert f"compiles, for {min(first):.0f} to {max(first):.0f} seconds" in text.replace("\n", " ")
+
+
 def test_every_time_on_a_cpu_is_the_one_that_was_measured():
     tables = json.loads((ROOT / "results" / "bench" / "cpu.json").read_text())["bench"]
     forms = ["recurrence", "chunked", "parallel", "mambapy"]
