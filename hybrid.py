@@ -30,7 +30,7 @@ def shared(blocks, rank=0, position="none"):
     return use
 
 
-LAYERS = {  # letter: how to build the layer; d is the width, o the other options: n_heads, d_state, L, and depth, from 0
+LAYERS = {  # letter: how to build the layer; d is the width, o the other options and the layer's place: see build_model
     # the six models of the study
     "A": lambda d, o: Attention(d, o["n_heads"]),
     "R": lambda d, o: Attention(d, o["n_heads"], "rope", recency=2.0 if o["depth"] == 0 else None),

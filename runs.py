@@ -1,15 +1,17 @@
 """A run's files and its settings, as train.py leaves them and the other scripts find them.
 
-Imports hybrid; eval, train, bench and inside use it.
+Imports data and hybrid; eval, train, bench and inside use it.
 """
 
 import json
+import math
 import os
 import warnings
 
 import torch
 import torch.distributed as dist
 
+from data import check_task
 from hybrid import build_model
 
 RESUME = ".resume.pt"  # what a run that is not finished is saved under
@@ -60,6 +62,25 @@ def write_json(path, record):
 def model_from(config):
     options = {k: config[k] for k in ("n_heads", "d_state", "init", "learn_embedding") if k in config}  # old files lack some
     return build_model(config["model"], config["K"], config["d"], config["L"], **options)
+
+
+def check(config):
+    """Raise a ValueError, in one sentence, for a run that cannot be made. Nothing is written before this has passed."""
+    for flag in ("d", "L", "n_heads", "d_state", "batch_size", "steps"):
+        if config[flag] < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} is {config[flag]}, but it must be at least 1")
+    if not (config["lr"] > 0 and math.isfinite(config["lr"])):
+        raise ValueError(f"--lr is {config['lr']}, but it must be above 0 and finite")
+    if not (config["weight_decay"] >= 0 and math.isfinite(config["weight_decay"])):
+        raise ValueError(f"--weight-decay is {config['weight_decay']}, but it must be 0 or more and finite")
+    if not 0 <= config["seed"] < 2**32:
+        raise ValueError(f"--seed is {config['seed']}, but it must be from 0 to 2^32 - 1")
+    check_task(config["L"], config["K"], config["M"], config["tau"])
+    try:
+        with torch.device("meta"):
+            model_from(config)
+    except (RuntimeError, MemoryError):
+        raise ValueError(f"--K {config['K']} and --d {config['d']} make a model that does not fit into memory") from None
 
 
 def load_run(path, device="cpu"):

@@ -30,11 +30,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import mamba
-from data import check_task, recall_batch
+from data import recall_batch
 from eval import accuracy_by_length, print_table, some_lengths
 from hybrid import FAMILY, MODELS
-from runs import (RESUME, config_of, is_finished, load_saved, model_from, pick_device, processes, remove_saved, same_run,
-                  short_errors, write_atomically, write_json)
+from runs import (RESUME, check, config_of, is_finished, load_saved, model_from, pick_device, processes, remove_saved,
+                  same_run, short_errors, write_atomically, write_json)
 
 GRID = ["model", "M", "tau", "K", "d", "L", "seed"]  # the flags that take several values, and that name a run
 WARMUP = 400         # steps in which the learning rate rises
@@ -89,25 +89,6 @@ def parse(argv):
 def default_lr(d):
     """8e-3 as far as that works; wider models need less: at 8e-3 none of 5 runs of rope with d = 32 learned M = 16."""
     return min(8e-3, 0.128 / d)
-
-
-def check(config):
-    """Raise a ValueError, in one sentence, for a run that cannot be made. Nothing is written before this has passed."""
-    for flag in ("d", "L", "n_heads", "d_state", "batch_size", "steps"):
-        if config[flag] < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} is {config[flag]}, but it must be at least 1")
-    if not (config["lr"] > 0 and math.isfinite(config["lr"])):
-        raise ValueError(f"--lr is {config['lr']}, but it must be above 0 and finite")
-    if not (config["weight_decay"] >= 0 and math.isfinite(config["weight_decay"])):
-        raise ValueError(f"--weight-decay is {config['weight_decay']}, but it must be 0 or more and finite")
-    if not 0 <= config["seed"] < 2**32:
-        raise ValueError(f"--seed is {config['seed']}, but it must be from 0 to 2^32 - 1")
-    check_task(config["L"], config["K"], config["M"], config["tau"])
-    try:
-        with torch.device("meta"):
-            model_from(config)
-    except (RuntimeError, MemoryError):
-        raise ValueError(f"--K {config['K']} and --d {config['d']} make a model that does not fit into memory") from None
 
 
 def learning_rate(step, last, highest):
