@@ -50,7 +50,7 @@ class Attention(nn.Module):
     kv_heads: how many heads of keys and values there are, each shared by a group of query heads (grouped-query attention,
         Ainslie et al. 2023, arXiv 2305.13245); must divide n_heads, which is the default.
     window: how many tokens a query sees, itself among them (sliding window, Beltagy et al. 2020, arXiv 2004.05150), None for
-        all. Left out: the scores outside the window are computed all the same, in pieces as long as the call.
+        all. Not done: to skip the scores outside the window; all of a call are computed, and most are masked.
     recency: where the query and key biases start. With rope, equal biases add a score that is highest at distance 0 and
         falls over the first few tokens (farther on it swings with the fastest rotation, always below its start), so
         the head starts out preferring what is near.
@@ -101,8 +101,8 @@ class Attention(nn.Module):
             k, v = torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2)      # (B, G, S+L, P)
         cache = KVCache(k, v)
         if slides:
-            # Only differences of positions count, so the window can be counted from its own first token.
-            cache = KVCache(*(u[:, :, max(0, S + L - self.window + 1):] for u in (k, v)))
+            # Only differences of positions count, so positions can be counted from the first token in the cache, as q's were.
+            cache = KVCache(*(u[:, :, max(0, S + L - self.window + 1):].clone() for u in (k, v)))      # a view would keep all
             k = rotary(k, 0) if rotates else k
 
         # The first query is token S + L - Q: it sees keys 0 ... S + L - Q, the next one more, the last one all.

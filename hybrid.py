@@ -22,11 +22,12 @@ from zamba import SharedBlock, SharedUse
 
 
 def shared(blocks, rank=0, position="none"):
-    """How to build uses of that many shared blocks in turn: o["shared"] holds those that a model has so far."""
+    """How to build uses of that many shared blocks in turn: o["shared"] has a model's uses so far."""
     def use(d, o):
-        have = o["shared"].setdefault(o["letter"], [])         # the one used last at the end
-        have.append(SharedBlock(2 * d, o["n_heads"], position) if len(have) < blocks else have.pop(0))
-        return SharedUse(d, have[-1], rank)
+        uses = o["shared"].setdefault(o["letter"], [])
+        block = uses[-blocks].block if len(uses) >= blocks else SharedBlock(2 * d, o["n_heads"], position)
+        uses.append(SharedUse(d, block, rank))
+        return uses[-1]
     return use
 
 
@@ -45,7 +46,7 @@ LAYERS = {  # letter: how to build the layer; d is the width, o the other option
     "2": lambda d, o: Mamba2(d, o["d_state"], headdim=math.gcd(2 * d, 8)),             # 8 channels in a head, where it can be
     "F": lambda d, o: MLP(d),
     "E": lambda d, o: MixtureOfExperts(d),
-    "J": lambda d, o: Mamba(d, o["d_state"], inner_norms=True),
+    "J": lambda d, o: Mamba(d, o["d_state"], dt_rank=d, inner_norms=True),             # a norm of ceil(d / 16) = 1 number is a sign
     "G": lambda d, o: Attention(d, n_heads=4, kv_heads=2),
     "S": lambda d, o: Attention(d, o["n_heads"], "rope", recency=2.0 if o["depth"] == 0 else None, window=max(2, o["L"] // 4)),
     "Z": shared(1),
@@ -60,18 +61,18 @@ MODELS = {  # the six of the study
     "hybrid-a": "MA",
     "hybrid-b": "MAM",
 }
-FAMILY = {  # and their relatives
+FAMILY = {  # and their relatives: the order of layers that each is known for, not its sizes
     "rnn": "NN",
     "lti": "LL",
     "retention": "TT",
-    "griffin": "UFUFSF",
+    "griffin": "UFUFSF",               # De et al. 2024, arXiv 2402.19427; there with GeGLU and one head of keys and values
     "mamba2": "22",
-    "samba": "MFSF",
-    "mamba2-hybrid": "2F2FGF2F",
-    "jamba": "JFJEJFJEGFJEJFJE",
-    "zamba": "MMZMMZ",
-    "zamba2": "22Y22Y22Y",
-    "zamba2-mini": "22X22X",
+    "samba": "MFSF",                   # Ren et al. 2024, arXiv 2406.07522
+    "mamba2-hybrid": "2F2FGF2F",       # Waleffe et al. 2024, arXiv 2406.07887; there 24 Mamba-2, 4 attention, 28 MLPs
+    "jamba": "JFJEJFJEGFJEJFJE",       # Lieber et al. 2024, arXiv 2403.19887; there with 16 experts
+    "zamba": "MMZMMZ",                 # Glorioso et al. 2024, arXiv 2405.16712
+    "zamba2": "22Y22Y22Y",             # arXiv 2411.15242, the 2.7B model
+    "zamba2-mini": "22X22X",           # the same, the 1.2B model
 }
 
 
@@ -96,7 +97,7 @@ class RMSNorm(nn.Module):
 class Model(nn.Module):
     """Embedding, then for each layer x = x + layer(norm(x)), then a norm and a linear map to the vocabulary.
 
-    The norm is RMSNorm, before each layer (pre-norm). The embedding is the fixed table of data.py unless
+    The norm is RMSNorm, before each layer (pre-norm), but not before positions and shared blocks. The embedding is the fixed table of data.py unless
     learn_embedding trains it.
     """
 
@@ -104,7 +105,8 @@ class Model(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding.from_pretrained(embedding_table(K, d), freeze=not learn_embedding)
         self.layers = nn.ModuleList(layers)
-        bias = 0.5 if any(isinstance(layer, Attention) for layer in layers) else 0.0   # Mamba alone learns better from zero
+        attends = any(isinstance(layer, (Attention, SharedUse)) for layer in layers)
+        bias = 0.5 if attends else 0.0                         # Mamba alone learns better from zero
         self.norms = nn.ModuleList(                            # a position does not look at its input, a shared block norms it itself
             nn.Identity() if isinstance(layer, (LearnedPosition, SharedUse))
             else RMSNorm(d, bias if isinstance(layer, (Mamba, Mamba2)) else None) for layer in layers)

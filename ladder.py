@@ -47,9 +47,9 @@ class LTI(nn.Module):
     """A linear state space model that treats every token alike: S4D (Gu et al. 2022, arXiv 2206.11893), real version.
 
     Each channel is a system h' = A h + B x, y = C h with N states, A diagonal, over a step dt of its own in which x does not
-    change (zero-order hold, section 2.2): h_t = Abar h_{t-1} + Bbar x_t, Abar = exp(dt A), Bbar = (Abar - 1) / A B. With
+    change (zero-order hold): h_t = Abar h_{t-1} + Bbar x_t, Abar = exp(dt A), Bbar = (Abar - 1) / A B. With
     nothing that depends on the token, y is the convolution of x with K_l = C Abar^l Bbar: `convolve` and `recur` are the same
-    function. Left out: complex A, and the bilinear rule.
+    function. Left out: complex A, the bilinear rule, the gate after the output's map, and a smaller learning rate for A and dt.
     """
 
     def __init__(self, d_model, d_state=16):
@@ -82,7 +82,7 @@ class LTI(nn.Module):
         K = torch.einsum("dn,dn,dnl->dl", self.C, Bbar, left[..., :L])                 # (d, L)
         y = torch.fft.irfft(torch.fft.rfft(x.mT, 2 * L) * torch.fft.rfft(K, 2 * L), 2 * L)[..., :L]    # (b, d, L)
         y = y + torch.einsum("dn,dnl,bdn->bdl", self.C, left[..., 1:], h)              # what was there before
-        h = left[..., L] * h + torch.einsum("dn,dnl,bld->bdn", Bbar, left[..., :L].flip(-1), x)
+        h = left[..., L] * h + torch.einsum("dn,dnl,bld->bdn", Bbar, left[..., :L].flip(-1), x)        # x_l has decayed L-1-l steps
         return y.mT, h
 
     def forward(self, x, state=None):
@@ -92,14 +92,15 @@ class LTI(nn.Module):
 
 
 class Retention(nn.Module):
-    """Linear attention with a fixed decay: RetNet (Sun et al. 2023, arXiv 2307.08621), section 2.1.
+    """Linear attention with a fixed decay: RetNet (Sun et al. 2023, arXiv 2307.08621), sections 2.1 and 2.2.
 
-        S_t = gamma S_{t-1} + k_t v_t         y_t = q_t S_t
+        S_t = gamma S_{t-1} + k_t^T v_t         y_t = q_t S_t         (k_t, v_t and q_t are rows)
 
     with a gamma for each head, 1 - 2^-5, 1 - 2^-6, ... (equation 8). In its parallel form y_t is the sum over s <= t of
     (q_t . k_s) gamma^(t-s) v_s: attention whose softmax has become a decay. This is mamba2.ssd with x = v, B = k, C = q and
     steps that do not depend on the token, so its chunked form (equation 7) is the one there. Then, as in the paper, each
-    head is normed by itself and gated. Left out: xPos, the rotation of q and k.
+    head is normed by itself and gated. The state kept is the transpose of S. Left out: xPos, the rotation of q and k; values twice
+    as wide; two more normalisations of the scores.
     """
 
     def __init__(self, d_model, n_heads=4):
@@ -110,7 +111,7 @@ class Retention(nn.Module):
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.gate = nn.Linear(d_model, d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
-        self.register_buffer("log_gamma", torch.log(1 - 2.0 ** (-5 - torch.arange(n_heads))), persistent=False)        # (H,)
+        self.register_buffer("log_gamma", torch.log1p(-2.0 ** (-5 - torch.arange(n_heads))), persistent=False)        # (H,)
 
     def forward(self, x, state=None):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)           # (b, L, H, P) each
@@ -123,15 +124,16 @@ class Retention(nn.Module):
 class RGLRU(nn.Module):
     """Griffin's recurrent block (De et al. 2024, arXiv 2402.19427), sections 2.3 and 2.4, around its gated recurrence:
 
-        r_t = sigmoid(W_a x_t)         how much of the state this token lets decay
-        i_t = sigmoid(W_x x_t)         how much of this token comes in
-        h_t = a_t h_{t-1} + sqrt(1 - a_t^2) i_t x_t,         a_t = a^(8 r_t)
+        r_t = sigmoid(W_a x_t + b_a)         how much of the state this token lets decay
+        i_t = sigmoid(W_x x_t + b_x)         how much of this token comes in
+        h_t = a_t h_{t-1} + sqrt(1 - a_t^2) i_t x_t,         a_t = a^(8 r_t),         a = sigmoid(a_logit)
 
-    for each channel by itself. The root keeps the size of h the same whatever a_t is. This is selective_scan with one state a
-    channel and dt = -log a_t, so the fast scans are those of mamba.py. The gates' maps are full and not block-diagonal.
+    for each channel by itself, and then y = out_proj(GELU(z) * h). The root keeps the size of h the same whatever a_t is. This
+    is selective_scan with one state a channel and dt = -log a_t, so the fast scans are those of mamba.py. What differs: the
+    block is as wide as the stream, not 4/3 of it, and the gates' maps are full, not block-diagonal.
     """
 
-    C = 8.0
+    POWER = 8.0
 
     def __init__(self, d_model, d_conv=4):
         super().__init__()
@@ -139,7 +141,7 @@ class RGLRU(nn.Module):
         self.conv1d = nn.Conv1d(d_model, d_model, d_conv, groups=d_model)
         self.gates = nn.Linear(d_model, 2 * d_model)
         a = torch.empty(d_model).uniform_(0.9, 0.999)          # where a^8 starts (section 2.4)
-        self.a_logit = nn.Parameter(torch.logit(a ** (1 / self.C)))
+        self.a_logit = nn.Parameter(torch.logit(a ** (1 / self.POWER)))
         self.out_proj = nn.Linear(d_model, d_model)
 
     def forward(self, x, state=None):
@@ -152,8 +154,9 @@ class RGLRU(nn.Module):
         x = sum((x[:, k:k + L] * tap for k, tap in enumerate(self.conv1d.weight[:, 0].unbind(1))), self.conv1d.bias)
 
         r, i = torch.sigmoid(self.gates(x)).chunk(2, dim=-1)                           # (b, L, d) each
-        dt = (-self.C * r * F.logsigmoid(self.a_logit)).clamp(min=1e-12)               # (b, L, d), -log a_t; not 0, see below
+        # selective_scan takes in dt B x, so divide by dt first; dt = 0 would be 0 / 0, and an infinite slope of the root.
+        dt = (-self.POWER * r * F.logsigmoid(self.a_logit)).clamp(min=1e-12)           # (b, L, d), -log a_t
         u = torch.sqrt(-torch.expm1(-2 * dt)) * i * x                                  # 1 - a^2 without loss of digits
-        one = torch.ones_like(x[..., :1])                                              # (b, L, 1), B and C
-        y, h = selective_scan(u / dt, dt, -torch.ones_like(x[0, 0, :, None]), one, one, h)             # takes dt B x in
+        B = C = torch.ones_like(x[..., :1])                                            # (b, L, 1)
+        y, h = selective_scan(u / dt, dt, -torch.ones_like(x[0, 0, :, None]), B, C, h)
         return self.out_proj(F.gelu(z) * y), (window, h)

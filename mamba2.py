@@ -8,9 +8,9 @@ Unrolled, with a_ts = exp(A (dt_{s+1} + ... + dt_t)) for what is left at t of wh
 
     y_t = sum over s <= t of (C_t . B_s) a_ts dt_s x_s
 
-which is attention with queries C, keys B and values dt x, whose weights a decay has taken the softmax's place (the paper's
-"duality", section 5). As a sum over all s it costs L^2, as a recurrence it is L steps; ssd below is between them, as matrix
-products that a GPU is built for:
+This is attention with queries C, keys B and values dt x; where attention has a softmax, here a decay weights the past (the
+paper's "duality", section 5). As a sum over all s it costs L^2, as a recurrence it takes L steps, one after another; ssd below
+is between the two, and made of matrix products, for which a GPU is built:
 
     ssd_ref     the recurrence, one step at a time
     ssd         chunks of T steps: attention within a chunk, the recurrence from chunk to chunk (section 6)
@@ -52,13 +52,14 @@ def ssd(x, dt, A, B, C, h=None, T=16):
     """ssd_ref in chunks of at most T steps: same arguments, same results, same gradients, to rounding."""
     L, (H, P), (G, N) = x.shape[1], x.shape[2:], B.shape[2:]
     chunks = -(-L // T)
-    missing = -L % chunks                                      # 65 steps are 5 chunks of 13; another number is filled up with
-                                                               # zeros: dt = 0 leaves a state as it is
+    missing = -L % chunks                                      # 65 steps are 5 chunks of 13; where that does not come out even,
+                                                               # zeros follow: dt = 0 leaves a state as it is
     def split(v):                                              # (b, L, heads, ...) -> (b, c, heads, T, ...)
         v = F.pad(v, (0, 0) * (v.dim() - 2) + (0, missing)) if missing else v
         return v.unflatten(1, (chunks, -1)).transpose(2, 3)
 
-    u, log_decay = split(dt[..., None] * x), split(dt * A)                             # (b, c, H, T, P), (b, c, H, T)
+    # A step that decays by exp(-40) has forgotten everything; a larger number would only swallow the digits of its neighbours.
+    u, log_decay = split(dt[..., None] * x), split((dt * A).clamp(min=-40))            # (b, c, H, T, P), (b, c, H, T)
     B, C = split(B), split(C)                                                          # (b, c, G, T, N)
     def of_heads(v):                                           # what the heads of a group share, for each of them
         return v.repeat_interleave(H // G, 2) if 1 < G < H else v
@@ -91,15 +92,15 @@ class Mamba2State(NamedTuple):
 
 
 class GatedNorm(nn.Module):
-    """RMSNorm of y * SiLU(z), over all channels. The official RMSNormGated with norm_before_gate=False."""
+    """RMSNorm of y * SiLU(z), each group of channels by itself. The official RMSNormGated with norm_before_gate=False."""
 
-    def __init__(self, d):
+    def __init__(self, d, groups=1):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
+        self.groups, self.weight = groups, nn.Parameter(torch.ones(d))
 
     def forward(self, y, z):
-        y = y * F.silu(z)
-        return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) * self.weight
+        y = (y * F.silu(z)).unflatten(-1, (self.groups, -1))
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5)).flatten(-2) * self.weight
 
 
 class Mamba2(nn.Module):
@@ -109,7 +110,8 @@ class Mamba2(nn.Module):
                         \-> dt -> softplus --------------------------/       /
                         \-> z ----------------------------------------------/
 
-    Unlike in Mamba, dt, B and C come from the layer's input and not from the convolved x: one map makes all four at once.
+    In Mamba, dt, B and C are computed from the convolved x. Here one map of the input makes z, x, B, C and dt at once, and x, B
+    and C then pass through the convolution.
     d_inner = expand * d_model channels, in heads of headdim; d_state: N; ngroups: G. Names, shapes and initial values are
     those of mamba_ssm.Mamba2 with its default arguments: state dicts move between the two.
     """
@@ -127,7 +129,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.log(torch.expm1(dt)))
         self.A_log = nn.Parameter(torch.log(torch.empty(self.nheads).uniform_(1, 16)))
         self.D = nn.Parameter(torch.ones(self.nheads))
-        self.norm = GatedNorm(self.d_inner)
+        self.norm = GatedNorm(self.d_inner, ngroups)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
     def forward(self, x, state=None):

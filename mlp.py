@@ -28,18 +28,20 @@ class MLP(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Several MLPs, of which each token uses the top_k that a router likes best (Shazeer et al. 2017, arXiv 1701.06538).
 
-    The weights of those are a softmax over their scores alone, as in Mixtral (Jiang et al. 2024, section 2.1). Left out: the
-    loss that balances the experts, which counts when they lie on different machines.
+    The weights of those are a softmax over their scores alone, as in Mixtral (Jiang et al. 2024, arXiv 2401.04088, section 2.1),
+    so top_k must be 2 or more for the router to learn. Left out: the noise on the scores and the loss that keep a few experts
+    from winning everything.
 
-    Only what is used is computed. Which expert gets how many tokens is not known beforehand, but a CUDA graph needs fixed
-    shapes. So sort the n k pairs of token and expert by expert and fill each expert's share up to whole blocks of rows: that
-    makes at most n k / block + E blocks, all of one size and each with one expert, which one batched product computes.
+    Each token costs top_k MLPs, however many experts there are. Which expert gets how many tokens is not known beforehand, but
+    a CUDA graph needs fixed shapes. So sort the n k pairs of token and expert by expert and fill each expert's share up to
+    whole blocks of rows: at most n k / block + E blocks, all of one size and each with one expert, which one batched product
+    computes. Three tokens that want the experts 1, 0 and 1 go to the rows 2, 0 and 3 of two blocks of two.
     """
 
-    def __init__(self, d_model, experts=4, top_k=2, block=16):
+    def __init__(self, d_model, experts=4, top_k=2):
         super().__init__()
         hidden = round(8 * d_model / 3)
-        self.experts, self.top_k, self.block = experts, top_k, block
+        self.experts, self.top_k = experts, top_k
         self.router = nn.Linear(d_model, experts, bias=False)
         mlps = [MLP(d_model, hidden) for _ in range(experts)]                          # for their usual start
         self.up = nn.Parameter(torch.stack([mlp.up.weight.detach().T for mlp in mlps]))        # (E, d, 2F)
@@ -51,17 +53,19 @@ class MixtureOfExperts(nn.Module):
         scores, chosen = self.router(tokens).topk(self.top_k)                          # (n, k) each
         expert, pair = chosen.flatten().sort(stable=True)                              # (n k,): pair is token * k + choice
         experts = torch.arange(self.experts, device=x.device)
-        counts = (expert[:, None] == experts).sum(0)                                   # (E,)
-        blocks = (counts + self.block - 1) // self.block
-        before = (blocks * self.block).cumsum(0) - blocks * self.block                 # rows before an expert's first
-        rank = torch.arange(len(expert), device=x.device) - (counts.cumsum(0) - counts)[expert]
-        row = before[expert] + rank                                                    # (n k,): where each pair is put
+        counts = (expert[:, None] == experts).sum(0)                                   # (E,) pairs of each expert
+        block = max(16, len(expert) // (8 * self.experts))     # rows; few blocks, for each takes a copy of its expert's weights
+        filled = (counts + block - 1) // block * block                                 # (E,) rows of each expert
+        end = filled.cumsum(0)
+        rank = torch.arange(len(expert), device=x.device) - (counts.cumsum(0) - counts)[expert]        # within its expert
+        row = (end - filled)[expert] + rank                                            # (n k,) where each pair is put
 
-        number = len(expert) // self.block + self.experts                              # of blocks: at least as many as needed
-        rows = x.new_zeros(number * self.block, x.shape[-1]).index_copy(0, row, tokens[pair // self.top_k])
-        first = torch.arange(number, device=x.device) * self.block
-        owner = (first[:, None] >= (before + blocks * self.block)).sum(1).clamp(max=self.experts - 1)  # each block's expert
-        gate, up = (rows.view(number, self.block, -1) @ self.up[owner]).chunk(2, dim=-1)
-        y = ((F.silu(gate) * up) @ self.down[owner]).flatten(0, 1)[row]                # (n k, d), sorted by expert
+        blocks = len(expert) // block + self.experts           # at least as many as are needed
+        rows = x.new_zeros(blocks * block, x.shape[-1]).index_copy(0, row, tokens[pair // self.top_k])
+        first = torch.arange(blocks, device=x.device) * block                          # the first row of each block
+        owner = (first[:, None] >= end).sum(1).clamp(max=self.experts - 1)             # and its expert
+        # index_select, whose gradient is added up in the same order every time; that of indexing is not.
+        gate, up = (rows.view(blocks, block, -1) @ self.up.index_select(0, owner)).chunk(2, dim=-1)
+        y = ((F.silu(gate) * up) @ self.down.index_select(0, owner)).flatten(0, 1)[row]        # (n k, d), sorted by expert
         y = torch.empty_like(y).index_copy(0, pair, y).view(len(tokens), self.top_k, -1)
         return (scores.softmax(-1)[..., None] * y).sum(1).view_as(x), None

@@ -1,8 +1,11 @@
 """One block of attention and MLP whose weights are used several times: Zamba (Glorioso et al. 2024, arXiv 2405.16712) and Zamba2.
 
-Attention's weights are most of what a hybrid pays for it, so all uses share them. A use differs from another in what it is
-fed, the stream beside the token's embedding, in the map that brings its result back into the stream, and, in Zamba2, in a
-small correction of its own to the shared MLP (LoRA, Hu et al. 2021, arXiv 2106.09685).
+A block of attention and MLP has many parameters, and all its uses share them; each has a cache of its own. A use differs from
+another in what it is fed, the stream beside the token's embedding, in the map that brings its result back into the stream,
+and, in Zamba2 (arXiv 2411.15242), in a small correction of its own to the shared MLP (LoRA, Hu et al. 2021, arXiv 2106.09685).
+
+What differs from the published models: there the result is added to the input of the next Mamba layer only, here it stays in
+the stream; there the block has no residuals of its own and an MLP of width d with GELU, here two residuals and SwiGLU at 2d.
 
 Imports attention and mlp; hybrid places the uses.
 """
@@ -32,7 +35,7 @@ class SharedBlock(nn.Module):
 class SharedUse(nn.Module):
     """One use of a SharedBlock. Its state is a KVCache of its own: the weights are shared, the memory is not.
 
-    rank: of the correction to the MLP's first map, 0 for none, as in Zamba. Zamba2 corrects its attention as well.
+    rank: of the correction to the MLP's first map, 0 for none, as in Zamba. The 1.2B Zamba2 corrects its attention as well.
     """
 
     def __init__(self, d_model, block, rank=0):

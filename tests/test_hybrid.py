@@ -44,6 +44,42 @@ def test_layers(name, layers):
     assert kinds == layers
 
 
+def test_relatives():
+    """What makes each of them itself, beside the order of its letters."""
+    kinds = {name: [type(layer).__name__ for layer in build_model(name, d=16).layers] for name in FAMILY}
+    assert kinds["rnn"] == ["RNN"] * 2 and kinds["lti"] == ["LTI"] * 2 and kinds["retention"] == ["Retention"] * 2
+    assert kinds["griffin"] == ["RGLRU", "MLP"] * 2 + ["Attention", "MLP"] and kinds["mamba2"] == ["Mamba2"] * 2
+    assert kinds["samba"] == ["Mamba", "MLP", "Attention", "MLP"]
+    assert kinds["zamba"] == ["Mamba", "Mamba", "SharedUse"] * 2 and kinds["zamba2-mini"] == ["Mamba2", "Mamba2", "SharedUse"] * 2
+    mixers, others = kinds["jamba"][::2], kinds["jamba"][1::2]
+    assert mixers == ["Mamba"] * 4 + ["Attention"] + ["Mamba"] * 3 and others == ["MLP", "MixtureOfExperts"] * 4
+
+    samba, jamba, hybrid8b = (build_model(name, d=16, L=64) for name in ("samba", "jamba", "mamba2-hybrid"))
+    assert samba.layers[2].window == 16 and samba.layers[2].position == "rope"
+    for model in jamba, hybrid8b:
+        attention, = (layer for layer in model.layers if isinstance(layer, hybrid.Attention))
+        assert (attention.n_heads, attention.kv_heads, attention.position, attention.window) == (4, 2, "none", None)
+    assert all(len(layer.inner_norms) == 3 for layer in jamba.layers if isinstance(layer, hybrid.Mamba))
+    for name in FAMILY:
+        model = build_model(name)
+        model(torch.randint(16, (2, 9))).square().sum().backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad), name
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_float32_is_near_float64(name):
+    model, tokens = model_and_tokens(name)
+    exact = model(tokens)
+    assert relative(model.float()(tokens), exact) < 1e-4
+
+
+def test_inner_norms_see_dt_B_and_C():
+    layer, x = hybrid.Mamba(8, dt_rank=8, inner_norms=True).double(), torch.randn(2, 7, 8).double()
+    before = layer(x)[0]
+    layer.x_proj.weight.data *= 3.0                            # which a norm takes away again
+    assert relative(layer(x)[0], before) < 1e-4
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_causal(name):
     model, tokens = model_and_tokens(name)

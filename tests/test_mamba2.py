@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from conftest import in_pieces, relative
 from mamba2 import Mamba2, ssd, ssd_ref
@@ -19,7 +20,7 @@ def everything(scan, inputs):
     inputs = [None if v is None else v.clone().requires_grad_() for v in inputs]
     y, h = scan(*inputs)
     generator = torch.Generator().manual_seed(1)
-    loss = sum((v * torch.randn(v.shape, dtype=v.dtype, generator=generator)).sum() for v in (y, h))
+    loss = sum((v * torch.randn(v.shape, generator=generator)).sum() for v in (y, h))
     return [y, h, *torch.autograd.grad(loss, [v for v in inputs if v is not None])]
 
 
@@ -73,3 +74,26 @@ def test_heads_that_do_not_fit():
         Mamba2(16, headdim=10)
     with pytest.raises(ValueError, match="3 heads"):
         Mamba2(16, headdim=8, ngroups=3)
+
+
+def test_layer_is_its_figure():
+    torch.manual_seed(0)
+    layer, x = Mamba2(16, d_state=8, headdim=8, ngroups=2).double(), torch.randn(2, 9, 16).double()
+    for p in layer.parameters():
+        p.data = torch.randn_like(p) / 2
+    z, xBC, dt = layer.in_proj(x).split([32, 64, 4], dim=-1)
+    u, B, C = F.silu(layer.conv1d(xBC.mT)[..., :9].mT).split([32, 16, 16], dim=-1)
+    u = u.view(2, 9, 4, 8)
+    y, _ = ssd_ref(u, F.softplus(dt + layer.dt_bias), -layer.A_log.exp(), B.view(2, 9, 2, 8), C.view(2, 9, 2, 8))
+    y = (y + layer.D[:, None] * u).flatten(2) * F.silu(z)
+    y = torch.cat([F.rms_norm(half, (16,), eps=1e-5) for half in y.chunk(2, dim=-1)], dim=-1)          # each group by itself
+    assert relative(layer(x)[0], layer.out_proj(y * layer.norm.weight)) < 1e-12
+
+
+def test_one_step_that_forgets_leaves_its_neighbours_their_digits():
+    x, dt, A, B, C, h = operands(L=64)
+    dt = dt / 100
+    dt[:, ::16] = 1e4
+    exact = everything(ssd_ref, [x, dt, A, B, C, h])
+    for found, right in zip(everything(ssd, [v.float() for v in (x, dt, A, B, C, h)])[:4], exact):         # of h nothing is left
+        assert relative(found, right) < 1e-4
