@@ -145,10 +145,34 @@ def test_every_time_on_a_cpu_is_the_one_that_was_measured():
     assert steps == ", ".join(f"{row['ms']:.1f} (`{row['model']}`)" for row in tables["step"])
 
 
+def test_the_numbers_of_table_2_are_those_in_results():
+    lines = re.findall(r"^\| `(\w+)`(, slower|, the paper)? \| (\d+) \| ([\d.]+) million \| (.+)\|$", README, re.M)
+    assert len(lines) == 7
+    powers = [int(power) for power in re.search(r"^\| model \| runs \| sequences \|(.+)$", README, re.M).group(1).replace(
+        "|", " ").replace("2^", "").split()]
+    published = json.loads((ROOT / "results/published/table2.json").read_text())["curves"]
+    for model, kind, count, millions, cells in lines:
+        if kind == ", the paper":
+            runs = [published[model]]
+        else:
+            runs = results("table2_slow" if kind else "table2")[model, 64, 1, 1]
+            runs = [run for run in runs if max(run["eval"]["length"]) > 768]
+            assert millions == f"{median(run['train']['step'][-1] * run['config']['batch_size'] for run in runs) / 1e6:.2f}"
+            runs = [run["eval"] for run in runs]
+        assert int(count) == len(runs)
+        curves = [dict(zip(run["length"], run["accuracy"])) for run in runs]
+        found = [[curve[2**power] for curve in curves if 2**power in curve] for power in powers]
+        assert [cell.strip() for cell in cells.split("|")] == [f"{median(a):.2f}" if a else "" for a in found], (model, kind)
+    perfect = [run["eval"] for run in results("table2")["mamba", 64, 1, 1] if run["eval"]["length"][-1] == 2**20]
+    assert len(perfect) == 3
+    assert all(a == 1 for run in perfect for n, a in zip(run["length"], run["accuracy"]) if n >= 64 and n & (n - 1) == 0)
+
+
 OWN_FLAGS = {  # of the runs in a folder of results/, beside those that name a run
     "reference": {}, "problem1": {}, "problem2": {}, "problem3": {}, "page": {}, "capacity": {},
     "uniform": {"train_lengths": "uniform"}, "capacity_states": {"d_state": 4}, "capacity_mimetic": {"init": "mimetic"},
-    "table2": {"batch_size": 16, "steps": 10000, "stop_early": False, "lr": 0.008}}
+    "table2": {"batch_size": 16, "steps": 10000, "stop_early": False, "lr": 0.008},
+    "table2_slow": {"batch_size": 8, "stop_early": False}}
 
 
 def test_results_are_of_the_present_defaults():
