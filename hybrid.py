@@ -97,8 +97,8 @@ class RMSNorm(nn.Module):
 class Model(nn.Module):
     """Embedding, then for each layer x = x + layer(norm(x)), then a norm and a linear map to the vocabulary.
 
-    The norm is RMSNorm, before each layer (pre-norm), but not before positions and shared blocks. The embedding is the fixed table of data.py unless
-    learn_embedding trains it.
+    The norm is RMSNorm, before each layer (pre-norm), but not before positions and shared blocks. The embedding is the fixed
+    table of data.py unless learn_embedding trains it.
     """
 
     def __init__(self, layers, K, d, learn_embedding=False):

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mamba import selective_scan
+from mamba import causal_conv, selective_scan
 from mamba2 import ssd
 
 
@@ -147,12 +147,8 @@ class RGLRU(nn.Module):
     def forward(self, x, state=None):
         """The state is the convolution's window (b, d, d_conv - 1) and h (b, d, 1)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)                                        # (b, L, d) each
-        before = self.conv1d.kernel_size[0] - 1
-        window, h = (x.new_zeros(len(x), x.shape[2], before), None) if state is None else state
-        x = torch.cat([window.mT, x], dim=1)
-        L, window = x.shape[1] - before, x[:, x.shape[1] - before:].mT.clone()
-        x = sum((x[:, k:k + L] * tap for k, tap in enumerate(self.conv1d.weight[:, 0].unbind(1))), self.conv1d.bias)
-
+        window, h = (None, None) if state is None else state
+        x, window = causal_conv(x, self.conv1d, window)
         r, i = torch.sigmoid(self.gates(x)).chunk(2, dim=-1)                           # (b, L, d) each
         # selective_scan takes in dt B x, so divide by dt first; dt = 0 would be 0 / 0, and an infinite slope of the root.
         dt = (-self.POWER * r * F.logsigmoid(self.a_logit)).clamp(min=1e-12)           # (b, L, d), -log a_t

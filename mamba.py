@@ -180,6 +180,19 @@ def selective_scan(x, dt, A, B, C, h=None):
 
 # ---- 4. The layer ----------------------------------------------------------------------------------------------------
 
+def causal_conv(x, conv1d, window=None):
+    """The convolution sees a token and the few before it, in each channel by itself: as many shifted products as it has taps.
+
+    x (b, L, D); conv1d: a depthwise nn.Conv1d, for its weights; window (b, D, taps - 1): the inputs before x, None at the start.
+    Returns y (b, L, D) and the next window.
+    """
+    L, before = x.shape[1], conv1d.kernel_size[0] - 1
+    x = F.pad(x, (0, 0, before, 0)) if window is None else torch.cat([window.mT, x], dim=1)
+    window = x[:, L:].mT.clone()                               # a view would keep all of x alive
+    taps = conv1d.weight[:, 0].unbind(1)                                               # (D,) each
+    return sum((x[:, k:k + L] * tap for k, tap in enumerate(taps)), conv1d.bias), window
+
+
 LINEAR_DECAY = 256  # what A is divided by at the start of a layer that is to forget next to nothing
 
 
@@ -237,14 +250,9 @@ class Mamba(nn.Module):
 
     def forward(self, x, state=None):
         """x (b, L, d_model), state a MambaState or None at the start -> y (b, L, d_model), the state after the last token."""
-        L = x.shape[1]
         x, z = self.in_proj(x).chunk(2, dim=-1)                                        # (b, L, d_inner) each
-        before = self.d_conv - 1
-        x = F.pad(x, (0, 0, before, 0)) if state is None else torch.cat([state.conv.mT, x], dim=1)
-        window = x[:, L:].mT.clone()                       # (b, d_inner, d_conv-1); a view would keep all of x alive
-        # The convolution sees a token and the d_conv - 1 before it, in each channel by itself: d_conv shifted products.
-        taps = self.conv1d.weight[:, 0].unbind(1)                                      # d_conv times (d_inner,)
-        x = F.silu(sum((x[:, k:k + L] * tap for k, tap in enumerate(taps)), self.conv1d.bias))
+        x, window = causal_conv(x, self.conv1d, None if state is None else state.conv)
+        x = F.silu(x)
 
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if self.inner_norms is not None:

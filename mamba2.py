@@ -16,7 +16,7 @@ is between the two, and made of matrix products, for which a GPU is built:
     ssd         chunks of T steps: attention within a chunk, the recurrence from chunk to chunk (section 6)
     Mamba2      the layer, which goes on from where an earlier piece of the sequence ended
 
-Imports nothing of this repository; hybrid and ladder use it.
+Imports mamba, for its convolution; hybrid and ladder use it.
 
 Letters as in mamba.py, and H heads, P channels in a head, G groups of heads that share B and C, c chunks of T steps.
 """
@@ -27,6 +27,8 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from mamba import causal_conv
 
 
 def ssd_ref(x, dt, A, B, C, h=None):
@@ -134,15 +136,10 @@ class Mamba2(nn.Module):
 
     def forward(self, x, state=None):
         """x (b, L, d_model), state a Mamba2State or None at the start -> y (b, L, d_model), the state after the last token."""
-        L, GN = x.shape[1], self.ngroups * self.d_state
+        GN = self.ngroups * self.d_state
         z, x, dt = self.in_proj(x).split([self.d_inner, self.d_inner + 2 * GN, self.nheads], dim=-1)
-        before = self.d_conv - 1
-        x = F.pad(x, (0, 0, before, 0)) if state is None else torch.cat([state.conv.mT, x], dim=1)
-        window = x[:, L:].mT.clone()                           # as in mamba.py, and so are the shifted products
-        taps = self.conv1d.weight[:, 0].unbind(1)
-        x = F.silu(sum((x[:, k:k + L] * tap for k, tap in enumerate(taps)), self.conv1d.bias))
-
-        x, B, C = x.split([self.d_inner, GN, GN], dim=-1)
+        x, window = causal_conv(x, self.conv1d, None if state is None else state.conv)
+        x, B, C = F.silu(x).split([self.d_inner, GN, GN], dim=-1)
         x = x.unflatten(-1, (self.nheads, self.headdim))                               # (b, L, H, P)
         B, C = (v.unflatten(-1, (self.ngroups, self.d_state)) for v in (B, C))         # (b, L, G, N)
         dt, A = F.softplus(dt + self.dt_bias), -torch.exp(self.A_log)                  # (b, L, H), (H,)
