@@ -1,13 +1,14 @@
 """How fast it is, on the machine it is on: the scan in all its forms, a training step of each model, and what length costs.
 
-    python bench.py                       all tables
+    python bench.py                       three tables
     python bench.py --tables scan step    some of them
+    python bench.py --tables family       a training step, parameters and state of all models at d 16: long, so only when asked
 
 Beside the scan stand mambapy's pscan and mamba_ssm's kernel, if they can be imported. On CUDA the scan and the training step
 of the second table are recorded as a graph and replayed, so that what the host needs to launch them is left out, as it is in
 train.py. Times are medians of several calls, after two that do not count. With --out the numbers are written as JSON too.
 
-Imports data, eval, hybrid, mamba, runs and train.
+Imports data, eval, hybrid, mamba, mamba2, runs and train.
 """
 
 import argparse
@@ -23,12 +24,14 @@ import mamba
 import train
 from data import recall_batch
 from eval import PIECE
-from hybrid import MODELS, build_model
+from hybrid import FAMILY, MODELS, build_model
+from mamba2 import ssd
 from runs import pick_device, short_errors, write_json
 
 SHAPES = {  # (b, L, D, N)
     "cpu": [(64, 64, 16, 16), (64, 64, 128, 16), (8, 1024, 128, 16)],
     "cuda": [(64, 64, 16, 16), (64, 64, 128, 16), (64, 256, 128, 16), (8, 2048, 1536, 16)]}
+FAMILY_TOKENS = 64, 4096
 FEWEST_TOKENS = 2**10
 MOST_TOKENS = {  # each length is four times the one before
     "cpu": {"rope": 2**14, "hybrid-a": 2**14, "mamba": 2**16}, "cuda": {"rope": 2**16, "hybrid-a": 2**16, "mamba": 2**20}}
@@ -99,6 +102,8 @@ def scans(device, shape):
         found["parallel"] = lambda *inputs: mamba.parallel_scan(*inputs, None, True)[0]
     if math.prod(shape) > 2**22:
         found["recurrence"] = "too slow here"
+    chunks = torch.compile(ssd, dynamic=False) if device.type == "cuda" else ssd       # as a training step has it
+    found["mamba-2"] = lambda *inputs: chunks(*inputs)[0]
     for name, get in [("mambapy", mambapy_scan), ("mamba_ssm", official_scan)]:
         try:
             found[name] = get()
@@ -109,18 +114,27 @@ def scans(device, shape):
     return found
 
 
+def operands(device, b, L, D, N):
+    """For the scan x, dt (b, L, D), A (D, N), B, C (b, L, N); for Mamba-2's the same in heads of P channels, 64 as a rule."""
+    x, dt = torch.randn(b, L, D, device=device), torch.rand(b, L, D, device=device)
+    A, B, C = -torch.rand(D, N, device=device) * N, *(torch.randn(b, L, N, device=device) for _ in "BC")
+    P = math.gcd(D, 64)
+    of_heads = x.unflatten(-1, (-1, P)), dt[..., ::P], A[::P, 0], B[:, :, None], C[:, :, None]
+    return [[v.detach().clone().requires_grad_() for v in inputs] for inputs in ((x, dt, A, B, C), of_heads)]
+
+
 def scan_table(device):
     print("The scan, forward and backward, float32: milliseconds (lowest to highest), peak memory")
     rows = []
     for b, L, D, N in SHAPES[device.type]:
-        x, dt = torch.randn(b, L, D, device=device), torch.rand(b, L, D, device=device)
-        A, B, C = -torch.rand(D, N, device=device) * N, *(torch.randn(b, L, N, device=device) for _ in "BC")
-        inputs, dy = [v.requires_grad_() for v in (x, dt, A, B, C)], torch.randn_like(x)
+        of_channels, of_heads = operands(device, b, L, D, N)
         for name, scan in scans(device, (b, L, D, N)).items():
             row = {"shape": [b, L, D, N], "form": name}
             if isinstance(scan, str):
                 print(f"  {str((b, L, D, N)):20} {name:11} {scan}")
                 continue
+            inputs = of_heads if name == "mamba-2" else of_channels
+            dy = torch.randn_like(inputs[0])
             call = lambda: torch.autograd.grad(scan(*inputs), inputs, dy)
             began = time.time()
             call(), sync(device)
@@ -149,21 +163,49 @@ def recorded(step, generator, device):
     return train.record(step, generator) if device.type == "cuda" else step
 
 
+def step_row(name, d, device):
+    began = time.time()
+    _, _, generator, step = train.prepare(config_for(name, d=d), device)
+    step(), step(), step(), sync(device)
+    row = {"model": name, "first_call_s": time.time() - began}
+    row["ms"], row["ms_lowest"], row["ms_highest"] = timed(recorded(step, generator, device), device, repeats=31, graph=False)
+    print(f"  {name:13} {row['ms']:8.3f} ({row['ms_lowest']:.3f} to {row['ms_highest']:.3f})"
+          f"    first steps {row['first_call_s']:5.1f} s", end="", flush=True)
+    return row
+
+
 def step_table(device):
     print("A training step, K 16, d 8, L 64, batch 64: milliseconds (lowest to highest)")
     rows = []
     for name in MODELS:
-        began = time.time()
-        _, _, generator, step = train.prepare(config_for(name), device)
-        step(), step(), step(), sync(device)
-        first = time.time() - began
-        ms, lowest, highest = timed(recorded(step, generator, device), device, repeats=31, graph=False)
-        rows.append({"model": name, "ms": ms, "ms_lowest": lowest, "ms_highest": highest, "first_call_s": first})
-        print(f"  {name:10} {ms:8.3f} ({lowest:.3f} to {highest:.3f})    first steps {first:.1f} s", flush=True)
+        rows.append(step_row(name, 8, device))
+        print()
+    return rows
+
+
+def family_table(device):
+    print("All models, K 16, d 16, L 64, batch 64: milliseconds of a training step (lowest to highest), parameters, and for one\n"
+          f"sequence bytes of state after {' and '.join(map(str, FAMILY_TOKENS))} tokens")
+    rows = []
+    for name in [*MODELS, *FAMILY]:
+        row, model = step_row(name, 16, device), build_model(name, d=16, L=FAMILY_TOKENS[0])
+        row["params"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        model.reach(FAMILY_TOKENS[-1])
+        with torch.no_grad():
+            row["state_bytes"] = [state_bytes(model.stream(torch.zeros(1, L, dtype=torch.int64))[1]) for L in FAMILY_TOKENS]
+        print(f"    {row['params']:6} parameters    state {' '.join(f'{n:7}' for n in row['state_bytes'])}", flush=True)
+        rows.append(row)
     return rows
 
 
 # ---- what length costs ----
+
+def state_bytes(states):
+    """Bytes that a model remembers: of the tensors in the states of its layers."""
+    if torch.is_tensor(states):
+        return states.nbytes
+    return sum(map(state_bytes, states)) if isinstance(states, (tuple, list)) else 0
+
 
 def length_row(name, L, device):
     """What L tokens cost a model. A function of its own, or what one row leaves behind would count as the next one's memory."""
@@ -186,7 +228,7 @@ def length_row(name, L, device):
         row["read_us"] = 1e3 * timed(read, device, **calls)[0] / L
         states = read()
         row["token_ms"] = timed(lambda: model.stream(tokens[:, -1:], states), device, 51, graph=False)[0]
-        row["state_bytes"] = sum(v.nbytes for state in states for v in state)
+        row["state_bytes"] = state_bytes(states)
     return row
 
 
@@ -207,12 +249,13 @@ def length_table(device):
 
 
 TABLES = {  # the step first: what train.compiled sets, torch reads once, before it compiles anything
-    "step": step_table, "scan": scan_table, "length": length_table}
+    "step": step_table, "scan": scan_table, "length": length_table, "family": family_table}
 
 
 def main(argv=None):
     parser = short_errors(argparse.ArgumentParser(description="Time the scan, the training step and what length costs."))
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="which tables (default: all)")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=["step", "scan", "length"],
+                        help=f"which of {', '.join(TABLES)} (default: step scan length)")
     parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: the best one here)")
     parser.add_argument("--out", metavar="FILE.json", help="write the numbers there too")
     args = parser.parse_args(argv)

@@ -6,8 +6,9 @@ run every chunk from a zero state first; what its true first state adds to its l
     h_end = exp(A (dt_1 + ... + dt_T)) h_start + (h_end from zero)
 
 which is again the recurrence, with one step a chunk. So: (1) the end of every chunk from zero, (2) the recurrence over
-chunks, which gives every chunk its first state, (3) every chunk from there. Backwards the same three steps, with g in
-place of h (mamba.py derives the gradient); what a chunk hands to the one before it is a_1 g_1, here called carry.
+chunks, which gives every chunk its first state, (3) every chunk from there. If there are many chunks, (2) is done in the same
+way: groups of chunks, all at once. Backwards the same three steps, with g in place of h (mamba.py derives the gradient);
+what a chunk hands to the one before it is a_1 g_1, here called carry.
 
 Each of the nine functions between _states and FUSE that the two operators at the end call is one kernel under
 torch.compile: the loop over the steps of a chunk is unrolled, its states live in registers, and what is written is y, a
@@ -23,15 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_STEPS = 16    # most steps in a chunk: as many states as registers can hold
-MOST_STEPS = 1024   # in a piece: longer sequences go through one piece after another
+CHUNK_STEPS = 16    # most steps in a chunk, as many states as registers can hold, and most chunks in a group
 
 
 def _split(v):
     """(b, L, ...) -> (b, c, T, ...), filled up with zeros: dt = 0 leaves a state as it is."""
     chunks = -(-v.shape[1] // CHUNK_STEPS)
     missing = -v.shape[1] % chunks                             # 65 steps are 5 chunks of 13, not 4 of 16 and one of 1
-    return (F.pad(v, (0, 0, 0, missing)) if missing else v).unflatten(1, (chunks, -1))
+    return (F.pad(v, (0, 0) * (v.dim() - 2) + (0, missing)) if missing else v).unflatten(1, (chunks, -1))
 
 
 def _states(x, dt, A, B, h):
@@ -53,10 +53,10 @@ def _adjoints(dt, A, C, dy, carry):
 
 
 def _ends(x, dt, A, B):
-    """A chunk's last state from zero, and its whole decay: (b, c, D, N) each."""
+    """A chunk's last state from zero (b, c, D, N), and the sum of its dt (b, c, D)."""
     for h in _states(x, dt, A, B, 0.0):
         pass
-    return h, torch.exp(dt.to(A.dtype).sum(2)[..., None] * A)
+    return h, dt.sum(2, dtype=A.dtype)
 
 
 def _outputs(x, dt, A, B, C, h):
@@ -104,22 +104,28 @@ def _total(dA):
     return dA.sum((0, 1))
 
 
-def _across(ends, decay, h):
-    """The recurrence over chunks: ends, decay (b, c, D, N), h (b, D, N) -> every chunk's first state, the last state."""
-    starts = []
-    for k in range(ends.shape[1]):
-        starts.append(h)
-        h = decay[:, k] * h + ends[:, k]
-    return torch.stack(starts, dim=1), h
+def _chunks(s, A, ends, h, backwards):
+    """The recurrence over the k chunks of every group: s (b, c, k, D), ends (b, c, k, D, N), h (b, c, D, N).
+
+    Yields every chunk's number and its first state, and at the end None and the group's last. backwards: from the last chunk
+    to the first, for carries.
+    """
+    for k in reversed(range(s.shape[2])) if backwards else range(s.shape[2]):
+        yield k, h
+        h = torch.exp(s[:, :, k, :, None] * A) * h + ends[:, :, k]
+    yield None, h
 
 
-def _across_backwards(carries, decay, carry):
-    """The same from the last chunk to the first -> the carry that arrives at every chunk's end, the one that leaves."""
-    arriving = []
-    for k in reversed(range(carries.shape[1])):
-        arriving.append(carry)
-        carry = decay[:, k] * carry + carries[:, k]
-    return torch.stack(arriving[::-1], dim=1), carry
+def _group_ends(s, A, ends, backwards):
+    for _, h in _chunks(s, A, ends, 0.0, backwards):
+        pass
+    return h
+
+
+def _group_starts(s, A, ends, h, backwards):
+    starts = dict(_chunks(s, A, ends, h, backwards))
+    last = starts.pop(None)
+    return torch.stack([starts[k] for k in range(len(starts))], dim=2), last
 
 
 # Left to itself the compiler stores a value that is used twice and was not cheap, and ends a kernel that grows long. Here
@@ -130,71 +136,75 @@ FUSE = {"realize_opcount_threshold": 10**6, "realize_reads_threshold": 10**6, "m
 @functools.cache
 def _kernel(function, off):
     """function compiled for every shape that it meets, or, if off, function as it is."""
-    return function if off else torch.compile(function, dynamic=False, options=FUSE)
+    if off:
+        return function
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10**4            # shapes
+    return torch.compile(function, dynamic=False, options=FUSE)
 
 
-def _pieces(*operands):
-    """Cut (b, L, ...) into pieces of MOST_STEPS, and (b, c, D, N), states of all chunks, into those of a piece's chunks."""
-    return list(zip(*(v.split(-(-MOST_STEPS // CHUNK_STEPS) if v.dim() == 4 else MOST_STEPS, dim=1) for v in operands)))
+def _across(s, A, ends, h, backwards, off):
+    """Step (2): s (b, c, D), the sum of a chunk's dt, its end from zero (b, c, D, N), h (b, D, N) -> first states, last state.
+
+    Many chunks are split into groups as many steps were into chunks, and (1) to (3) come again, one level up.
+    """
+    chunks = s.shape[1]
+    s, ends = _split(s), _split(ends)                                                  # (b, groups, k, D or D, N)
+    h = h[:, None]
+    if s.shape[1] > 1:
+        h, _ = _across(s.sum(2), A, _kernel(_group_ends, off)(s, A, ends, backwards), h[:, 0], backwards, off)
+    starts, last = _kernel(_group_starts, off)(s, A, ends, h, backwards)
+    return starts.flatten(1, 2)[:, :chunks], last[:, 0 if backwards else -1]
 
 
-def _join(pieces):
-    return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0].contiguous()
+def _join(v, L):
+    """The chunks of (b, c, T, ...) in one: (b, L, ...)."""
+    return v.flatten(1, 2)[:, :L].contiguous()
 
 
 @torch.library.custom_op("mamba::scan", mutates_args=())
 def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
           off: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> y, the last state, and for the gradient every chunk's first state and decay.
+    """-> y, the last state, and for the gradient every chunk's first state and the sum of its dt.
 
     An operator of its own, so that a compiled model calls it as it stands and does not take it apart.
     """
-    y, starts, decay = [], [], []
-    for x_k, dt_k, B_k, C_k in _pieces(x, dt, B, C):
-        L = x_k.shape[1]
-        x_k, dt_k, B_k, C_k = map(_split, (x_k, dt_k, B_k, C_k))                       # (b, c, T, D or N)
-        ends, decay_k = _kernel(_ends, off)(x_k, dt_k, A, B_k)
-        starts_k, h = _kernel(_across, off)(ends, decay_k, h)
-        y.append(_kernel(_outputs, off)(x_k, dt_k, A, B_k, C_k, starts_k).flatten(1, 2)[:, :L])
-        starts.append(starts_k), decay.append(decay_k)
-    return _join(y), h, _join(starts), _join(decay)
+    L = x.shape[1]
+    x, dt, B, C = map(_split, (x, dt, B, C))                                           # (b, c, T, D or N)
+    ends, s = _kernel(_ends, off)(x, dt, A, B)
+    starts, last = _across(s, A, ends, h, False, off)
+    y = _kernel(_outputs, off)(x, dt, A, B, C, starts)
+    return _join(y, L), last.contiguous(), starts.contiguous(), s
 
 
 @torch.library.custom_op("mamba::scan_backward", mutates_args=())
-def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, decay: Tensor, dy: Tensor,
-                   dh: Tensor, off: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, s: Tensor, dy: Tensor, dh: Tensor,
+                   off: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> the gradients of x, dt, A, B, C and h."""
-    gradients, dA = [], None
-    for x_k, dt_k, B_k, C_k, dy_k, starts_k, decay_k in reversed(_pieces(x, dt, B, C, dy, starts, decay)):
-        L = x_k.shape[1]
-        x_k, dt_k, B_k, C_k, dy_k = map(_split, (x_k, dt_k, B_k, C_k, dy_k))
-        carries = _kernel(_first_carry, off)(dt_k, A, C_k, dy_k)
-        arriving, dh = _kernel(_across_backwards, off)(carries, decay_k, dh)
-        dx, ddt, dA_k = _kernel(_gradients_x_dt_A, off)(x_k, dt_k, A, B_k, C_k, dy_k, starts_k, arriving)
-        dB = _kernel(_gradient_B, off)(x_k, dt_k, A, B_k, C_k, dy_k, arriving)
-        dC = _kernel(_gradient_C, off)(x_k, dt_k, A, B_k, C_k, dy_k, starts_k)
-        dA_k = _kernel(_total, off)(dA_k)
-        dA = dA_k if dA is None else dA + dA_k                 # most sequences are one piece, and need no sum
-        gradients.append([v.flatten(1, 2)[:, :L] for v in (dx, ddt, dB, dC)])
-    dx, ddt, dB, dC = map(_join, zip(*reversed(gradients)))
-    return dx, ddt, dA, dB, dC, dh
+    L = x.shape[1]
+    x, dt, B, C, dy = map(_split, (x, dt, B, C, dy))
+    carries = _kernel(_first_carry, off)(dt, A, C, dy)
+    carries, dh = _across(s, A, carries, dh, True, off)                                # those that arrive at a chunk's end
+    dx, ddt, dA = _kernel(_gradients_x_dt_A, off)(x, dt, A, B, C, dy, starts, carries)
+    dB = _kernel(_gradient_B, off)(x, dt, A, B, C, dy, carries)
+    dC = _kernel(_gradient_C, off)(x, dt, A, B, C, dy, starts)
+    return _join(dx, L), _join(ddt, L), _kernel(_total, off)(dA), _join(dB, L), _join(dC, L), dh.contiguous()
 
 
 @_scan.register_fake
 def _(x, dt, A, B, C, h, off):
-    chunks = sum(-(-x_k.shape[1] // CHUNK_STEPS) for x_k, in _pieces(x))
-    states = h.new_empty(h.shape[0], chunks, *A.shape)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(h), states, torch.empty_like(states)
+    starts = h.new_empty(h.shape[0], -(-x.shape[1] // CHUNK_STEPS), *A.shape)
+    s = starts.new_empty(starts.shape[:3])
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(h), starts, s
 
 
 @_scan_backward.register_fake
-def _(x, dt, A, B, C, starts, decay, dy, dh, off):
+def _(x, dt, A, B, C, starts, s, dy, dh, off):
     return tuple(torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, dt, A, B, C, dh))
 
 
 def _keep(ctx, inputs, output):
     x, dt, A, B, C, _, ctx.off = inputs
-    ctx.set_materialize_grads(False)                           # or there were zeros for starts and decay
+    ctx.set_materialize_grads(False)                           # or there were zeros for starts and s
     ctx.save_for_backward(x, dt, A, B, C, *output[2:])
 
 
@@ -209,9 +219,9 @@ _scan.register_autograd(_gradients, setup_context=_keep)
 
 
 def parallel_scan(x, dt, A, B, C, h=None, off=False):
-    """mamba.selective_scan_ref for any length: one piece after another, so that kernels and their scratch memory stop growing.
+    """mamba.selective_scan_ref: arguments and results as there; A and h may be float32 where the others are bfloat16.
 
-    Arguments and results as there; A and h may be float32 where the others are bfloat16. off: leave torch.compile out.
+    off: leave torch.compile out.
     """
     y, h, _, _ = _scan(x, dt, A, B, C, A.new_zeros(x.shape[0], *A.shape) if h is None else h, off)
     return y, h

@@ -50,10 +50,13 @@ def ssd_ref(x, dt, A, B, C, h=None):
     return torch.stack(y, dim=1), h
 
 
-def ssd(x, dt, A, B, C, h=None, T=16):
-    """ssd_ref in chunks of at most T steps: same arguments, same results, same gradients, to rounding."""
+def ssd(x, dt, A, B, C, h=None, T=None):
+    """ssd_ref in chunks of at most T steps: same arguments, same results, same gradients, to rounding.
+
+    A GPU likes few large products best, a CPU has to compute them: T is 64 on the one and 16 on the other, if not given.
+    """
     L, (H, P), (G, N) = x.shape[1], x.shape[2:], B.shape[2:]
-    chunks = -(-L // T)
+    chunks = -(-L // (T or (64 if x.is_cuda else 16)))
     missing = -L % chunks                                      # 65 steps are 5 chunks of 13; where that does not come out even,
                                                                # zeros follow: dt = 0 leaves a state as it is
     def split(v):                                              # (b, L, heads, ...) -> (b, c, heads, T, ...)

@@ -1,8 +1,11 @@
 """What only a CUDA device can show. Collected only where there is one: conftest.py sees to that."""
 
+import json
+
 import pytest
 import torch
 
+import bench
 import fused_scan
 import mamba
 from mamba import selective_scan, selective_scan_ref
@@ -11,8 +14,8 @@ from test_mamba import assert_close, everything, operands
 
 @pytest.mark.parametrize("L, with_h", [(20, True), (50, False)])
 def test_compiled_scan_equals_float64(L, with_h, monkeypatch):
-    """One piece of two chunks, and three pieces of which the last is shorter."""
-    monkeypatch.setattr(fused_scan, "MOST_STEPS", 20)
+    """Two groups of chunks, and four, of which the last is shorter."""
+    monkeypatch.setattr(fused_scan, "CHUNK_STEPS", 4)
     inputs = [None if v is None else v.float().double() for v in operands(L, D=16, N=16, h=with_h)]
     assert mamba.compile_scan
     assert_close(everything(selective_scan, inputs, torch.float32, "cuda"), everything(selective_scan_ref, inputs))
@@ -35,3 +38,10 @@ def test_recorded_training_equals_plain(train_tiny, tmp_path):
     assert fast["train"]["step"] == plain["train"]["step"]
     assert fast["train"]["loss"] == pytest.approx(plain["train"]["loss"], rel=1e-3)
     assert fast["train"]["accuracy"] == pytest.approx(plain["train"]["accuracy"], abs=0.1)
+
+
+def test_bench_records_every_scan(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SHAPES", {"cuda": [(2, 20, 16, 16)]})
+    bench.main(["--device", "cuda", "--tables", "scan", "--out", str(tmp_path / "b.json")])
+    rows = json.loads((tmp_path / "b.json").read_text())["bench"]["scan"]
+    assert {row["form"] for row in rows} >= {"recurrence", "chunked", "parallel", "mamba-2"}

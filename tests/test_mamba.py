@@ -28,7 +28,6 @@ scans = pytest.mark.parametrize("scan", [ChunkedScan.apply, parallel], ids=["chu
 def small_chunks(monkeypatch):
     monkeypatch.setattr(mamba, "CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(fused_scan, "CHUNK_STEPS", CHUNK)
-    monkeypatch.setattr(fused_scan, "MOST_STEPS", 3 * CHUNK)
 
 
 def operands(L, b=2, D=3, N=4, h=True, dtype=torch.float64, seed=0):
@@ -80,7 +79,8 @@ def test_reference_equals_numpy_loop(with_h):
 
 @scans
 @pytest.mark.parametrize("with_h", [False, True])
-@pytest.mark.parametrize("L", [1, 2, 3, CHUNK - 1, CHUNK, CHUNK + 1, 13, 2 * CHUNK, 29, 5 * CHUNK, 5 * CHUNK + 3])
+@pytest.mark.parametrize("L", [1, 2, 3, CHUNK - 1, CHUNK, CHUNK + 1, 13, 2 * CHUNK, 29, 5 * CHUNK, 5 * CHUNK + 3, 9 * CHUNK + 2,
+                               65 * CHUNK + 3])
 def test_equals_reference(scan, L, with_h, small_chunks):
     inputs = operands(L, h=with_h)
     assert_close(everything(scan, inputs), everything(selective_scan_ref, inputs), 1e-12, 1e-12)
