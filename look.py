@@ -12,8 +12,20 @@ STYLES = {  # model: colour, line width, dashes
     "mamba":    ("#D55E00", 1.8, (0, (7, 2))),
     "hybrid-a": ("#009E73", 1.8, (0, (4.5, 4.5))),
     "hybrid-b": ("#CC79A7", 1.8, (0, (1.5, 3))),
+    # their relatives: the ladder in browns and greys, those with Mamba-2 in reds and violets, the others in greens
+    "rnn":           ("#999999", 1.4, "-"),
+    "lti":           ("#666666", 1.4, "-"),
+    "retention":     ("#8C6D31", 1.4, "-"),
+    "griffin":       ("#5C4A1F", 1.4, (0, (4, 1.5))),
+    "mamba2":        ("#A50F15", 1.4, (0, (7, 2))),
+    "samba":         ("#1B7837", 1.4, (0, (4, 1.5))),
+    "mamba2-hybrid": ("#54278F", 1.4, (0, (4, 1.5))),
+    "jamba":         ("#01665E", 1.4, (0, (2, 1.5))),
+    "zamba":         ("#35978F", 1.4, (0, (6, 1.5, 1, 1.5))),
+    "zamba2":        ("#756BB1", 1.4, (0, (6, 1.5, 1, 1.5))),
+    "zamba2-mini":   ("#9E9AC8", 1.4, (0, (6, 1.5, 1, 1.5))),
 }
-LETTERS = {"M": 6, "R": 4, "P": 2.5, "A": 1}  # other models are black, with a dash for each letter of their pattern
+LETTERS = {"M": 6, "R": 4, "P": 2.5, "A": 1}  # patterns without a name are black, with a dash for each of their letters
 GREY = "0.35"
 LOOK = {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
         "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY}

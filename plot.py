@@ -4,6 +4,7 @@
     python plot.py results/*_M1_tau1_*.json --out .     those of one task
     python plot.py results/*.json --panels d M          a row of panels for each d, a column for each M
     python plot.py results/*.json --against d           accuracy at the training length, against d
+    python plot.py results/*.json --against model       the same and the lowest beyond it, a row for each model
     python plot.py results/bench/cpu.json               what a longer context costs, as bench.py measured it
     python plot.py --inside results/X.pt                what a trained model does on one sequence
 
@@ -260,6 +261,34 @@ def draw_against(panels, flag):
     return fig
 
 
+def draw_models(panels, flags=("M",)):
+    """The figure that has a row for each model: its accuracy at L, and the lowest from L on. panels as for draw, in columns."""
+    names = sorted({name for of_panel in panels.values() for name in of_panel}, key=order)
+    fig = Figure(figsize=(max(8, 2 + 3 * len(panels)), 1.5 + 0.42 * len(names)), layout="constrained")
+    for ax, (panel, models) in zip(fig.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
+        for name, runs in models.items():
+            L, row = runs[0]["config"]["L"], names.index(name)
+            curves = [run["length"] for run in runs]
+            if not all((x == L).any() for x, _ in curves):
+                raise ValueError(f"a run of {name} was not tested at its training length {L}")
+            at, beyond = [y[x == L][0] for x, y in curves], [y[x >= L].min() for x, y in curves]
+            for seeds, y, marker in ((at, row - 0.17, "o"), (beyond, row + 0.17, "D")):
+                look = dict(color=style(name)[0], clip_on=False, zorder=3, mfc=style(name)[0] if seeds is at else "white")
+                ax.plot([min(seeds), max(seeds)], [y, y], lw=4, alpha=0.25, color=style(name)[0], clip_on=False)
+                ax.plot(seeds, [y] * len(seeds), ls="", marker="|", ms=7, **look)
+                ax.plot(np.median(seeds), y, marker=marker, ms=7, mew=1.3, **look)
+        K = next(iter(models.values()))[0]["config"]["K"]
+        ax.axvline(1 / K, color=GREY, lw=1, ls=":")
+        ax.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), title=title(flags, panel), xlabel="accuracy")
+        ax.set_yticks(range(len(names)), names)
+        ax.grid(axis="y", color="0.92"), ax.set_axisbelow(True)
+        ax.tick_params(axis="y", length=0)
+    longest = min(run["length"][0][-1] for models in panels.values() for runs in models.values() for run in runs)
+    fig.suptitle(described(panels).replace("band from lowest to highest", "a small line for each seed")
+                 + f"\ndots: at the training length; diamonds: the lowest from there to {longest:g} tokens; dotted: chance", fontsize=12)
+    return fig
+
+
 def save(fig, path):
     """Write a PNG and move it to its place: at any moment the old file or the new one, whole."""
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -295,8 +324,11 @@ def figures_of_results(paths, flags, against):
     costs = {path: found for path in paths if (found := load_costs(path))}
     published = {path: found for path in paths if (found := load_published(path))}
     figures = {name: draw_costs(*costs[path]) for name, path in named("cost", costs).items()}
-    for panels in group([path for path in paths if path not in costs | published], [against] if against else flags).values():
-        if against:
+    runs = [path for path in paths if path not in costs | published]
+    for panels in group(runs, [against] if against not in (None, "model") else flags).values():
+        if against == "model":
+            figures[file_name("against_model", panels)] = draw_models(panels, flags)
+        elif against:
             figures[file_name(f"against_{against}", panels)] = draw_against(panels, against)
         else:
             for kind in ("length", "training"):
@@ -318,7 +350,7 @@ def main(argv=None):
     parser.add_argument("results", nargs="*", metavar="RUN.json", help="results that train.py or bench.py wrote")
     parser.add_argument("--panels", nargs="+", default=["M"], choices=TASK, metavar="FLAG",
                         help="flags of train.py whose values have a panel each, the last one in columns (default: M)")
-    parser.add_argument("--against", choices=["tau", "K", "d", "L", "M", "d_state"], metavar="FLAG",
+    parser.add_argument("--against", choices=["tau", "K", "d", "L", "M", "d_state", "model"], metavar="FLAG",
                         help="draw accuracy at the training length against this flag of train.py instead")
     parser.add_argument("--inside", nargs="+", default=[], metavar="RUN.pt",
                         help="checkpoints that train.py wrote: draw what each model does on one sequence, without results")

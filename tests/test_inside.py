@@ -127,11 +127,21 @@ def test_the_map_says_who_looks_at_whom(train_tiny, tmp_path):
     assert np.isnan(image[0, 1:]).all() and not np.isnan(image[-1]).any()              # the future is not drawn as a zero
 
 
+def test_the_smallest_step_where_nothing_matters():
+    dt = np.full((2, 25), 0.5)
+    dt[1, [3, 4, 10, 23]] = 0.25, 0.125, 0.0, 1.0              # q at 5, v at 6, which the convolution sees until 9
+    idle = [3, 4, *range(10, 24)]
+    assert inside.idle_step(dt, 5, 6) == dt[1, idle].mean() < 0.5
+    dt[:, [0, 1, 2, 5, 6, 7, 8, 9, 24]] = 0.0                  # the start, what sees q or v, the last q
+    assert inside.idle_step(dt, 5, 6) == dt[1, idle].mean()
+    assert inside.idle_step(dt[:, :5], 1, 3) is None
+
+
 def test_channels_stay_together():
     layer = {"dt": np.array([[0.1, 0.1, 0.1], [0.0, 2.0, 0.0]]), "left": np.array([[0.8, 0.9, 1.0], [0.1, 1.0, 1.0]])}
-    images = [image.tolist() for _, image, _, _ in inside.images(layer, None)]
+    images = [image.tolist() for _, image, _, _ in inside.images(layer, {"q": 0, "v": 1})]
     assert images == [layer["dt"][::-1].tolist(), layer["left"][::-1].tolist(), (layer["dt"] * layer["left"])[::-1].tolist()]
-    _, dt, _, colours = inside.images(layer, None)[0]
+    _, dt, _, colours = inside.images(layer, {"q": 0, "v": 1})[0]
     assert colours["norm"](dt)[0].tolist()[0] == 0  # a step that underflows is pale, not missing
 
 

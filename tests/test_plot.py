@@ -133,6 +133,24 @@ def test_panels_by_other_flags(tmp_path, monkeypatch):
     assert "length_tau1_K16_d8_L64_M1_fixed-uniform.png" in os.listdir(tmp_path / "out")
 
 
+def test_against_model(tmp_path, capsys, refuses):
+    """A row for each model: dots at the training length, diamonds at the lowest from there on."""
+    runs = [("mamba", 1, 0, 0.5), ("mamba", 1, 1, 0.9), ("mamba", 1, 2, 1.0), ("rope", 1, 0, 0.75), ("jamba", 4, 0, 0.25)]
+    paths = [write(tmp_path, model, M=M, seed=seed, accuracy=accuracy) for model, M, seed, accuracy in runs]
+    panels, = plot.group(paths).values()
+    fig = plot.draw_models(panels)
+    assert [ax.get_title() for ax in fig.axes] == ["M = 1", "M = 4"]
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["rope", "mamba", "jamba"]
+    found = {(n, line.get_marker(), round(line.get_ydata()[0])): line.get_xdata()[0] for n, ax in enumerate(fig.axes)
+             for line in ax.lines if line.get_marker() in ("o", "D")}
+    chance = 1 / 16                                            # where write's runs are beyond 2 L
+    assert found == {(0, "o", 0): 0.75, (0, "D", 0): chance, (0, "o", 1): 0.9, (0, "D", 1): chance, (1, "o", 2): 0.25,
+                     (1, "D", 2): chance}
+    assert list(draw(tmp_path, ["--against", "model", *paths], capsys)) == ["against_model_tau1_K16_d8_L64_M1-4.png"]
+    untested = write(tmp_path, "nope", lengths=[9])
+    assert "not tested at its training length" in refuses(plot.main, [untested, "--against", "model", "--out", tmp_path])
+
+
 def test_against_a_flag(tmp_path, monkeypatch, refuses):
     for folder in "abc":
         (tmp_path / folder).mkdir()

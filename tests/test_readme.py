@@ -12,6 +12,7 @@ import pytest
 import eval as evaluation
 import plot
 import train
+from hybrid import FAMILY, MODELS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,8 +36,8 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
         words = [re.sub(r"_L\d+_(.+\.pt)$", r"_L12_\1", word) for word in words]
         for name in words:
             if name.endswith(".pt") and not Path(name).exists():
-                model, M, tau, d = re.match(r"results/(.+)_M(\d+)_tau(\d+)_K16_d(\d+)_", name).groups()
-                train.main(["--model", model, "--M", M, "--tau", tau, "--d", d] + SMALL)
+                folder, model, M, tau, d = re.match(r"(results.*)/(.+)_M(\d+)_tau(\d+)_K16_d(\d+)_", name).groups()
+                train.main(["--model", model, "--M", M, "--tau", tau, "--d", d, "--out", folder] + SMALL)
         if script == "train.py":
             train.main(words + SMALL)
         elif script == "plot.py":
@@ -85,6 +86,13 @@ def lowest_beyond(run):
     return min(a for n, a in accuracies(run).items() if 64 <= n <= 192)
 
 
+def steps_to_solve(runs):
+    """The median of the steps after which a test batch was first at 0.99, in words."""
+    curves = [zip(run["train"]["step"], run["train"]["accuracy"]) for run in runs]
+    steps = median([min((step for step, a in curve if a >= 0.99), default=float("inf")) for curve in curves])
+    return "never" if steps == float("inf") else f"{steps:.0f}"
+
+
 def test_every_number_of_the_results_table_is_the_one_in_results():
     rows = re.findall(r"^\| `([\w-]+)` \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (.+) \| ([\d.]*) *\|$", README, re.M)
     assert len(rows) >= 20
@@ -93,15 +101,35 @@ def test_every_number_of_the_results_table_is_the_one_in_results():
     for model, *setting, seeds, numbers, cpu in rows:
         setting = (model, *map(int, setting))
         assert int(seeds) == len(runs[setting])
-        solved = []
-        for run in runs[setting]:
-            curve = zip(run["train"]["step"], run["train"]["accuracy"])
-            solved.append(min((step for step, a in curve if a >= 0.99), default=float("inf")))
         at, beyond = ([measure(run) for run in runs[setting]] for measure in (lambda run: accuracies(run)[64], lowest_beyond))
-        steps = "never" if median(solved) == float("inf") else f"{median(solved):.0f}"
         expected = [f"{number:.3f}" for number in (median(at), min(at), median(beyond), min(beyond))]
-        assert numbers.split(" | ") == [steps, *expected], setting
+        assert numbers.split(" | ") == [steps_to_solve(runs[setting]), *expected], setting
         assert cpu == (f"{median(map(lowest_beyond, on_cpu[setting])):.3f}" if setting in on_cpu else ""), setting
+
+
+def at_and_beyond(runs):
+    """The cells of the family's tables: median and worst at 64, then to 192, and the median of the steps to 0.99."""
+    pairs = [[measure(run) for run in runs] for measure in (lambda run: accuracies(run)[64], lowest_beyond)]
+    return [*(f"{median(values):.2f} / {min(values):.2f}" for values in pairs), steps_to_solve(runs)]
+
+
+def test_the_numbers_of_the_family_are_those_in_results():
+    family, equal = results("family"), results("family_equal")
+    rows = re.findall(r"^\| `([\w-]+)` \| (\d+) \| (\d\.\d\d / .+) \|$", README, re.M)
+    assert [row[0] for row in rows] == [*MODELS, *FAMILY]
+    measured = {row["model"]: row for row in json.loads((ROOT / "results/bench/h200.json").read_text())["bench"]["family"]}
+    for model, params, cells in rows:
+        runs = [family[model, 16, M, 1] for M in (1, 4, 16)]
+        assert all(len(of_M) == 5 and {run["params"] for run in of_M} == {int(params)} for of_M in runs)
+        bench = measured[model]
+        expected = [*sum(map(at_and_beyond, runs), []), f"{bench['ms']:.2f}", *map(str, bench["state_bytes"])]
+        assert cells.split(" | ") == expected and bench["params"] == int(params), model
+
+    rows = re.findall(r"^\| `([\w-]+)` \| (\d+) \| (\d+) \| (\d\.\d\d / .+) \|$", README, re.M)
+    assert {row[0] for row in rows} == {*MODELS, *FAMILY} - {"rnn"}
+    for model, d, params, cells in rows:
+        runs = equal.get((model, int(d), 16, 1)) or [run for run in family[model, 16, 16, 1] if run["config"]["seed"] < 3]
+        assert len(runs) == 3 and runs[0]["params"] == int(params) and cells.split(" | ") == at_and_beyond(runs), model
 
 
 def test_the_numbers_beside_the_project_page_are_those_in_results():
@@ -117,8 +145,15 @@ def test_the_numbers_beside_the_project_page_are_those_in_results():
         assert millions == f"{median(run['train']['step'][-1] * run['config']['batch_size'] for run in runs) / 1e6:.2f}"
 
 
+def training_steps():
+    """What the README says of a training step, on the GPU and on the CPU."""
+    return re.findall(r"A training step there,? [a-z ,]*?takes (.+?) ms", README.replace("\n", " "))
+
+
 def test_every_time_on_a_gpu_is_the_one_that_was_measured():
-    rows = json.loads((ROOT / "results" / "bench" / "h200.json").read_text())["bench"]["scan"]
+    tables = json.loads((ROOT / "results" / "bench" / "h200.json").read_text())["bench"]
+    assert training_steps()[0] == ", ".join(f"{row['ms']:.2f} (`{row['model']}`)" for row in tables["step"])
+    rows = tables["scan"]
     measured = {(tuple(row["shape"]), row["form"]): row for row in rows}
     text = README.split("On one NVIDIA H200 (")[1].split("On 2 CPU cores")[0]
     table = re.findall(r"^\| (\d+), (\d+), (\d+), (\d+) \| (.+) \| (\d+) \|$", text, re.M)
@@ -134,20 +169,19 @@ def test_every_time_on_a_gpu_is_the_one_that_was_measured():
 
 def test_every_time_on_a_cpu_is_the_one_that_was_measured():
     tables = json.loads((ROOT / "results" / "bench" / "cpu.json").read_text())["bench"]
-    forms = ["recurrence", "chunked", "parallel", "mambapy"]
+    forms = ["recurrence", "chunked", "parallel", "mamba-2", "mambapy"]
     measured = {(tuple(row["shape"]), row["form"]): f"{row['ms']:.1f}" for row in tables["scan"]}
     rows = re.findall(r"^\| (\d+), (\d+), (\d+), (\d+) \| (.+) \|$", README.split("On 2 CPU cores")[1], re.M)
     assert len(rows) == 3
     for *shape, times in rows:
         expected = [measured.get((tuple(map(int, shape)), form), "") for form in forms]
         assert [time.strip() for time in times.split("|")] == expected
-    steps = re.search(r"A training step there takes (.+?) ms", README.replace("\n", " ")).group(1)
-    assert steps == ", ".join(f"{row['ms']:.1f} (`{row['model']}`)" for row in tables["step"])
+    assert training_steps()[1] == ", ".join(f"{row['ms']:.1f} (`{row['model']}`)" for row in tables["step"])
 
 
 def test_the_numbers_of_table_2_are_those_in_results():
-    lines = re.findall(r"^\| `(\w+)`(, slower|, the paper)? \| (\d+) \| ([\d.]+) million \| (.+)\|$", README, re.M)
-    assert len(lines) == 7
+    lines = re.findall(r"^\| `(\w+)`(, slower|, mixed|, the paper)? \| (\d+) \| ([\d.]+) million \| (.+)\|$", README, re.M)
+    assert len(lines) == 8
     powers = [int(power) for power in re.search(r"^\| model \| runs \| sequences \|(.+)$", README, re.M).group(1).replace(
         "|", " ").replace("2^", "").split()]
     published = json.loads((ROOT / "results/published/table2.json").read_text())["curves"]
@@ -155,8 +189,8 @@ def test_the_numbers_of_table_2_are_those_in_results():
         if kind == ", the paper":
             runs = [published[model]]
         else:
-            runs = results("table2_slow" if kind else "table2")[model, 64, 1, 1]
-            runs = [run for run in runs if max(run["eval"]["length"]) > 768]
+            runs = results({"": "table2", ", slower": "table2_slow", ", mixed": "table2_uniform"}[kind])[model, 64, 1, 1]
+            runs = [run for run in runs if max(run["eval"]["length"]) > 768 and run["train"]["accuracy"][-1] > 0.9]
             assert millions == f"{median(run['train']['step'][-1] * run['config']['batch_size'] for run in runs) / 1e6:.2f}"
             runs = [run["eval"] for run in runs]
         assert int(count) == len(runs)
@@ -170,8 +204,10 @@ def test_the_numbers_of_table_2_are_those_in_results():
 
 OWN_FLAGS = {  # of the runs in a folder of results/, beside those that name a run
     "reference": {}, "problem1": {}, "problem2": {}, "problem3": {}, "page": {}, "capacity": {},
-    "uniform": {"train_lengths": "uniform"}, "capacity_states": {"d_state": 4}, "capacity_mimetic": {"init": "mimetic"},
+    "family": {}, "family_equal": {}, "uniform": {"train_lengths": "uniform"},
+    "capacity_states": {"d_state": 4}, "capacity_states64": {"d_state": 64}, "capacity_mimetic": {"init": "mimetic"},
     "table2": {"batch_size": 16, "steps": 10000, "stop_early": False, "lr": 0.008},
+    "table2_uniform": {"batch_size": 16, "steps": 10000, "stop_early": False, "lr": 0.008, "train_lengths": "uniform"},
     "table2_slow": {"batch_size": 8, "stop_early": False}}
 
 
