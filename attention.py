@@ -64,7 +64,7 @@ class Attention(nn.Module):
         super().__init__()
         kv_heads = n_heads if kv_heads is None else kv_heads
         if n_heads < 1 or d_model % n_heads:
-            raise ValueError(f"--n-heads is {n_heads}, but the number of heads must divide d = {d_model}")
+            raise ValueError(f"d is {d_model}, but it must be a multiple of its attention's number of heads, {n_heads}")
         if position not in ("none", "rope"):
             raise ValueError(f"position is {position!r}, but it must be 'none' or 'rope'")
         if position == "rope" and (d_model // n_heads) % 2:

@@ -234,7 +234,7 @@ def length_row(name, L, device):
 
 
 def length_table(device):
-    print("Two layers, d 64, one sequence: microseconds a token and peak memory, in training and when read in pieces;\n"
+    print("d 64, one sequence: microseconds a token and peak memory, in training and when read in pieces;\n"
           "and with so much context, one token more: milliseconds, and bytes of state")
     rows = []
     for name, most in MOST_TOKENS[device.type].items():

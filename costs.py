@@ -72,5 +72,5 @@ def draw_costs(costs, env):
         ax.set_xlim(right=right * 2.5)                         # room for the labels
     fig.supxlabel("context length", fontsize=11)
     where = f"CPU, threads: {env['threads']}" if env["device"] == "cpu" else env["device"]
-    fig.suptitle(f"What a longer context costs: two layers, d = 64, one sequence\n{where}, torch {env['torch']}", fontsize=12)
+    fig.suptitle(f"What a longer context costs: d = 64, one sequence\n{where}, torch {env['torch']}", fontsize=12)
     return fig

@@ -167,7 +167,9 @@ def build_model(name, K=16, d=8, L=64, n_heads=1, d_state=16, init="official", l
     options, blocks = dict(L=L, n_heads=n_heads, d_state=d_state), {}
     layers = [LAYERS[letter](d, dict(options, depth=depth, letter=letter, shared=blocks)) for depth, letter in enumerate(pattern)]
     if init == "mimetic":
-        for layer in layers:
-            if isinstance(layer, Mamba):
-                layer.start_as_linear_attention()
+        starting = [layer for layer in layers if isinstance(layer, Mamba)]
+        if not starting:
+            raise ValueError(f"--init mimetic is for Mamba layers, and --model {name} has none")
+        for layer in starting:
+            layer.start_as_linear_attention()
     return Model(layers, K, d, learn_embedding)

@@ -54,15 +54,15 @@ def what_is_left(dt, A):
     return torch.exp(later[:, :, None] * A)
 
 
-def idle_step(dt, q, v):
-    """The smallest mean step that a channel takes at tokens that do not matter, or None if there are none: dt (D, L + 1).
+def holding(dt, q, v):
+    """How many channels write at v and hold it for a million tokens, or None if the context is too short: dt (D, L + 1).
 
-    A channel that holds the value to the end of a long context needs a step of zero there. What a convolution of four still
-    sees of q and v counts as theirs, and its first tokens and the last q are left out.
+    They step by more than 0.1 where the convolution sees v, and by less than 1e-6 in the mean over the tokens that do not
+    matter: all but those where it sees q or v, its first tokens and the last q.
     """
     idle = np.ones(dt.shape[1], bool)
     idle[:3] = idle[q:v + 4] = idle[-1] = False
-    return dt[:, idle].mean(1).min() if idle.any() else None
+    return int(((dt[:, v:v + 4].max(1) > 0.1) & (dt[:, idle].mean(1) < 1e-6)).sum()) if idle.any() else None
 
 
 @torch.no_grad()
@@ -131,9 +131,9 @@ def images(layer, found):
         return shown
     rows = np.ptp(layer["dt"], axis=1).argsort()[::-1]  # the channels that choose among tokens stand together, on top
     dt, left = layer["dt"][rows], layer["left"][rows]
-    step, idle = dict(norm=LogNorm(1e-3, 3, clip=True)), idle_step(dt, found["q"], found["v"])
-    least = "" if idle is None else f"\nsmallest mean away from q and v: {idle:.0e}"
-    return [(f"step Δ (channels sorted by its range)\npale: passes a token by, dark: resets the state{least}", dt, "Δ", step),
+    step, count = dict(norm=LogNorm(1e-3, 3, clip=True)), holding(dt, found["q"], found["v"])
+    held = "" if count is None else f"\nabove 0.1 at v, below 1e-6 elsewhere: {count} of {len(dt)}"
+    return [(f"step Δ (channels sorted by its range)\npale: passes a token by, dark: resets the state{held}", dt, "Δ", step),
             ("what is left of each token at the end\npale: forgotten, dark: kept", left, "left, mean over states", share),
             ("weight of each token in the state at the end:\nthe product of the two above", dt * left, "Δ times what is left",
              step)]

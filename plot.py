@@ -212,7 +212,8 @@ def draw(panels, kind, flags=("M",), published=()):
             if all(task[flag] == value for flag, value in other["task"].items()):
                 sources.append(other["published"])
                 for name, (x, y) in other["curves"].items():
-                    ax.plot(x, y, color=style(name)[0], lw=0.5, ls=":", marker="o", mfc="white", ms=6, mew=1.3, zorder=20)
+                    ax.plot(x, y, color=style(name)[0], lw=0.5, ls=":", marker="o", mfc="white", ms=6, mew=1.3, zorder=20,
+                            clip_on=False)
         draw_curves(ax, curves[panel], kind, right, reach=0.1 if len(columns) == 1 else 0.23)
     for ax in axes[:, 0]:
         ax.set_ylabel("accuracy")
@@ -248,7 +249,7 @@ def draw_against(panels, flag):
         for at, seeds in zip(x, y):
             ax.plot([at] * len(seeds), seeds, ls="", marker=".", ms=5, alpha=0.7, **look)
         middle = [np.median(seeds) for seeds in y]
-        ax.plot(x, middle, lw=width, ls=dashes, marker="o", ms=width + 3.5, **look)
+        ax.plot(x, middle, lw=width, ls=dashes, marker="o", ms=width + 3.5, mfc="white" if ", " in name else colour, **look)
         ends.append(([m for m in middle if m == m][-1], name))
     ends.sort(key=lambda end: -end[0])
     for (_, name), height in zip(ends, spread([end for end, _ in ends], 0.0, 1.0)):

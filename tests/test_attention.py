@@ -110,7 +110,7 @@ def test_causal(position):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    ((8, 3), "--n-heads is 3"), ((8, 0), "--n-heads is 0"), ((8, -1), "--n-heads is -1"), ((6, 2, "rope"), "odd size 3"),
+    ((8, 3), "number of heads, 3"), ((8, 0), "number of heads, 0"), ((8, -1), "number of heads, -1"), ((6, 2, "rope"), "odd size 3"),
     ((7, 1, "rope"), "odd size 7"), ((8, 1, "learned"), "position is 'learned'")])
 def test_wrong_arguments(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):

@@ -127,14 +127,15 @@ def test_the_map_says_who_looks_at_whom(train_tiny, tmp_path):
     assert np.isnan(image[0, 1:]).all() and not np.isnan(image[-1]).any()              # the future is not drawn as a zero
 
 
-def test_the_smallest_step_where_nothing_matters():
-    dt = np.full((2, 25), 0.5)
-    dt[1, [3, 4, 10, 23]] = 0.25, 0.125, 0.0, 1.0              # q at 5, v at 6, which the convolution sees until 9
-    idle = [3, 4, *range(10, 24)]
-    assert inside.idle_step(dt, 5, 6) == dt[1, idle].mean() < 0.5
-    dt[:, [0, 1, 2, 5, 6, 7, 8, 9, 24]] = 0.0                  # the start, what sees q or v, the last q
-    assert inside.idle_step(dt, 5, 6) == dt[1, idle].mean()
-    assert inside.idle_step(dt[:, :5], 1, 3) is None
+def test_channels_that_hold_the_value():
+    dt = np.zeros((5, 25))                                     # q at 5, v at 6, which the convolution sees until 9
+    dt[:, [0, 1, 2, 5, 24]] = 1.0                              # the start, q and the last q: no matter
+    dt[:3, 9] = 0.2
+    dt[0, [3, 4, 10, 23]] = 2e-6                               # of 16 tokens that do not matter: a mean of 5e-7
+    dt[1, 10] = 1e-4                                           # leaks
+    dt[3, 10] = 0.2                                            # writes too late
+    assert inside.holding(dt, 5, 6) == 2                       # channels 0 and 2
+    assert inside.holding(dt[:, :5], 1, 3) is None
 
 
 def test_channels_stay_together():
