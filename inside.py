@@ -132,7 +132,7 @@ def images(layer, found):
     rows = np.ptp(layer["dt"], axis=1).argsort()[::-1]  # the channels that choose among tokens stand together, on top
     dt, left = layer["dt"][rows], layer["left"][rows]
     step, count = dict(norm=LogNorm(1e-3, 3, clip=True)), holding(dt, found["q"], found["v"])
-    held = "" if count is None else f"\nabove 0.1 at v, below 1e-6 elsewhere: {count} of {len(dt)}"
+    held = "" if count is None else f"\n> 0.1 at v and < 1e-6 elsewhere: {count} of {len(dt)}"
     return [(f"step Δ (channels sorted by its range)\npale: passes a token by, dark: resets the state{held}", dt, "Δ", step),
             ("what is left of each token at the end\npale: forgotten, dark: kept", left, "left, mean over states", share),
             ("weight of each token in the state at the end:\nthe product of the two above", dt * left, "Δ times what is left",
