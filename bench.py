@@ -4,9 +4,10 @@
     python bench.py --tables scan step    some of them
     python bench.py --tables family       a training step, parameters and state of all models at d 16: long, so only when asked
 
-Beside the scan stand mambapy's pscan and mamba_ssm's kernel, if they can be imported. On CUDA the scan and the training step
-of the second table are recorded as a graph and replayed, so that what the host needs to launch them is left out, as it is in
-train.py. Times are medians of several calls, after two that do not count. With --out the numbers are written as JSON too.
+Beside the scan stand mamba2.py's in heads of 64 channels, mambapy's pscan, and mamba_ssm's kernel with the transposed copies that
+it needs here, the last two if they can be imported. On CUDA scans and training steps are recorded as a graph and replayed, so
+that what the host needs to launch them is left out, as it is in train.py. Times are medians of several calls after one or two
+that do not count; beyond 2^18 tokens of one call. With --out the numbers are written as JSON too.
 
 Imports data, eval, hybrid, mamba, mamba2, runs and train.
 """
@@ -103,7 +104,8 @@ def scans(device, shape):
         found["parallel"] = lambda *inputs: mamba.parallel_scan(*inputs, None, True)[0]
     if math.prod(shape) > 2**22:
         found["recurrence"] = "too slow here"
-    chunks = torch.compile(ssd, dynamic=False) if device.type == "cuda" else ssd       # as a training step has it
+    small = shape[2] <= 2 * train.SMALL[0] and shape[1] <= train.SMALL[1]              # as a training step has it
+    chunks = train.compiled(ssd, small) if device.type == "cuda" else ssd
     found["mamba-2"] = lambda *inputs: chunks(*inputs)[0]
     for name, get in [("mambapy", mambapy_scan), ("mamba_ssm", official_scan)]:
         try:
@@ -115,26 +117,26 @@ def scans(device, shape):
     return found
 
 
-def operands(device, b, L, D, N):
-    """For the scan x, dt (b, L, D), A (D, N), B, C (b, L, N); for Mamba-2's the same in heads of P channels, 64 as a rule."""
+def operands(device, b, L, D, N, in_heads=False):
+    """x, dt (b, L, D), A (D, N), B, C (b, L, N), or the same for Mamba-2's scan in heads of P channels, 64 as a rule."""
     x, dt = torch.randn(b, L, D, device=device), torch.rand(b, L, D, device=device)
     A, B, C = -torch.rand(D, N, device=device) * N, *(torch.randn(b, L, N, device=device) for _ in "BC")
-    P = math.gcd(D, 64)
-    of_heads = x.unflatten(-1, (-1, P)), dt[..., ::P], A[::P, 0], B[:, :, None], C[:, :, None]
-    return [[v.detach().clone().requires_grad_() for v in inputs] for inputs in ((x, dt, A, B, C), of_heads)]
+    if in_heads:
+        P = math.gcd(D, 64)
+        x, dt, A, B, C = x.unflatten(-1, (-1, P)), dt[..., ::P].contiguous(), A[::P, 0].contiguous(), B[:, :, None], C[:, :, None]
+    return [v.requires_grad_() for v in (x, dt, A, B, C)]
 
 
 def scan_table(device):
     print("The scan, forward and backward, float32: milliseconds (lowest to highest), peak memory")
     rows = []
     for b, L, D, N in SHAPES[device.type]:
-        of_channels, of_heads = operands(device, b, L, D, N)
         for name, scan in scans(device, (b, L, D, N)).items():
             row = {"shape": [b, L, D, N], "form": name}
             if isinstance(scan, str):
                 print(f"  {str((b, L, D, N)):20} {name:11} {scan}")
                 continue
-            inputs = of_heads if name == "mamba-2" else of_channels
+            inputs = operands(device, b, L, D, N, in_heads=name == "mamba-2")
             dy = torch.randn_like(inputs[0])
             call = lambda: torch.autograd.grad(scan(*inputs), inputs, dy)
             began = time.time()
@@ -166,7 +168,7 @@ def recorded(step, generator, device):
 
 def step_row(name, d, device):
     began = time.time()
-    _, _, generator, step = train.prepare(config_for(name, d=d), device)
+    generator, step = train.prepare(config_for(name, d=d), device)[2:]
     step(), step(), step(), sync(device)
     row = {"model": name, "first_call_s": time.time() - began}
     row["ms"], row["ms_lowest"], row["ms_highest"] = timed(recorded(step, generator, device), device, repeats=31, graph=False)
@@ -211,7 +213,7 @@ def state_bytes(states):
 def length_row(name, L, device):
     """What L tokens cost a model. A function of its own, or what one row leaves behind would count as the next one's memory."""
     row, calls = {"model": name, "length": L}, dict(graph=False, warm=1, repeats=9 if L < 2**14 else 3 if L < 2**18 else 1)
-    _, _, generator, step = train.prepare(config_for(name, d=64, L=L - 1, batch_size=1), device)
+    generator, step = train.prepare(config_for(name, d=64, L=L - 1, batch_size=1), device)[2:]
     step(), step()
     row["train_megabytes"] = peak_megabytes(step, device)
     row["train_us"] = 1e3 * timed(recorded(step, generator, device), device, **calls)[0] / L
@@ -256,7 +258,7 @@ TABLES = {  # the step first: what train.compiled sets, torch reads once, before
 def main(argv=None):
     parser = short_errors(argparse.ArgumentParser(description="Time the scan, the training step and what length costs."))
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=["step", "scan", "length"],
-                        help=f"which of {', '.join(TABLES)} (default: step scan length)")
+                        metavar="TABLE", help=f"which of {', '.join(TABLES)} (default: step scan length)")
     parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: the best one here)")
     parser.add_argument("--out", metavar="FILE.json", help="write the numbers there too")
     args = parser.parse_args(argv)

@@ -95,6 +95,8 @@ def main(argv=None):
             tau = record["config"]["tau"]
             if min(args.lengths or [tau + 1]) <= tau:
                 raise ValueError(f"--lengths has {min(args.lengths)}, but {path} needs at least tau + 1 = {tau + 1}")
+            if max(args.lengths or [0]) >= 2**31:
+                raise ValueError(f"--lengths has {max(args.lengths)}, but it must be below 2^31")
     except ValueError as error:
         parser.error(str(error))
 

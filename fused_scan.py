@@ -11,11 +11,12 @@ way: groups of chunks, all at once. Backwards the same three steps, with g in pl
 what a chunk hands to the one before it is a_1 g_1, here called carry.
 
 Each of the nine functions between _states and FUSE that the two operators at the end call is one kernel under
-torch.compile: the loop over the steps of a chunk is unrolled, its states live in registers, and what is written is y, a
-gradient, or one state a chunk. Six of them take the same steps again on purpose: to compute a state costs less than to
-store it and read it back. Sums over n and over channels are kernels of their own, for a kernel adds up along one direction.
+torch.compile (_ends and _total may be two): the loop over the steps of a chunk is unrolled, its states live in registers,
+and what is written is y, a gradient, or one state a chunk. Six of them take the same steps again on purpose: to compute a
+state costs less than to store it and read it back. Sums over n and over channels are kernels of their own, for a kernel adds
+up along one direction.
 
-Imports nothing of this repository. Letters as there, and c chunks of T steps.
+Imports nothing of this repository. Letters as there, and c chunks of T steps; span (b, c, D) is the sum of a chunk's dt.
 """
 
 import functools
@@ -53,13 +54,14 @@ def _adjoints(dt, A, C, dy, carry):
 
 
 def _ends(x, dt, A, B):
-    """A chunk's last state from zero (b, c, D, N), and the sum of its dt (b, c, D)."""
+    """Every chunk's last state from zero (b, c, D, N), and its span."""
     for h in _states(x, dt, A, B, 0.0):
         pass
     return h, dt.sum(2, dtype=A.dtype)
 
 
 def _outputs(x, dt, A, B, C, h):
+    """y (b, c, T, D), from every chunk's first state h."""
     y = []
     for t, h in enumerate(_states(x, dt, A, B, h)):
         y.append((h * C[:, :, t, None, :]).sum(-1).to(x.dtype))                        # (b, c, D)
@@ -67,7 +69,7 @@ def _outputs(x, dt, A, B, C, h):
 
 
 def _first_carry(dt, A, C, dy):
-    """What a chunk's own outputs say about its first state: (b, c, D, N)."""
+    """What every chunk's own outputs say about its first state, with nothing from later chunks: (b, c, D, N)."""
     for _, _, carry in _adjoints(dt, A, C, dy, 0.0):
         pass
     return carry
@@ -87,6 +89,7 @@ def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carry):
 
 
 def _gradient_B(x, dt, A, B, C, dy, carry):
+    """A sum over channels: (b, c, T, N)."""
     u, dB = dt.to(A.dtype) * x, []
     for t, g, _ in _adjoints(dt, A, C, dy, carry):
         dB.append((g * u[:, :, t, :, None]).sum(-2).to(B.dtype))                       # (b, c, N)
@@ -94,6 +97,7 @@ def _gradient_B(x, dt, A, B, C, dy, carry):
 
 
 def _gradient_C(x, dt, A, B, C, dy, h):
+    """A sum over channels: (b, c, T, N)."""
     dC = []
     for t, h in enumerate(_states(x, dt, A, B, h)):
         dC.append((h * dy[:, :, t, :, None]).sum(-2).to(C.dtype))                      # (b, c, N)
@@ -104,26 +108,28 @@ def _total(dA):
     return dA.sum((0, 1))
 
 
-def _chunks(s, A, ends, h, backwards):
-    """The recurrence over the k chunks of every group: s (b, c, k, D), ends (b, c, k, D, N), h (b, c, D, N).
+def _chunks(span, A, ends, h, backwards):
+    """The recurrence over the k chunks of every group: span (b, c, k, D), ends (b, c, k, D, N), h (b, c, D, N).
 
-    Yields every chunk's number and its first state, and at the end None and the group's last. backwards: from the last chunk
-    to the first, for carries.
+    Yields every chunk's number and the state that it starts from, and at the end None and the group's last state.
+    backwards: from the last chunk to the first.
     """
-    for k in reversed(range(s.shape[2])) if backwards else range(s.shape[2]):
+    for k in reversed(range(span.shape[2])) if backwards else range(span.shape[2]):
         yield k, h
-        h = torch.exp(s[:, :, k, :, None] * A) * h + ends[:, :, k]
+        h = torch.exp(span[:, :, k, :, None] * A) * h + ends[:, :, k]
     yield None, h
 
 
-def _group_ends(s, A, ends, backwards):
-    for _, h in _chunks(s, A, ends, 0.0, backwards):
+def _group_ends(span, A, ends, backwards):
+    """Every group's last state from zero: (b, c, D, N)."""
+    for _, h in _chunks(span, A, ends, 0.0, backwards):
         pass
     return h
 
 
-def _group_starts(s, A, ends, h, backwards):
-    starts = dict(_chunks(s, A, ends, h, backwards))
+def _group_starts(span, A, ends, h, backwards):
+    """The state that every chunk starts from (b, c, k, D, N), and every group's last state (b, c, D, N)."""
+    starts = dict(_chunks(span, A, ends, h, backwards))
     last = starts.pop(None)
     return torch.stack([starts[k] for k in range(len(starts))], dim=2), last
 
@@ -142,17 +148,20 @@ def _kernel(function, off):
     return torch.compile(function, dynamic=False, options=FUSE)
 
 
-def _across(s, A, ends, h, backwards, off):
-    """Step (2): s (b, c, D), the sum of a chunk's dt, its end from zero (b, c, D, N), h (b, D, N) -> first states, last state.
+def _across(span, A, ends, h, backwards, off):
+    """Step (2): span (b, c, D), ends (b, c, D, N), h (b, D, N) -> the state that every chunk starts from, the last state.
 
-    Many chunks are split into groups as many steps were into chunks, and (1) to (3) come again, one level up.
+    Backwards "ends" are first carries, h is the carry that arrives at the sequence's end, and the results are the carries that
+    arrive at each chunk's end and the one that leaves the sequence. Many chunks are split into groups as many steps were into
+    chunks, and (1) to (3) come again, one level up.
     """
-    chunks = s.shape[1]
-    s, ends = _split(s), _split(ends)                                                  # (b, groups, k, D or D, N)
-    h = h[:, None]
-    if s.shape[1] > 1:
-        h, _ = _across(s.sum(2), A, _kernel(_group_ends, off)(s, A, ends, backwards), h[:, 0], backwards, off)
-    starts, last = _kernel(_group_starts, off)(s, A, ends, h, backwards)
+    chunks = span.shape[1]
+    span, ends = _split(span), _split(ends)                                            # (b, groups, k, D), (b, groups, k, D, N)
+    if span.shape[1] == 1:
+        h = h[:, None]
+    else:
+        h, _ = _across(span.sum(2), A, _kernel(_group_ends, off)(span, A, ends, backwards), h, backwards, off)
+    starts, last = _kernel(_group_starts, off)(span, A, ends, h, backwards)
     return starts.flatten(1, 2)[:, :chunks], last[:, 0 if backwards else -1]
 
 
@@ -161,50 +170,55 @@ def _join(v, L):
     return v.flatten(1, 2)[:, :L].contiguous()
 
 
+def _alone(h):
+    """A copy, for a view would keep the states of all groups."""
+    return h.clone(memory_format=torch.contiguous_format)
+
+
 @torch.library.custom_op("mamba::scan", mutates_args=())
 def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
           off: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> y, the last state, and for the gradient every chunk's first state and the sum of its dt.
+    """-> y, the last state, and for the gradient every chunk's first state and span.
 
     An operator of its own, so that a compiled model calls it as it stands and does not take it apart.
     """
     L = x.shape[1]
     x, dt, B, C = map(_split, (x, dt, B, C))                                           # (b, c, T, D or N)
-    ends, s = _kernel(_ends, off)(x, dt, A, B)
-    starts, last = _across(s, A, ends, h, False, off)
+    ends, span = _kernel(_ends, off)(x, dt, A, B)
+    starts, last = _across(span, A, ends, h, False, off)
     y = _kernel(_outputs, off)(x, dt, A, B, C, starts)
-    return _join(y, L), last.contiguous(), starts.contiguous(), s
+    return _join(y, L), _alone(last), starts.contiguous(), span
 
 
 @torch.library.custom_op("mamba::scan_backward", mutates_args=())
-def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, s: Tensor, dy: Tensor, dh: Tensor,
+def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, span: Tensor, dy: Tensor, dh: Tensor,
                    off: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> the gradients of x, dt, A, B, C and h."""
     L = x.shape[1]
     x, dt, B, C, dy = map(_split, (x, dt, B, C, dy))
     carries = _kernel(_first_carry, off)(dt, A, C, dy)
-    carries, dh = _across(s, A, carries, dh, True, off)                                # those that arrive at a chunk's end
+    carries, dh = _across(span, A, carries, dh, True, off)
     dx, ddt, dA = _kernel(_gradients_x_dt_A, off)(x, dt, A, B, C, dy, starts, carries)
     dB = _kernel(_gradient_B, off)(x, dt, A, B, C, dy, carries)
     dC = _kernel(_gradient_C, off)(x, dt, A, B, C, dy, starts)
-    return _join(dx, L), _join(ddt, L), _kernel(_total, off)(dA), _join(dB, L), _join(dC, L), dh.contiguous()
+    return _join(dx, L), _join(ddt, L), _kernel(_total, off)(dA), _join(dB, L), _join(dC, L), _alone(dh)
 
 
 @_scan.register_fake
 def _(x, dt, A, B, C, h, off):
     starts = h.new_empty(h.shape[0], -(-x.shape[1] // CHUNK_STEPS), *A.shape)
-    s = starts.new_empty(starts.shape[:3])
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(h), starts, s
+    y, last = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, h))
+    return y, last, starts, starts.new_empty(starts.shape[:3])
 
 
 @_scan_backward.register_fake
-def _(x, dt, A, B, C, starts, s, dy, dh, off):
+def _(x, dt, A, B, C, starts, span, dy, dh, off):
     return tuple(torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, dt, A, B, C, dh))
 
 
 def _keep(ctx, inputs, output):
     x, dt, A, B, C, _, ctx.off = inputs
-    ctx.set_materialize_grads(False)                           # or there were zeros for starts and s
+    ctx.set_materialize_grads(False)                           # or there were zeros for starts and span
     ctx.save_for_backward(x, dt, A, B, C, *output[2:])
 
 

@@ -137,7 +137,7 @@ class ChunkedScan(torch.autograd.Function):
         for start, dt_k, u_k, B_k, C_k, dy_k, du_k, ddt_k, dB_k, dC_k in reversed(chunks):
             a, g, hs = space[:, :len(dt_k) + 1]
             a, g, h, h_before = a[1:], g[1:], hs[1:], hs[:-1]                          # (T, N, b, D) each
-            torch.mul(dt_k, A, out=a).exp_()
+            torch.mul(dt_k, A, out=a).exp_()                   # not clamped: dA may be smaller than what that would add
             torch.mul(u_k, B_k, out=h)
             hs[0] = start
             _run(a.unbind(), h.unbind(), start)

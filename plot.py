@@ -237,8 +237,8 @@ def draw_against(panels, flag):
     values = shared(panels, flag)
     fig = Figure(figsize=(8, 5), layout="constrained")
     ax = fig.subplots()
-    K = next(iter(next(iter(panels.values())).values()))[0]["config"]["K"]
-    ax.axhline(1 / K, color=GREY, lw=1, ls=":")
+    chance = [1 / next(iter(of_value.values()))[0]["config"]["K"] for of_value in panels.values()]
+    ax.plot(values, chance, color=GREY, lw=1, ls=":")
     ends, names = [], sorted(found, key=order)
     for z, name in enumerate(names):
         colour, width, dashes = style(name)
@@ -256,7 +256,7 @@ def draw_against(panels, flag):
         ax.text(1.03, height, name, color=style(name)[0], va="center_baseline", transform=ax.get_yaxis_transform())
     ax.set(xscale="log", ylim=(0, 1.05), xlabel=flag, ylabel="accuracy at the training length")
     ax.set_xticks(values, map(str, values)), ax.xaxis.set_minor_locator(NullLocator())
-    ax.annotate(f"chance 1/{K}", (1, 1 / K), (-2, -3), ax.get_yaxis_transform(), textcoords="offset points", color=GREY,
+    ax.annotate("chance", (1, chance[-1]), (-2, -3), ax.get_yaxis_transform(), textcoords="offset points", color=GREY,
                 fontsize=10, ha="right", va="top")
     fig.suptitle(described(panels).replace("band from lowest to highest", "small dots: each seed"), fontsize=12)
     return fig
@@ -265,6 +265,7 @@ def draw_against(panels, flag):
 def draw_models(panels, flags=("M",)):
     """The figure that has a row for each model: its accuracy at L, and the lowest from L on. panels as for draw, in columns."""
     names = sorted({name for of_panel in panels.values() for name in of_panel}, key=order)
+    longest = min(run["length"][0][-1] for models in panels.values() for runs in models.values() for run in runs)
     fig = Figure(figsize=(max(8, 2 + 3 * len(panels)), 1.5 + 0.42 * len(names)), layout="constrained")
     for ax, (panel, models) in zip(fig.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
         for name, runs in models.items():
@@ -272,7 +273,7 @@ def draw_models(panels, flags=("M",)):
             curves = [run["length"] for run in runs]
             if not all((x == L).any() for x, _ in curves):
                 raise ValueError(f"a run of {name} was not tested at its training length {L}")
-            at, beyond = [y[x == L][0] for x, y in curves], [y[x >= L].min() for x, y in curves]
+            at, beyond = [y[x == L][0] for x, y in curves], [y[(x >= L) & (x <= longest)].min() for x, y in curves]
             for seeds, y, marker in ((at, row - 0.17, "o"), (beyond, row + 0.17, "D")):
                 look = dict(color=style(name)[0], clip_on=False, zorder=3, mfc=style(name)[0] if seeds is at else "white")
                 ax.plot([min(seeds), max(seeds)], [y, y], lw=4, alpha=0.25, color=style(name)[0], clip_on=False)
@@ -284,9 +285,8 @@ def draw_models(panels, flags=("M",)):
         ax.set_yticks(range(len(names)), names)
         ax.grid(axis="y", color="0.92"), ax.set_axisbelow(True)
         ax.tick_params(axis="y", length=0)
-    longest = min(run["length"][0][-1] for models in panels.values() for runs in models.values() for run in runs)
-    fig.suptitle(described(panels).replace("band from lowest to highest", "a small line for each seed")
-                 + f"\ndots: at the training length; diamonds: the lowest from there to {longest:g} tokens; dotted: chance", fontsize=12)
+    fig.suptitle(described(panels).replace("band from lowest to highest", "a small line for each seed") + "\n"
+                 + f"dots: at the training length; diamonds: the lowest from there to {longest:g} tokens; dotted: chance", fontsize=12)
     return fig
 
 
@@ -334,6 +334,8 @@ def figures_of_results(paths, flags, against):
         else:
             for kind in ("length", "training"):
                 figures[file_name(kind, panels)] = draw(panels, kind, flags, published.values())
+    if not figures:
+        raise ValueError("published numbers are drawn beside results of train.py, and none are given")
     return figures
 
 
@@ -359,6 +361,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if bool(args.results) == bool(args.inside):
         parser.error("give it either results, RUN.json ..., or checkpoints, --inside RUN.pt ...")
+    if args.inside and (args.against or args.panels != ["M"]) or args.panels != ["M"] and args.against not in (None, "model"):
+        parser.error("--inside takes neither --panels nor --against, and --against a flag takes no --panels")
     matplotlib.rcParams.update(LOOK)
     try:
         figures = figures_of_insides(args.inside) if args.inside else figures_of_results(args.results, args.panels, args.against)

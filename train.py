@@ -292,7 +292,7 @@ def main(argv=None):
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                     timeout=datetime.timedelta(days=1))                # the others wait while one tests
         rank, world = processes()
-        if args.batch_size < world:
+        if 1 < world > args.batch_size:
             raise ValueError(f"--batch-size is {args.batch_size}, but {world} processes need at least a sequence each")
         configs = []
         for values in itertools.product(*(dict.fromkeys(getattr(args, flag)) for flag in GRID)):

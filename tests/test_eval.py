@@ -255,7 +255,7 @@ def test_wrong_files(spoil, sentence, folder, refuses):
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    ("--lengths 2", "--lengths has 2, but"), ("--lengths 8 0", "--lengths has 0"), ("--lengths -5 9", "--lengths has -5"),
+    ("--lengths 9 99999999999999999999", "below 2^31"), ("--lengths 2", "--lengths has 2, but"), ("--lengths 8 0", "--lengths has 0"), ("--lengths -5 9", "--lengths has -5"),
     ("--lengths 1.5", "--lengths"), ("--lengths", "--lengths"),
     ("--sequences 0", "--sequences is 0"), ("--seed x", "--seed"), ("--length-max 3", "--length-max"),
     ("--device cuda:77", "--device is 'cuda:77'"), ("--device nonsense", "--device is 'nonsense'")])

@@ -86,6 +86,17 @@ def test_equals_reference(scan, L, with_h, small_chunks):
     assert_close(everything(scan, inputs), everything(selective_scan_ref, inputs), 1e-12, 1e-12)
 
 
+@pytest.mark.parametrize("b, L, transposed", [(1, 1, False), (2, CHUNK, True), (1, CHUNK * CHUNK + 1, False), (2, 70, True)])
+def test_the_fused_operators_are_what_they_are_declared_to_be(b, L, transposed, small_chunks):
+    x, dt, A, B, C, h = operands(L, b=b)
+    if transposed:
+        x, h = x.mT.contiguous().mT, h.mT.contiguous().mT
+    torch.library.opcheck(fused_scan._scan, (x, dt, A, B, C, h, True))
+    y, last, starts, span = fused_scan._scan(x, dt, A, B, C, h, True)
+    torch.library.opcheck(fused_scan._scan_backward, (x, dt, A, B, C, starts, span, y, last, True))
+    assert last.untyped_storage().nbytes() == 8 * last.numel(), "the last state keeps others alive"
+
+
 @scans
 @pytest.mark.parametrize("L", [1, 16, 100])
 def test_equals_reference_with_the_real_chunks(scan, L):

@@ -147,6 +147,10 @@ def test_against_model(tmp_path, capsys, refuses):
     assert found == {(0, "o", 0): 0.75, (0, "D", 0): chance, (0, "o", 1): 0.9, (0, "D", 1): chance, (1, "o", 2): 0.25,
                      (1, "D", 2): chance}
     assert list(draw(tmp_path, ["--against", "model", *paths], capsys)) == ["against_model_tau1_K16_d8_L64_M1-4.png"]
+    long = write(tmp_path, "nope", lengths=[64, 200])          # lowest beyond what all were tested at: does not count
+    panels, = plot.group([*paths, long]).values()
+    fig = plot.draw_models(panels)
+    assert 1.0 in [line.get_xdata()[0] for line in fig.axes[0].lines if line.get_marker() == "D"] and "to 192" in fig.get_suptitle()
     untested = write(tmp_path, "nope", lengths=[9])
     assert "not tested at its training length" in refuses(plot.main, [untested, "--against", "model", "--out", tmp_path])
 
@@ -170,6 +174,9 @@ def test_against_a_flag(tmp_path, monkeypatch, refuses):
     plot.main([paths[0], small, "--against", "d_state", "--out", str(tmp_path / "out")])
     plot.main([*paths, "--against", "d", "--out", str(tmp_path / "out")])
     assert names == ["against_d_state_tau1_K16_d8_L64_M1_N4-16.png", "against_d_tau1_K16_d8-64_L64_M1.png"]
+    panels, = plot.group([write(tmp_path / "b", K=K) for K in (8, 16)], ("K",)).values()
+    chance, = (line for line in plot.draw_against(panels, "K").axes[0].lines if line.get_linestyle() == ":")
+    assert list(chance.get_ydata()) == [1 / 8, 1 / 16]
     untested = write(tmp_path / "c", lengths=[9])
     assert "not tested at its training length" in refuses(plot.main, [untested, "--against", "d", "--out", tmp_path / "out"])
 
@@ -300,6 +307,10 @@ def test_folders(tmp_path, refuses):
     assert "cannot be read" in refuses(plot.main, [tmp_path, "--out", tmp_path / "out"])
     assert "--out" in refuses(plot.main, [path, "--out", path])
     assert "RUN.json" in refuses(plot.main, [])
+    assert "takes no --panels" in refuses(plot.main, [path, "--against", "d", "--panels", "tau"])
+    assert "neither --panels nor --against" in refuses(plot.main, ["--inside", "x.pt", "--against", "model"])
+    published = os.path.join(os.path.dirname(os.path.dirname(__file__)), "results", "published", "table2.json")
+    assert "beside results of train.py" in refuses(plot.main, [published, "--out", tmp_path / "out"])
 
 
 def test_as_a_command_without_torch(tmp_path):
