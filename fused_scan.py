@@ -157,22 +157,17 @@ def _across(span, A, ends, h, backwards, off):
     """
     chunks = span.shape[1]
     span, ends = _split(span), _split(ends)                                            # (b, groups, k, D), (b, groups, k, D, N)
-    if span.shape[1] == 1:
-        h = h[:, None]
+    if span.shape[1] > 1:
+        h, last = _across(span.sum(2), A, _kernel(_group_ends, off)(span, A, ends, backwards), h, backwards, off)
+        starts, _ = _kernel(_group_starts, off)(span, A, ends, h, backwards)
     else:
-        h, _ = _across(span.sum(2), A, _kernel(_group_ends, off)(span, A, ends, backwards), h, backwards, off)
-    starts, last = _kernel(_group_starts, off)(span, A, ends, h, backwards)
-    return starts.flatten(1, 2)[:, :chunks], last[:, 0 if backwards else -1]
+        starts, last = (v.squeeze(1) for v in _kernel(_group_starts, off)(span, A, ends, h[:, None], backwards))
+    return starts.flatten(1, -3)[:, :chunks], last
 
 
 def _join(v, L):
     """The chunks of (b, c, T, ...) in one: (b, L, ...)."""
     return v.flatten(1, 2)[:, :L].contiguous()
-
-
-def _alone(h):
-    """A copy, for a view would keep the states of all groups."""
-    return h.clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("mamba::scan", mutates_args=())
@@ -187,7 +182,7 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
     ends, span = _kernel(_ends, off)(x, dt, A, B)
     starts, last = _across(span, A, ends, h, False, off)
     y = _kernel(_outputs, off)(x, dt, A, B, C, starts)
-    return _join(y, L), _alone(last), starts.contiguous(), span
+    return _join(y, L), last, starts.contiguous(), span
 
 
 @torch.library.custom_op("mamba::scan_backward", mutates_args=())
@@ -201,7 +196,7 @@ def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start
     dx, ddt, dA = _kernel(_gradients_x_dt_A, off)(x, dt, A, B, C, dy, starts, carries)
     dB = _kernel(_gradient_B, off)(x, dt, A, B, C, dy, carries)
     dC = _kernel(_gradient_C, off)(x, dt, A, B, C, dy, starts)
-    return _join(dx, L), _join(ddt, L), _kernel(_total, off)(dA), _join(dB, L), _join(dC, L), _alone(dh)
+    return _join(dx, L), _join(ddt, L), _kernel(_total, off)(dA), _join(dB, L), _join(dC, L), dh
 
 
 @_scan.register_fake
