@@ -105,6 +105,7 @@ def _gradient_C(x, dt, A, B, C, dy, h):
 
 
 def _total(dA):
+    """The sum over sequences and chunks: (D, N)."""
     return dA.sum((0, 1))
 
 
