@@ -354,7 +354,7 @@ def main(argv=None):
     parser.add_argument("--panels", nargs="+", default=["M"], choices=TASK, metavar="FLAG",
                         help="flags of train.py whose values have a panel each, the last one in columns (default: M)")
     parser.add_argument("--against", choices=["tau", "K", "d", "L", "M", "d_state", "model"], metavar="FLAG",
-                        help="draw accuracy at the training length against this flag of train.py instead")
+                        help="draw accuracy at the training length against this flag of train.py instead; model: a row for each")
     parser.add_argument("--inside", nargs="+", default=[], metavar="RUN.pt",
                         help="checkpoints that train.py wrote: draw what each model does on one sequence, without results")
     parser.add_argument("--out", default="figures", metavar="DIR", help="where the figures go (default: figures)")
