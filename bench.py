@@ -192,7 +192,7 @@ def family_table(device):
     rows = []
     for name in [*MODELS, *FAMILY]:
         row, model = step_row(name, 16, device), build_model(name, d=16, L=FAMILY_TOKENS[0])
-        row["params"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        row["params"] = model.size()
         model.reach(FAMILY_TOKENS[-1])
         with torch.no_grad():
             row["state_bytes"] = [state_bytes(model.stream(torch.zeros(1, L, dtype=torch.int64))[1]) for L in FAMILY_TOKENS]

@@ -28,9 +28,9 @@ from torch import Tensor
 CHUNK_STEPS = 16    # most steps in a chunk, as many states as registers can hold, and most chunks in a group
 
 
-def _split(v):
-    """(b, L, ...) -> (b, c, T, ...), filled up with zeros: dt = 0 leaves a state as it is."""
-    chunks = -(-v.shape[1] // CHUNK_STEPS)
+def split(v, most):
+    """(b, L, ...) -> (b, c, T, ...) with T <= most, filled up with zeros: dt = 0 leaves a state as it is."""
+    chunks = -(-v.shape[1] // most)
     missing = -v.shape[1] % chunks                             # 65 steps are 5 chunks of 13, not 4 of 16 and one of 1
     return (F.pad(v, (0, 0) * (v.dim() - 2) + (0, missing)) if missing else v).unflatten(1, (chunks, -1))
 
@@ -140,13 +140,15 @@ def _group_starts(span, A, ends, h, backwards):
 FUSE = {"realize_opcount_threshold": 10**6, "realize_reads_threshold": 10**6, "max_fusion_size": 1000}
 
 
+def compile_each_shape(function, options):
+    """torch.compile, anew for every shape that function meets, as many as there are."""
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10**4
+    return torch.compile(function, dynamic=False, options=options)
+
+
 @functools.cache
 def _kernel(function, off):
-    """function compiled for every shape that it meets, or, if off, function as it is."""
-    if off:
-        return function
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10**4            # shapes
-    return torch.compile(function, dynamic=False, options=FUSE)
+    return function if off else compile_each_shape(function, FUSE)
 
 
 def _across(span, A, ends, h, backwards, off):
@@ -157,7 +159,7 @@ def _across(span, A, ends, h, backwards, off):
     chunks, and (1) to (3) come again, one level up.
     """
     chunks = span.shape[1]
-    span, ends = _split(span), _split(ends)                                            # (b, groups, k, D), (b, groups, k, D, N)
+    span, ends = (split(v, CHUNK_STEPS) for v in (span, ends))                         # (b, groups, k, D), (b, groups, k, D, N)
     if span.shape[1] > 1:
         h, last = _across(span.sum(2), A, _kernel(_group_ends, off)(span, A, ends, backwards), h, backwards, off)
         starts, _ = _kernel(_group_starts, off)(span, A, ends, h, backwards)
@@ -179,7 +181,7 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
     An operator of its own, so that a compiled model calls it as it stands and does not take it apart.
     """
     L = x.shape[1]
-    x, dt, B, C = map(_split, (x, dt, B, C))                                           # (b, c, T, D or N)
+    x, dt, B, C = (split(v, CHUNK_STEPS) for v in (x, dt, B, C))                       # (b, c, T, D or N)
     ends, span = _kernel(_ends, off)(x, dt, A, B)
     starts, last = _across(span, A, ends, h, False, off)
     y = _kernel(_outputs, off)(x, dt, A, B, C, starts)
@@ -191,7 +193,7 @@ def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start
                    off: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> the gradients of x, dt, A, B, C and h."""
     L = x.shape[1]
-    x, dt, B, C, dy = map(_split, (x, dt, B, C, dy))
+    x, dt, B, C, dy = (split(v, CHUNK_STEPS) for v in (x, dt, B, C, dy))
     carries = _kernel(_first_carry, off)(dt, A, C, dy)
     carries, dh = _across(span, A, carries, dh, True, off)
     dx, ddt, dA = _kernel(_gradients_x_dt_A, off)(x, dt, A, B, C, dy, starts, carries)

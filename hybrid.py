@@ -16,7 +16,7 @@ from attention import Attention, LearnedPosition
 from data import embedding_table
 from ladder import LTI, RGLRU, RNN, Retention
 from mamba import Mamba
-from mamba2 import Mamba2
+from mamba2 import Mamba2, normed
 from mlp import MLP, MixtureOfExperts
 from zamba import SharedBlock, SharedUse
 
@@ -77,7 +77,7 @@ FAMILY = {  # and their relatives: the order of layers that each is known for, n
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean of x^2) times a weight, as nn.RMSNorm, but in plain operations, which torch.compile fuses with others.
+    """mamba2.normed times a weight, as nn.RMSNorm, and a bias where one is asked for.
 
     bias: the standard deviation with which a bias starts, for layers that have none of their own; None for no bias.
     Embeddings are fixed and of length 1, so no direction is shared by all tokens. Without a bias, a Mamba layer's gate cannot
@@ -90,7 +90,7 @@ class RMSNorm(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias * torch.randn(d))
 
     def forward(self, x):
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps) * self.weight
+        x = normed(x, torch.finfo(x.dtype).eps) * self.weight
         return x if self.bias is None else x + self.bias
 
 
@@ -139,6 +139,10 @@ class Model(nn.Module):
             chosen = [v[rows] for v in state]
             return type(state)(*chosen) if hasattr(state, "_fields") else tuple(chosen)
         return [of_layer(state) for state in states]
+
+    def size(self):
+        """The number of trained parameters."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def reach(self, positions):
         """Make room for so many tokens where a layer has a table of positions: its new rows are untrained."""

@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mamba import causal_conv, selective_scan
-from mamba2 import ssd
+from mamba2 import normed, ssd
 
 
 class RNN(nn.Module):
@@ -117,8 +117,7 @@ class Retention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)           # (b, L, H, P) each
         steps = torch.ones_like(v[..., 0])                                             # (b, L, H)
         y, S = ssd(v, steps, self.log_gamma.to(v), k / k.shape[-1]**0.5, q, state)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5)
-        return self.out_proj(F.silu(self.gate(x)) * y.flatten(2)), S
+        return self.out_proj(F.silu(self.gate(x)) * normed(y).flatten(2)), S
 
 
 class RGLRU(nn.Module):

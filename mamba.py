@@ -109,6 +109,7 @@ class ChunkedScan(torch.autograd.Function):
         x, dt, A, B, C = _time_first(x, dt, A, B, C)
         u, y = dt * x, x.new_empty(L, b, D)
         # exp(-80) is as good as 0, and below it a CPU's exp is 50 times slower: a trained model reads twice as fast when clamped.
+        # Not on a GPU: this asks it for an answer, for which the host would wait, and which a CUDA graph cannot record.
         forgets = not x.is_cuda and bool(dt.max() * A.min() < -80)
         ctx.T, ctx.starts, ctx.from_zero = T, [], h is None
         h = x.new_zeros(N, b, D) if h is None else h.permute(2, 0, 1).contiguous()

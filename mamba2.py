@@ -16,7 +16,7 @@ is between the two, and made of matrix products, for which a GPU is built:
     ssd         chunks of T steps: attention within a chunk, the recurrence from chunk to chunk (section 6)
     Mamba2      the layer, which goes on from where an earlier piece of the sequence ended
 
-Imports mamba, for its convolution; hybrid and ladder use it.
+Imports fused_scan, for its way to cut time, and mamba, for its convolution; hybrid and ladder use it.
 
 Letters as in mamba.py, and H heads, P channels in a head, G groups of heads that share B and C, c chunks of T steps.
 """
@@ -28,6 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from fused_scan import split
 from mamba import causal_conv
 
 
@@ -56,16 +57,10 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     A GPU likes few large products best, a CPU has to compute them: T is 64 on the one and 16 on the other, if not given.
     """
     L, (H, P), (G, N) = x.shape[1], x.shape[2:], B.shape[2:]
-    chunks = -(-L // (T or (64 if x.is_cuda else 16)))
-    missing = -L % chunks                                      # 65 steps are 5 chunks of 13; where that does not come out even,
-                                                               # zeros follow: dt = 0 leaves a state as it is
-    def split(v):                                              # (b, L, heads, ...) -> (b, c, heads, T, ...)
-        v = F.pad(v, (0, 0) * (v.dim() - 2) + (0, missing)) if missing else v
-        return v.unflatten(1, (chunks, -1)).transpose(2, 3)
-
+    T = T or (64 if x.is_cuda else 16)
     # A step that decays by exp(-40) has forgotten everything; a larger number would only swallow the digits of its neighbours.
-    u, log_decay = split(dt[..., None] * x), split((dt * A).clamp(min=-40))            # (b, c, H, T, P), (b, c, H, T)
-    B, C = split(B), split(C)                                                          # (b, c, G, T, N)
+    u, log_decay, B, C = (split(v, T).transpose(2, 3) for v in (dt[..., None] * x, (dt * A).clamp(min=-40), B, C))
+    chunks = u.shape[1]                                        # u (b, c, H, T, P), log_decay (b, c, H, T), B, C (b, c, G, T, N)
     def of_heads(v):                                           # what the heads of a group share, for each of them
         return v.repeat_interleave(H // G, 2) if 1 < G < H else v
 
@@ -96,6 +91,11 @@ class Mamba2State(NamedTuple):
     h: torch.Tensor     # (b, H, P, N)
 
 
+def normed(v, eps=1e-5):
+    """v / sqrt(mean of v^2) over the last dimension, in plain operations, which torch.compile fuses with others."""
+    return v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
+
+
 class GatedNorm(nn.Module):
     """RMSNorm of y * SiLU(z), each group of channels by itself. The official RMSNormGated with norm_before_gate=False."""
 
@@ -105,7 +105,7 @@ class GatedNorm(nn.Module):
 
     def forward(self, y, z):
         y = (y * F.silu(z)).unflatten(-1, (self.groups, -1))
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5)).flatten(-2) * self.weight
+        return normed(y).flatten(-2) * self.weight
 
 
 class Mamba2(nn.Module):

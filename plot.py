@@ -151,7 +151,7 @@ def shared(panels, flag):
     return sorted({runs[0]["config"][flag] for curves in panels.values() for runs in curves.values()})
 
 
-def described(panels):
+def described(panels, spread_of_seeds="band from lowest to highest"):
     """What all panels of a figure are about, in words, and their seeds: the two lines above the figure."""
     M, tau, d, L, N = (shared(panels, flag) for flag in ("M", "tau", "d", "L", "d_state"))
     say = lambda values: ", ".join(map(str, values))
@@ -162,7 +162,15 @@ def described(panels):
     seeds = f"{fewest} to {most} seeds" if fewest < most else f"{most} seed{'s' * (most > 1)}"
     return (f"Associative recall: M = {say(M)} {'query' if M == [1] else 'queries'}, delay tau = {say(tau)}, trained at "
             f"{trained}, d = {say(d)}" + (f", d_state = {say(N)}" if N != [OTHERS["d_state"]] else "") + "\n"
-            + (f"median of {seeds}, band from lowest to highest" if most > 1 else seeds))
+            + (f"median of {seeds}, {spread_of_seeds}" if most > 1 else seeds))
+
+
+def from_training_length(runs, name, longest=np.inf):
+    """What each run reaches at its training length and, at its lowest, from there to longest. Raises ValueError."""
+    L, curves = runs[0]["config"]["L"], [run["length"] for run in runs]
+    if not all((x == L).any() for x, _ in curves):
+        raise ValueError(f"a run of {name} was not tested at its training length {L}")
+    return [y[x == L][0] for x, y in curves], [y[(x >= L) & (x <= longest)].min() for x, y in curves]
 
 
 def title(flags, values):
@@ -229,16 +237,12 @@ def draw_against(panels, flag):
     found = {}                                                 # {name: {value: accuracies of its seeds}}
     for (value,), of_value in panels.items():
         for name, runs in of_value.items():
-            L = runs[0]["config"]["L"]
-            accuracies = [y[x == L] for x, y in (run["length"] for run in runs)]
-            if not all(map(len, accuracies)):
-                raise ValueError(f"a run of {name} at {flag} = {value} was not tested at its training length {L}")
-            found.setdefault(name, {})[value] = np.concatenate(accuracies)
+            found.setdefault(name, {})[value], _ = from_training_length(runs, name)
     values = shared(panels, flag)
     fig = Figure(figsize=(8, 5), layout="constrained")
     ax = fig.subplots()
-    chance = [1 / next(iter(of_value.values()))[0]["config"]["K"] for of_value in panels.values()]
-    ax.plot(values, chance, color=GREY, lw=1, ls=":")
+    K = shared(panels, "K")                                    # one, or one for each value
+    ax.plot(values, [1 / k for k in K] * (len(values) // len(K)), color=GREY, lw=1, ls=":")
     ends, names = [], sorted(found, key=order)
     for z, name in enumerate(names):
         colour, width, dashes = style(name)
@@ -256,9 +260,9 @@ def draw_against(panels, flag):
         ax.text(1.03, height, name, color=style(name)[0], va="center_baseline", transform=ax.get_yaxis_transform())
     ax.set(xscale="log", ylim=(0, 1.05), xlabel=flag, ylabel="accuracy at the training length")
     ax.set_xticks(values, map(str, values)), ax.xaxis.set_minor_locator(NullLocator())
-    ax.annotate("chance", (1, chance[-1]), (-2, -3), ax.get_yaxis_transform(), textcoords="offset points", color=GREY,
-                fontsize=10, ha="right", va="top")
-    fig.suptitle(described(panels).replace("band from lowest to highest", "small dots: each seed"), fontsize=12)
+    ax.annotate("chance" if len(K) > 1 else f"chance 1/{K[0]}", (1, 1 / K[-1]), (-2, -3), ax.get_yaxis_transform(),
+                textcoords="offset points", color=GREY, fontsize=10, ha="right", va="top")
+    fig.suptitle(described(panels, "small dots: each seed"), fontsize=12)
     return fig
 
 
@@ -269,23 +273,19 @@ def draw_models(panels, flags=("M",)):
     fig = Figure(figsize=(max(8, 2 + 3 * len(panels)), 1.5 + 0.42 * len(names)), layout="constrained")
     for ax, (panel, models) in zip(fig.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
         for name, runs in models.items():
-            L, row = runs[0]["config"]["L"], names.index(name)
-            curves = [run["length"] for run in runs]
-            if not all((x == L).any() for x, _ in curves):
-                raise ValueError(f"a run of {name} was not tested at its training length {L}")
-            at, beyond = [y[x == L][0] for x, y in curves], [y[(x >= L) & (x <= longest)].min() for x, y in curves]
+            at, beyond = from_training_length(runs, name, longest)
+            row = names.index(name)
             for seeds, y, marker in ((at, row - 0.17, "o"), (beyond, row + 0.17, "D")):
                 look = dict(color=style(name)[0], clip_on=False, zorder=3, mfc=style(name)[0] if seeds is at else "white")
                 ax.plot([min(seeds), max(seeds)], [y, y], lw=4, alpha=0.25, color=style(name)[0], clip_on=False)
                 ax.plot(seeds, [y] * len(seeds), ls="", marker="|", ms=7, **look)
                 ax.plot(np.median(seeds), y, marker=marker, ms=7, mew=1.3, **look)
-        K = next(iter(models.values()))[0]["config"]["K"]
-        ax.axvline(1 / K, color=GREY, lw=1, ls=":")
+        ax.axvline(1 / runs[0]["config"]["K"], color=GREY, lw=1, ls=":")
         ax.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), title=title(flags, panel), xlabel="accuracy")
         ax.set_yticks(range(len(names)), names)
         ax.grid(axis="y", color="0.92"), ax.set_axisbelow(True)
         ax.tick_params(axis="y", length=0)
-    fig.suptitle(described(panels).replace("band from lowest to highest", "a small line for each seed") + "\n"
+    fig.suptitle(described(panels, "a small line for each seed") + "\n"
                  + f"dots: at the training length; diamonds: the lowest from there to {longest:g} tokens; dotted: chance", fontsize=12)
     return fig
 

@@ -8,7 +8,7 @@
 A run writes OUT/NAME.json, the result, and OUT/NAME.pt, the model. A run that is killed goes on where it was when the same
 command is given again; a run that is finished is not repeated unless --overwrite says so.
 
-Imports data, eval, hybrid, mamba and runs; bench times its step, and plot draws what it writes.
+Imports data, eval, fused_scan, hybrid, mamba and runs; bench times its step, and plot draws what it writes.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from tqdm import tqdm
 import mamba
 from data import recall_batch
 from eval import accuracy_by_length, print_table, some_lengths
+from fused_scan import compile_each_shape
 from hybrid import FAMILY, MODELS
 from runs import (RESUME, check, config_of, is_finished, load_saved, model_from, pick_device, processes, remove_saved,
                   same_run, short_errors, write_atomically, write_json)
@@ -171,9 +172,7 @@ def compiled(function, small):
     from torch._inductor import config as inductor             # here, because it takes a second
     products = {"decompose_mm_pass": {"min_first_dimension_decomposition": 1, "max_other_dimension_decomposition": 10**9}}
     inductor.post_grad_fusion_options = products               # torch reads these two numbers once, at the first compilation
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10**4    # shapes in a grid
-    options = {"combo_kernels": small, "post_grad_fusion_options": products if small else {}}
-    return torch.compile(function, dynamic=False, options=options)
+    return compile_each_shape(function, {"combo_kernels": small, "post_grad_fusion_options": products if small else {}})
 
 
 def record(step, generator):
@@ -272,7 +271,7 @@ def run(config, path, device):
     write_atomically(path + ".pt", lambda temporary: torch.save(checkpoint, temporary))
     write_json(path + ".json", {                                                       # last: it marks a finished run
         "config": config,
-        "params": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "params": model.size(),
         "train": curves,
         "eval": {"length": lengths, "accuracy": accuracies, "sequences": TEST_SEQUENCES},
         "env": {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform(),
@@ -292,7 +291,7 @@ def main(argv=None):
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                     timeout=datetime.timedelta(days=1))                # the others wait while one tests
         rank, world = processes()
-        if 1 < world > args.batch_size:
+        if world > max(1, args.batch_size):
             raise ValueError(f"--batch-size is {args.batch_size}, but {world} processes need at least a sequence each")
         configs = []
         for values in itertools.product(*(dict.fromkeys(getattr(args, flag)) for flag in GRID)):
