@@ -74,14 +74,15 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     left = (s[..., -1:] - s).clamp(min=-80).exp()[..., None]                           # (b, c, H, T, 1)
     ends = (left * u).mT @ of_heads(B)                                                 # (b, c, H, P, N)
     decay = s[..., -1].clamp(min=-80).exp()[..., None, None]                           # (b, c, H, 1, 1)
-    h = x.new_zeros(x.shape[0], H, P, N) if h is None else h
-    starts = []
+    from_zero, starts = h is None, []
+    h = x.new_zeros(x.shape[0], H, P, N) if from_zero else h
     for k in range(chunks):
         starts.append(h)
         h = decay[:, k] * h + ends[:, k]
 
     # (3) What a chunk's first state adds to its outputs.
-    y = y + s.clamp(min=-80).exp()[..., None] * (of_heads(C) @ torch.stack(starts, dim=1).mT)
+    if chunks > 1 or not from_zero:
+        y = y + s.clamp(min=-80).exp()[..., None] * (of_heads(C) @ torch.stack(starts, dim=1).mT)
     return y.transpose(2, 3).flatten(1, 2)[:, :L], h
 
 

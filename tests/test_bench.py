@@ -17,7 +17,7 @@ def tiny(monkeypatch):
 
 def test_tables(tiny, tmp_path, capsys):
     out = tmp_path / "mine.json"
-    bench.main(["--device", "cpu", "--out", str(out)])
+    bench.main(["--device", "cpu", "--tables", "step", "scan", "length", "--out", str(out)])
     printed, tables = capsys.readouterr().out, json.loads(out.read_text())["bench"]
     assert {row["form"] for row in tables["scan"]} >= {"recurrence", "chunked", "parallel"}
     assert "mambapy" in printed and "mamba_ssm" in printed                             # beside them, or why they are not
