@@ -17,7 +17,7 @@ state costs less than to store it and read it back. Sums over states and over ch
 adds up along one direction.
 
 Imports nothing of this repository; mamba calls it, and mamba2 and train use how it cuts time and compiles. Letters as in
-mamba.py, and c chunks of T steps; the chunks of all sequences are n = b c. The span (n, D) of a chunk is the sum of its dt.
+mamba.py, and c chunks of T steps, v_k being v in chunks; the span of a chunk is the sum of its dt, (b, c, D) for all.
 """
 
 import functools
@@ -37,105 +37,112 @@ def split(v, most):
     return (F.pad(v, (0, 0) * (v.dim() - 2) + (0, missing)) if missing else v).unflatten(1, (chunks, -1))
 
 
+def _join(v, L):
+    """The way back: (b, c, T, ...) -> (b, L, ...), a view."""
+    return v.flatten(1, 2)[:, :L]
+
+
 def _states(x, dt, A, B, h):
-    """Every chunk's states after its first state h (n, D, N), one after another: T of them."""
-    x, dt, B = x.to(A.dtype), dt.to(A.dtype), B.to(A.dtype)                            # (n, T, D or N)
-    for t in range(x.shape[1]):
-        u = (dt[:, t] * x[:, t])[..., None] * B[:, t, None, :]                         # (n, D, N)
-        h = torch.exp(dt[:, t, :, None] * A) * h + u
+    """Every chunk's states after its first state h (b, c, D, N), one after another: T of them."""
+    x, dt, B = (split(v, CHUNK_STEPS).to(A.dtype) for v in (x, dt, B))                 # (b, c, T, D or N)
+    for t in range(x.shape[2]):
+        u = (dt[:, :, t] * x[:, :, t])[..., None] * B[:, :, t, None, :]                # (b, c, D, N)
+        h = torch.exp(dt[:, :, t, :, None] * A) * h + u
         yield h
 
 
 def _adjoints(dt, A, C, dy, carry):
-    """Every chunk's t, g_t and a_t g_t, from the carry (n, D, N) that arrives at its end, from the last t to the first."""
-    dt, C, dy = dt.to(A.dtype), C.to(A.dtype), dy.to(A.dtype)
-    for t in reversed(range(dt.shape[1])):
-        g = carry + dy[:, t, :, None] * C[:, t, None, :]                               # (n, D, N)
-        carry = torch.exp(dt[:, t, :, None] * A) * g
+    """Every chunk's t, g_t and a_t g_t, from the carry (b, c, D, N) that arrives at its end, from the last t to the first."""
+    dt, C, dy = (split(v, CHUNK_STEPS).to(A.dtype) for v in (dt, C, dy))               # (b, c, T, D or N)
+    for t in reversed(range(dt.shape[2])):
+        g = carry + dy[:, :, t, :, None] * C[:, :, t, None, :]                         # (b, c, D, N)
+        carry = torch.exp(dt[:, :, t, :, None] * A) * g
         yield t, g, carry
 
 
 def _ends(x, dt, A, B):
-    """Every chunk's last state from zero (n, D, N), and its span."""
+    """Every chunk's last state from zero (b, c, D, N), and its span."""
     for h in _states(x, dt, A, B, 0.0):
         pass
-    return h, dt.sum(1, dtype=A.dtype)
+    return h, split(dt, CHUNK_STEPS).sum(2, dtype=A.dtype)
 
 
 def _outputs(x, dt, A, B, C, h):
-    """y (n, T, D), from every chunk's first state h."""
-    y = []
+    """y (b, L, D), from every chunk's first state h."""
+    C_k, y = split(C, CHUNK_STEPS), []
     for t, h in enumerate(_states(x, dt, A, B, h)):
-        y.append((h * C[:, t, None, :]).sum(-1).to(x.dtype))                           # (n, D)
-    return torch.stack(y, dim=1)
+        y.append((h * C_k[:, :, t, None, :]).sum(-1).to(x.dtype))                      # (b, c, D)
+    return _join(torch.stack(y, dim=2), x.shape[1])
 
 
 def _first_carry(dt, A, C, dy):
-    """What every chunk's own outputs say about its first state, with nothing from later chunks: (n, D, N)."""
+    """What every chunk's own outputs say about its first state, with nothing from later chunks: (b, c, D, N)."""
     for _, _, carry in _adjoints(dt, A, C, dy, 0.0):
         pass
     return carry
 
 
 def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carry):
-    """The sums over states (n, T, D), and every chunk's part of dA (n, D, N)."""
+    """The sums over states (b, L, D), and every chunk's part of dA (b, c, D, N)."""
     before = [h, *_states(x, dt, A, B, h)]                                             # before[t] is h_{t-1}
+    x_k, dt_k, B_k = (split(v, CHUNK_STEPS) for v in (x, dt, B))
     dx, ddt, dA = [], [], 0.0
     for t, g, carry in _adjoints(dt, A, C, dy, carry):
-        du = (g * B[:, t, None, :]).sum(-1)                                            # (n, D)
-        d_dtA = carry * before[t]                                                      # (n, D, N), g_t a_t h_{t-1}
-        dx.append((du * dt[:, t]).to(x.dtype))
-        ddt.append(((d_dtA * A).sum(-1) + du * x[:, t]).to(dt.dtype))
-        dA = dA + d_dtA * dt[:, t, :, None]
-    return torch.stack(dx[::-1], dim=1), torch.stack(ddt[::-1], dim=1), dA
+        du = (g * B_k[:, :, t, None, :]).sum(-1)                                       # (b, c, D)
+        d_dtA = carry * before[t]                                                      # (b, c, D, N), g_t a_t h_{t-1}
+        dx.append((du * dt_k[:, :, t]).to(x.dtype))
+        ddt.append(((d_dtA * A).sum(-1) + du * x_k[:, :, t]).to(dt.dtype))
+        dA = dA + d_dtA * dt_k[:, :, t, :, None]
+    return *(_join(torch.stack(v[::-1], dim=2), x.shape[1]) for v in (dx, ddt)), dA
 
 
 def _gradient_B(x, dt, A, B, C, dy, carry):
-    """A sum over channels: (n, T, N)."""
-    u, dB = dt.to(A.dtype) * x, []
+    """A sum over channels: (b, L, N)."""
+    x_k, dt_k, dB = split(x, CHUNK_STEPS), split(dt, CHUNK_STEPS).to(A.dtype), []
     for t, g, _ in _adjoints(dt, A, C, dy, carry):
-        dB.append((g * u[:, t, :, None]).sum(-2).to(B.dtype))                          # (n, N)
-    return torch.stack(dB[::-1], dim=1)
+        dB.append((g * (dt_k[:, :, t] * x_k[:, :, t])[..., None]).sum(-2).to(B.dtype))    # (b, c, N)
+    return _join(torch.stack(dB[::-1], dim=2), x.shape[1])
 
 
 def _gradient_C(x, dt, A, B, C, dy, h):
-    """A sum over channels: (n, T, N)."""
-    dC = []
+    """A sum over channels: (b, L, N)."""
+    dy_k, dC = split(dy, CHUNK_STEPS), []
     for t, h in enumerate(_states(x, dt, A, B, h)):
-        dC.append((h * dy[:, t, :, None]).sum(-2).to(C.dtype))                         # (n, N)
-    return torch.stack(dC, dim=1)
+        dC.append((h * dy_k[:, :, t, :, None]).sum(-2).to(C.dtype))                    # (b, c, N)
+    return _join(torch.stack(dC, dim=2), x.shape[1])
 
 
 def _total(dA):
-    """The sum over all chunks: (D, N)."""
-    return dA.sum(0)
+    """The sum over sequences and chunks: (D, N)."""
+    return dA.sum((0, 1))
 
 
 def _chunks(span, A, ends, h, backwards):
-    """The recurrence over the k chunks of every group: span (n, k, D), ends (n, k, D, N), h (n, D, N).
+    """The recurrence over the k chunks of every group, from the group's first state h (b, groups, D, N).
 
     Yields every chunk's number and the state that it starts from, and at the end None and the group's last state.
     backwards: from the last chunk to the first.
     """
-    for k in reversed(range(span.shape[1])) if backwards else range(span.shape[1]):
+    span, ends = (split(v, GROUP_CHUNKS) for v in (span, ends))                        # (b, groups, k, D), (b, groups, k, D, N)
+    for k in reversed(range(span.shape[2])) if backwards else range(span.shape[2]):
         yield k, h
-        h = torch.exp(span[:, k, :, None] * A) * h + ends[:, k]
+        h = torch.exp(span[:, :, k, :, None] * A) * h + ends[:, :, k]
     yield None, h
 
 
 def _group_ends(span, A, ends, backwards):
-    """Every group's last state from zero: (n, D, N)."""
+    """Every group's last state from zero (b, groups, D, N), and its span."""
     for _, h in _chunks(span, A, ends, 0.0, backwards):
         pass
-    return h
+    return h, split(span, GROUP_CHUNKS).sum(2)
 
 
 def _group_starts(span, A, ends, h, backwards):
-    """The state that every chunk starts from (n, k, D, N), and every group's last state (n, D, N). h None: from zero."""
-    h = torch.zeros_like(ends[:, 0]) if h is None else h
+    """The state that every chunk starts from (b, c, D, N), and every group's last state. h None: one group, from zero."""
+    h = torch.zeros_like(ends[:, :1]) if h is None else h
     starts = dict(_chunks(span, A, ends, h, backwards))
     last = starts.pop(None)
-    return torch.stack([starts[k] for k in range(len(starts))], dim=1), last
+    return _join(torch.stack([starts[k] for k in range(len(starts))], dim=2), span.shape[1]), last
 
 
 # A kernel may be made of any number of steps. And the compiler need not try two ways to share out the work of kernels without
@@ -154,31 +161,20 @@ def _kernel(function, off):
     return function if off else compile_each_shape(function, OPTIONS)
 
 
-def _cut(v, most):
-    """The chunks of all sequences, or groups of chunks, one after another: (b, L, ...) -> (n, T, ...)."""
-    return split(v, most).flatten(0, 1)
-
-
-def _join(v, b, L):
-    """The way back: (n, T, ...) -> (b, L, ...)."""
-    return v.unflatten(0, (b, -1)).flatten(1, 2)[:, :L].contiguous()
-
-
 def _across(span, A, ends, h, backwards, off):
     """Step (2): span (b, c, D), ends (b, c, D, N), h (b, D, N) or None -> the state that every chunk starts from, the last state.
 
     Backwards "ends" are first carries, h is the carry that arrives at the sequence's end, and the results are the carries that
-    arrive at each chunk's end and the one that leaves the sequence. Many chunks are cut into groups as many steps were into
+    arrive at each chunk's end and the one that leaves the sequence. Many chunks are split into groups as many steps were into
     chunks, and (1) to (3) come again, one level up.
     """
-    (b, c), last = span.shape[:2], None
-    span, ends = (_cut(v, GROUP_CHUNKS) for v in (span, ends))                   # (n, k, D), (n, k, D, N)
-    if len(span) > b:
-        group_ends = _kernel(_group_ends, off)(span, A, ends, backwards)               # (n, D, N)
-        h, last = _across(span.sum(1).unflatten(0, (b, -1)), A, group_ends.unflatten(0, (b, -1)), h, backwards, off)
-        h = h.flatten(0, 1)
-    starts, end = _kernel(_group_starts, off)(span, A, ends, h, backwards)
-    return _join(starts, b, c), end if last is None else last
+    if span.shape[1] <= GROUP_CHUNKS:
+        starts, last = _kernel(_group_starts, off)(span, A, ends, None if h is None else h[:, None], backwards)
+        return starts, last[:, 0]
+    group_ends, group_span = _kernel(_group_ends, off)(span, A, ends, backwards)
+    h, last = _across(group_span, A, group_ends, h, backwards, off)                    # h (b, groups, D, N)
+    starts, _ = _kernel(_group_starts, off)(span, A, ends, h, backwards)
+    return starts, last
 
 
 @torch.library.custom_op("mamba::scan", mutates_args=())
@@ -188,38 +184,37 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor | No
 
     An operator of its own, so that a compiled model calls it as it stands and does not take it apart.
     """
-    b, L = x.shape[:2]
-    x, dt, B, C = (_cut(v, CHUNK_STEPS) for v in (x, dt, B, C))                        # (n, T, D or N)
-    ends, span = (v.unflatten(0, (b, -1)) for v in _kernel(_ends, off)(x, dt, A, B))
+    ends, span = _kernel(_ends, off)(x, dt, A, B)
     starts, last = _across(span, A, ends, h, False, off)
-    y = _kernel(_outputs, off)(x, dt, A, B, C, starts.flatten(0, 1))
-    return _join(y, b, L), last, starts, span
+    return _kernel(_outputs, off)(x, dt, A, B, C, starts), last, starts, span
 
 
 @torch.library.custom_op("mamba::scan_backward", mutates_args=())
 def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, span: Tensor, dy: Tensor,
                    dh: Tensor | None, off: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> the gradients of x, dt, A, B, C and h."""
-    b, L = x.shape[:2]
-    x, dt, B, C, dy = (_cut(v, CHUNK_STEPS) for v in (x, dt, B, C, dy))
-    carries = _kernel(_first_carry, off)(dt, A, C, dy).unflatten(0, (b, -1))
-    carries, dh = _across(span, A, carries, dh, True, off)
-    starts, carries = starts.flatten(0, 1), carries.flatten(0, 1)
+    carries, dh = _across(span, A, _kernel(_first_carry, off)(dt, A, C, dy), dh, True, off)
     dx, ddt, dA = _kernel(_gradients_x_dt_A, off)(x, dt, A, B, C, dy, starts, carries)
     dB = _kernel(_gradient_B, off)(x, dt, A, B, C, dy, carries)
     dC = _kernel(_gradient_C, off)(x, dt, A, B, C, dy, starts)
-    return _join(dx, b, L), _join(ddt, b, L), _kernel(_total, off)(dA), _join(dB, b, L), _join(dC, b, L), dh
+    return dx, ddt, _kernel(_total, off)(dA), dB, dC, dh
+
+
+def _joined(v, most):
+    """An empty tensor with the shape and the strides that _join(split(v, most)) has where split filled up."""
+    return _join(v.new_empty(split(v, most).shape), v.shape[1])
 
 
 @_scan.register_fake
 def _(x, dt, A, B, C, h, off):
-    starts = A.new_empty(x.shape[0], -(-x.shape[1] // CHUNK_STEPS), *A.shape)
-    return x.new_empty(x.shape), A.new_empty(x.shape[0], *A.shape), starts, starts.new_empty(starts.shape[:3])
+    starts = _joined(A.new_empty(x.shape[0], -(-x.shape[1] // CHUNK_STEPS), *A.shape), GROUP_CHUNKS)
+    return _joined(x, CHUNK_STEPS), A.new_empty(x.shape[0], *A.shape), starts, A.new_empty(starts.shape[:3])
 
 
 @_scan_backward.register_fake
 def _(x, dt, A, B, C, starts, span, dy, dh, off):
-    return *(v.new_empty(v.shape) for v in (x, dt, A, B, C)), A.new_empty(x.shape[0], *A.shape)
+    dx, ddt, dB, dC = (_joined(v, CHUNK_STEPS) for v in (x, dt, B, C))
+    return dx, ddt, A.new_empty(A.shape), dB, dC, A.new_empty(x.shape[0], *A.shape)
 
 
 def _keep(ctx, inputs, output):
@@ -231,7 +226,7 @@ def _keep(ctx, inputs, output):
 
 def _backward(ctx, dy, dh, *_):
     dy = torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy
-    *gradients, dh = _scan_backward(*ctx.saved_tensors, dy.contiguous(), dh, ctx.off)
+    *gradients, dh = _scan_backward(*ctx.saved_tensors, dy, dh, ctx.off)
     return *gradients, None if ctx.from_zero else dh, None
 
 
