@@ -69,13 +69,19 @@ def timed(call, device, repeats=9, graph=True, warm=2):
     return statistics.median(took), min(took), max(took)
 
 
-def peak_megabytes(call, device):
-    """The most memory that call() holds on the device, with what it is given; None where torch does not count it."""
-    if device.type != "cuda":
+def bytes_held(device):
+    """What the program holds on the device; None where torch does not count it."""
+    gc.collect()
+    return torch.cuda.memory_allocated() if device.type == "cuda" else None
+
+
+def peak_megabytes(call, device, before):
+    """The most memory that is held during call(), beyond the bytes held before there was anything that it needs."""
+    if before is None:
         return None
     gc.collect(), torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
     call(), sync(device)
-    return torch.cuda.max_memory_allocated() / 1e6
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 # ---- the scan ----
@@ -135,6 +141,7 @@ def scan_table(device):
             if isinstance(scan, str):
                 print(f"  {str((b, L, D, N)):20} {name:11} {scan}")
                 continue
+            before = bytes_held(device)
             inputs = operands(device, b, L, D, N, in_heads=name == "mamba-2")
             dy = torch.randn_like(inputs[0])
             call = lambda: torch.autograd.grad(scan(*inputs), inputs, dy)
@@ -142,7 +149,7 @@ def scan_table(device):
             call(), sync(device)
             row["first_call_s"] = time.time() - began
             row["ms"], row["ms_lowest"], row["ms_highest"] = timed(call, device)
-            row["megabytes"] = peak_megabytes(call, device)
+            row["megabytes"] = peak_megabytes(call, device, before)
             memory = f"{row['megabytes']:7.0f} MB" if row["megabytes"] else ""
             print(f"  {str((b, L, D, N)):20} {name:11} {row['ms']:9.3f} ({row['ms_lowest']:.3f} to {row['ms_highest']:.3f})"
                   f"{memory}    first call {row['first_call_s']:.1f} s", flush=True)
@@ -211,10 +218,11 @@ def state_bytes(states):
 
 def length_row(name, L, device):
     """What L tokens cost a model. A function of its own, or what one row leaves behind would count as the next one's memory."""
+    before = bytes_held(device)
     row, calls = {"model": name, "length": L}, dict(graph=False, warm=1, repeats=9 if L < 2**14 else 3 if L < 2**18 else 1)
     generator, step = train.prepare(config_for(name, d=64, L=L - 1, batch_size=1), device)[2:]
     step(), step()
-    row["train_megabytes"] = peak_megabytes(step, device)
+    row["train_megabytes"] = peak_megabytes(step, device, before)
     row["train_us"] = 1e3 * timed(recorded(step, generator, device), device, **calls)[0] / L
     del step
     model = build_model(name, d=64, L=L).to(device)
@@ -226,7 +234,7 @@ def length_row(name, L, device):
             _, states = model.stream(piece, states)
         return states
     with torch.no_grad():
-        row["read_megabytes"] = peak_megabytes(read, device)
+        row["read_megabytes"] = peak_megabytes(read, device, before)
         row["read_us"] = 1e3 * timed(read, device, **calls)[0] / L
         states = read()
         row["token_ms"] = timed(lambda: model.stream(tokens[:, -1:], states), device, 51, graph=False)[0]
