@@ -177,6 +177,8 @@ def test_what_was_measured_by_hand_is_as_it_was_written_down():
     text = " ".join(README.split())
     *three, last = find("parallel scan")["megabytes"]
     assert f"alone holds {', '.join(map(str, three))} and {last} MB" in text
+    fresh, kept = (median(us) for us in find("C library")["us"])
+    assert f"it was {kept:.0f} in place of {fresh:.0f}" in text
     for model in ("mamba", "rope"):
         one, two = find("one and on two GPUs", model)["ms"]
         assert re.search(rf"a step of `{model}` (takes )?{two:g} (ms )?in place of {one:g}", text), model
