@@ -54,10 +54,11 @@ def ssd_ref(x, dt, A, B, C, h=None):
 def ssd(x, dt, A, B, C, h=None, T=None):
     """ssd_ref in chunks of at most T steps: same arguments, same results, same gradients, to rounding.
 
-    A GPU likes few large products best, a CPU has to compute them: T is 64 on the one and 16 on the other, if not given.
+    A GPU likes few large products best, a CPU has to compute them: T, if not given, is 64 on the one, or all of up to 128 steps,
+    and 16 on the other.
     """
     L, (H, P), (G, N) = x.shape[1], x.shape[2:], B.shape[2:]
-    T = T or (64 if x.is_cuda else 16)
+    T = T or (16 if not x.is_cuda else L if L <= 128 else 64)
     # A step that decays by exp(-40) has forgotten everything; a larger number would only swallow the digits of its neighbours.
     u, log_decay, B, C = (split(v, T).transpose(2, 3) for v in (dt[..., None] * x, (dt * A).clamp(min=-40), B, C))
     chunks = u.shape[1]                                        # u (b, c, H, T, P), log_decay (b, c, H, T), B, C (b, c, G, T, N)
