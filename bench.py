@@ -6,8 +6,9 @@
 
 Beside the scan stand mamba2.py's in heads of 64 channels, mambapy's pscan, and mamba_ssm's kernel with the transposed copies that
 it needs here, the last two if they can be imported. On CUDA scans and training steps are recorded as a graph and replayed, so
-that what the host needs to launch them is left out, as it is in train.py. Times are medians of several calls after one or two
-that do not count; beyond 2^18 tokens of one call. With --out the numbers are written as JSON too.
+that what the host needs to launch them is left out, as it is in train.py; ten scans are one replay. Times are medians of several
+calls after a few that do not count, from 2^18 tokens on of one call. Memory is counted on CUDA, beyond what the program held
+before. With --out the numbers are written as JSON too.
 
 Imports data, eval, hybrid, mamba, mamba2, runs and train.
 """
@@ -132,27 +133,34 @@ def operands(device, b, L, D, N, in_heads=False):
     return [v.requires_grad_() for v in (x, dt, A, B, C)]
 
 
+def scan_row(name, scan, shape, device):
+    """What one form costs. A function of its own, or what one row leaves behind would count as held before the next."""
+    before = bytes_held(device)
+    inputs = operands(device, *shape, in_heads=name == "mamba-2")
+    dy = torch.randn_like(inputs[0])
+    call = lambda: torch.autograd.grad(scan(*inputs), inputs, dy)
+    row, began = {"shape": list(shape), "form": name}, time.time()
+    call(), sync(device)
+    row["first_call_s"] = time.time() - began
+    row["ms"], row["ms_lowest"], row["ms_highest"] = timed(call, device)
+    row["megabytes"] = peak_megabytes(call, device, before)
+    return row
+
+
 def scan_table(device):
-    print("The scan, forward and backward, float32: milliseconds (lowest to highest), peak memory")
+    memory = ", peak memory" if device.type == "cuda" else ""
+    print(f"The scan, forward and backward, float32: milliseconds (lowest to highest){memory}")
     rows = []
-    for b, L, D, N in SHAPES[device.type]:
-        for name, scan in scans(device, (b, L, D, N)).items():
-            row = {"shape": [b, L, D, N], "form": name}
+    for shape in SHAPES[device.type]:
+        for name, scan in scans(device, shape).items():
+            print(f"  {str(shape):20} {name:11}", end=" ", flush=True)
             if isinstance(scan, str):
-                print(f"  {str((b, L, D, N)):20} {name:11} {scan}")
+                print(scan)
                 continue
-            before = bytes_held(device)
-            inputs = operands(device, b, L, D, N, in_heads=name == "mamba-2")
-            dy = torch.randn_like(inputs[0])
-            call = lambda: torch.autograd.grad(scan(*inputs), inputs, dy)
-            began = time.time()
-            call(), sync(device)
-            row["first_call_s"] = time.time() - began
-            row["ms"], row["ms_lowest"], row["ms_highest"] = timed(call, device)
-            row["megabytes"] = peak_megabytes(call, device, before)
-            memory = f"{row['megabytes']:7.0f} MB" if row["megabytes"] else ""
-            print(f"  {str((b, L, D, N)):20} {name:11} {row['ms']:9.3f} ({row['ms_lowest']:.3f} to {row['ms_highest']:.3f})"
-                  f"{memory}    first call {row['first_call_s']:.1f} s", flush=True)
+            row = scan_row(name, scan, shape, device)
+            memory = f"{row['megabytes']:7.0f} MB" if memory else ""
+            print(f"{row['ms']:9.3f} ({row['ms_lowest']:.3f} to {row['ms_highest']:.3f}){memory}"
+                  f"    first call {row['first_call_s']:.1f} s", flush=True)
             rows.append(row)
     return rows
 

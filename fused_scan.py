@@ -10,14 +10,14 @@ chunks, which gives every chunk its first state, (3) every chunk from there. If 
 way: groups of chunks, all at once. Backwards the same three steps, with g in place of h (mamba.py derives the gradient);
 what a chunk hands to the one before it is a_1 g_1, here called carry.
 
-Each of the nine functions between _states and OPTIONS that the two operators at the end call is one kernel under
-torch.compile (_ends and _total may be two): the loop over the steps of a chunk is unrolled, its states live in registers,
-and what is written is y, a gradient, or one state a chunk. Six of them take the same steps again on purpose: to compute a
-state costs less than to store it and read it back. Sums over states and over channels are kernels of their own, for a kernel
-adds up along one direction.
+Each of the nine functions that go through _kernel is one kernel under torch.compile (_ends, _group_ends and _total may be
+two): the loop over the steps of a chunk is unrolled, its states live in registers, and what is written has no step and state
+together: y, gradients, and one state, one dA and one span a chunk. The six that use _states or _adjoints take the same steps
+again on purpose: to compute a state costs less than to store it and read it back. A kernel adds up either over states or over
+channels, so dB and dC cannot be had with dx and ddt; and each by itself, they were faster than together.
 
 Imports nothing of this repository; mamba calls it, and mamba2 and train use how it cuts time and compiles. Letters as in
-mamba.py, and c chunks of T steps, v_k being v in chunks; the span of a chunk is the sum of its dt, (b, c, D) for all.
+mamba.py, and c chunks of T steps; x_k, dt_k ... are x, dt ... in chunks; the span of a chunk is the sum of its dt.
 """
 
 import functools
@@ -43,7 +43,7 @@ def _join(v, L):
 
 
 def _states(x, dt, A, B, h):
-    """Every chunk's states after its first state h (b, c, D, N), one after another: T of them."""
+    """Every chunk's states after its first state h, (b, c, D, N) or 0.0, one after another: T of them."""
     x, dt, B = (split(v, CHUNK_STEPS).to(A.dtype) for v in (x, dt, B))                 # (b, c, T, D or N)
     for t in range(x.shape[2]):
         u = (dt[:, :, t] * x[:, :, t])[..., None] * B[:, :, t, None, :]                # (b, c, D, N)
@@ -52,7 +52,7 @@ def _states(x, dt, A, B, h):
 
 
 def _adjoints(dt, A, C, dy, carry):
-    """Every chunk's t, g_t and a_t g_t, from the carry (b, c, D, N) that arrives at its end, from the last t to the first."""
+    """Every chunk's t, g_t and a_t g_t from the last t to the first; carry, (b, c, D, N) or 0.0, arrives at the chunk's end."""
     dt, C, dy = (split(v, CHUNK_STEPS).to(A.dtype) for v in (dt, C, dy))               # (b, c, T, D or N)
     for t in reversed(range(dt.shape[2])):
         g = carry + dy[:, :, t, :, None] * C[:, :, t, None, :]                         # (b, c, D, N)
@@ -61,7 +61,7 @@ def _adjoints(dt, A, C, dy, carry):
 
 
 def _ends(x, dt, A, B):
-    """Every chunk's last state from zero (b, c, D, N), and its span."""
+    """Every chunk's last state from zero (b, c, D, N), and its span (b, c, D)."""
     for h in _states(x, dt, A, B, 0.0):
         pass
     return h, split(dt, CHUNK_STEPS).sum(2, dtype=A.dtype)
@@ -118,12 +118,12 @@ def _total(dA):
 
 
 def _chunks(span, A, ends, h, backwards):
-    """The recurrence over the k chunks of every group, from the group's first state h (b, groups, D, N).
+    """The recurrence over the chunks of every group, from the group's first state h, (b, groups, D, N) or 0.0.
 
     Yields every chunk's number and the state that it starts from, and at the end None and the group's last state.
     backwards: from the last chunk to the first.
     """
-    span, ends = (split(v, GROUP_CHUNKS) for v in (span, ends))                        # (b, groups, k, D), (b, groups, k, D, N)
+    span, ends = (split(v, GROUP_CHUNKS) for v in (span, ends))                        # (b, groups, chunks, D), and (..., D, N)
     for k in reversed(range(span.shape[2])) if backwards else range(span.shape[2]):
         yield k, h
         h = torch.exp(span[:, :, k, :, None] * A) * h + ends[:, :, k]
@@ -145,8 +145,9 @@ def _group_starts(span, A, ends, h, backwards):
     return _join(torch.stack([starts[k] for k in range(len(starts))], dim=2), span.shape[1]), last
 
 
-# A kernel may be made of any number of steps. And the compiler need not try two ways to share out the work of kernels without
-# a sum: that compiles each twice, and it often took the slower, 0.087 to 0.126 ms in place of 0.060 to 0.072 for four of them.
+# All steps of a chunk in one kernel. And the compiler need not try two ways to share out the work of kernels whose threads need
+# not add up: that compiles each twice, and it often took the slower (0.087 and 0.126 ms in place of 0.060 and 0.072 for _ends,
+# _first_carry and _group_ends twice at (64, 256, 128, 16)).
 OPTIONS = {"max_fusion_size": 1000, "triton.autotune_pointwise": False}
 
 
@@ -201,7 +202,7 @@ def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start
 
 
 def _joined(v, most):
-    """An empty tensor with the shape and the strides that _join(split(v, most)) has where split filled up."""
+    """An empty tensor with the shape of v and the strides of what _join returns: a slice of whole chunks."""
     return _join(v.new_empty(split(v, most).shape), v.shape[1])
 
 
@@ -238,5 +239,5 @@ def parallel_scan(x, dt, A, B, C, h=None, off=False):
 
     off: leave torch.compile out.
     """
-    y, h, _, _ = _scan(x, dt, A, B, C, h, off)
+    y, h, _, _ = _scan(x, dt, A.contiguous(), B, C, h, off)    # states are laid out as A is
     return y, h

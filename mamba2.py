@@ -81,7 +81,7 @@ def ssd(x, dt, A, B, C, h=None, T=None):
         starts.append(h)
         h = decay[:, k] * h + ends[:, k]
 
-    # (3) What a chunk's first state adds to its outputs.
+    # (3) What a chunk's first state adds to its outputs: nothing, if there is one chunk, from zero.
     if chunks > 1 or not from_zero:
         y = y + s.clamp(min=-80).exp()[..., None] * (of_heads(C) @ torch.stack(starts, dim=1).mT)
     return y.transpose(2, 3).flatten(1, 2)[:, :L], h

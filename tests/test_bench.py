@@ -1,8 +1,10 @@
 """bench.py on tiny sizes: every table is printed, what it writes can be drawn, and wrong flags are refused before it begins."""
 
+import gc
 import json
 
 import pytest
+import torch
 
 import bench
 import plot
@@ -30,6 +32,17 @@ def test_tables(tiny, tmp_path, capsys):
         2 * 2 * 4 * 8 * P, 2 * 2 * 4 * 32 * P, *[2 * 4 * D * (d_conv - 1 + N)] * 2]
     plot.main([str(out), "--out", str(tmp_path)])
     assert (tmp_path / "cost_mine.png").exists()
+
+
+def test_no_row_counts_what_another_left_behind(tiny, monkeypatch):
+    held = []
+
+    def count(device):
+        gc.collect()
+        held.append(sum(thing.nbytes for thing in gc.get_objects() if type(thing) is torch.Tensor))
+    monkeypatch.setattr(bench, "bytes_held", count)
+    bench.scan_table(torch.device("cpu"))
+    assert len(held) >= 4 and len(set(held)) == 1
 
 
 @pytest.mark.parametrize("flags, sentence", [

@@ -96,6 +96,7 @@ def test_the_fused_operators_are_what_they_are_declared_to_be(b, L, transposed, 
     y, last, starts, span = fused_scan._scan(x, dt, A, B, C, h, True)
     torch.library.opcheck(fused_scan._scan_backward, (x, dt, A, B, C, starts, span, y, last, True))
     assert last.untyped_storage().nbytes() == 8 * last.numel(), "the last state keeps others alive"
+    assert parallel(x, dt, A.mT.contiguous().mT, B, C, h)[1].is_contiguous()
 
 
 @scans
