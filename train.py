@@ -14,6 +14,7 @@ Imports data, eval, fused_scan, hybrid, mamba and runs; bench times its step, an
 import argparse
 import contextlib
 import datetime
+import gc
 import itertools
 import math
 import os
@@ -332,6 +333,8 @@ def main(argv=None):
             sys.exit(130)
         say(f"{count}wrote {path}.json")
     if world > 1:
+        # All end together, and nothing is left that holds the group: of processes that ended one by one, some aborted.
+        gc.collect(), dist.barrier()
         dist.destroy_process_group()
 
 
