@@ -10,7 +10,7 @@ chunks, which gives every chunk its first state, (3) every chunk from there. If 
 way: groups of chunks, all at once. Backwards the same three steps, with g in place of h (mamba.py derives the gradient);
 what a chunk hands to the one before it is a_1 g_1, here called carry.
 
-Each of the nine functions that go through _kernel is one kernel under torch.compile (_ends, _group_ends and _total may be
+Each of the ten functions that go through _kernel is one kernel under torch.compile (_ends, _group_ends and _total may be
 two): the loop over the steps of a chunk is unrolled, its states live in registers, and what is written has no step and state
 together: y, gradients, and one state, one dA and one span a chunk. The six that use _states or _adjoints take the same steps
 again on purpose: to compute a state costs less than to store it and read it back. A kernel adds up either over states or over
@@ -29,6 +29,7 @@ from torch import Tensor
 CHUNK_STEPS = 8     # most steps in a chunk; 16 took twice as long to compile, 0.048 ms in place of 0.032 at (64, 64, 16, 16), and
                     # 0.321 in place of 0.338 at (64, 256, 128, 16)
 GROUP_CHUNKS = 16   # most chunks in a group
+CHANNELS = 64       # in one sum for dB or dC, if D is a multiple of it: see _in_groups
 
 
 def split(v, most):
@@ -42,8 +43,8 @@ def _states(x, dt, A, B, h):
     """Every chunk's states after its first state h, (b, c, D, N) or 0.0, one after another: T of them."""
     x, dt, B = (split(v, CHUNK_STEPS).to(A.dtype) for v in (x, dt, B))                 # (b, c, T, D or N)
     for t in range(x.shape[2]):
-        u = (dt[:, :, t] * x[:, :, t])[..., None] * B[:, :, t, None, :]                # (b, c, D, N)
-        h = torch.exp(dt[:, :, t, :, None] * A) * h + u
+        u = (dt[:, :, t] * x[:, :, t])[..., None] * B[:, :, t, None]                   # (b, c, D, N)
+        h = torch.exp(dt[:, :, t, ..., None] * A) * h + u
         yield h
 
 
@@ -51,8 +52,8 @@ def _adjoints(dt, A, C, dy, carry):
     """Every chunk's t, g_t and a_t g_t from the last t to the first; carry, (b, c, D, N) or 0.0, arrives at the chunk's end."""
     dt, C, dy = (split(v, CHUNK_STEPS).to(A.dtype) for v in (dt, C, dy))               # (b, c, T, D or N)
     for t in reversed(range(dt.shape[2])):
-        g = carry + dy[:, :, t, :, None] * C[:, :, t, None, :]                         # (b, c, D, N)
-        carry = torch.exp(dt[:, :, t, :, None] * A) * g
+        g = carry + dy[:, :, t, ..., None] * C[:, :, t, None]                          # (b, c, D, N)
+        carry = torch.exp(dt[:, :, t, ..., None] * A) * g
         yield t, g, carry
 
 
@@ -92,20 +93,38 @@ def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carry):
     return *(torch.stack(v[::-1], dim=2).flatten(1, 2) for v in (dx, ddt)), dA
 
 
+def _in_groups(x, dt, A, B, C, dy, h):
+    """Views with G groups of P channels in place of D; each group has B and C to itself.
+
+    The compiler fits a kernel to the number of sums that it takes. If those were over all channels, then with more than 2^15 of
+    them (chunks times N) every tile that it tries needs more registers than there are, or reads x once for every state.
+    """
+    P = CHANNELS if A.shape[0] % CHANNELS == 0 else A.shape[0]
+    x, dt, dy = (v.unflatten(-1, (-1, P)) for v in (x, dt, dy))                        # (b, L, G, P)
+    return x, dt, A.unflatten(0, (-1, P)), B[:, :, None], C[:, :, None], dy, h.unflatten(2, (-1, P))
+
+
 def _gradient_B(x, dt, A, B, C, dy, carry):
-    """A sum over channels: (b, L, N)."""
+    """Sums over the channels of each group: (b, L, G, N)."""
+    x, dt, A, B, C, dy, carry = _in_groups(x, dt, A, B, C, dy, carry)
     x_k, dt_k, dB = split(x, CHUNK_STEPS), split(dt, CHUNK_STEPS).to(A.dtype), []
     for t, g, _ in _adjoints(dt, A, C, dy, carry):
-        dB.append((g * (dt_k[:, :, t] * x_k[:, :, t])[..., None]).sum(-2).to(B.dtype))    # (b, c, N)
+        dB.append((g * (dt_k[:, :, t] * x_k[:, :, t])[..., None]).sum(-2))             # (b, c, G, N)
     return torch.stack(dB[::-1], dim=2).flatten(1, 2)
 
 
 def _gradient_C(x, dt, A, B, C, dy, h):
-    """A sum over channels: (b, L, N)."""
+    """Sums over the channels of each group: (b, L, G, N)."""
+    x, dt, A, B, C, dy, h = _in_groups(x, dt, A, B, C, dy, h)
     dy_k, dC = split(dy, CHUNK_STEPS), []
     for t, h in enumerate(_states(x, dt, A, B, h)):
-        dC.append((h * dy_k[:, :, t, :, None]).sum(-2).to(C.dtype))                    # (b, c, N)
+        dC.append((h * dy_k[:, :, t, ..., None]).sum(-2))                              # (b, c, G, N)
     return torch.stack(dC, dim=2).flatten(1, 2)
+
+
+def _of_all_groups(v, dtype):
+    """(b, L, G, N) -> (b, L, N)."""
+    return v.sum(2).to(dtype)
 
 
 def _total(dA):
@@ -194,6 +213,7 @@ def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start
     dx, ddt, dA = _kernel(_gradients_x_dt_A, off)(x, dt, A, B, C, dy, starts, carries)
     dB = _kernel(_gradient_B, off)(x, dt, A, B, C, dy, carries)
     dC = _kernel(_gradient_C, off)(x, dt, A, B, C, dy, starts)
+    dB, dC = (v.squeeze(2).to(B.dtype) if v.shape[2] == 1 else _kernel(_of_all_groups, off)(v, B.dtype) for v in (dB, dC))
     return dx, ddt, _kernel(_total, off)(dA), dB, dC, dh
 
 
@@ -231,8 +251,8 @@ def parallel_scan(x, dt, A, B, C, h=None, off=False):
     off: leave torch.compile out.
     """
     L = x.shape[1]
-    # Filled up here, where it is part of the model's kernels, and not in the scan's own: loads that look where the sequence ends
-    # made those take 66 us for 65 steps of 16 channels, forwards and backwards, in place of 37.
+    # Filled up here, where it is part of the model's kernels, and not in the scan's own: loads that ask where the sequence ends
+    # made those take 66 us in place of 37, forwards and backwards, for 65 steps of 16 channels.
     x, dt, B, C = (split(v, CHUNK_STEPS).flatten(1, 2) for v in (x, dt, B, C))         # (b, whole chunks, D or N)
     y, h, _, _ = _scan(x, dt, A.contiguous(), B, C, h, off)    # states are laid out as A is
     return y[:, :L], h
