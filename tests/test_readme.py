@@ -175,13 +175,12 @@ def test_what_was_measured_by_hand_is_as_it_was_written_down():
     rows = {row["what"]: row for row in json.loads((ROOT / "results/bench/by_hand.json").read_text())["by_hand"]}
     find = lambda *words: next(row for what, row in rows.items() if all(word in what for word in words))
     text = " ".join(README.split())
-    *three, last = find("parallel scan")["megabytes"]
-    assert f"alone holds {', '.join(map(str, three))} and {last} MB" in text
     fresh, kept = (median(us) for us in find("C library")["us"])
     assert f"it was {kept:.0f} in place of {fresh:.0f}" in text
     for model in ("mamba", "rope"):
         one, two = find("one and on two GPUs", model)["ms"]
         assert re.search(rf"a step of `{model}` (takes )?{two:g} (ms )?in place of {one:g}", text), model
+    assert "in about five minutes ({} and {} seconds,".format(*find("bench.py, from the shell")["s"]) in text
     commands = find("train.py --model rope")["s"], find("train.py --model mamba")["s"]
     assert f"it took {commands[0]} seconds, and {commands[1]} seconds" in text
 
