@@ -44,12 +44,13 @@ class RNN(nn.Module):
 
 
 class LTI(nn.Module):
-    """A linear state space model that treats every token alike: S4D (Gu et al. 2022, arXiv 2206.11893), real version.
+    """A linear state space model that treats every token alike: S4D (Gu et al. 2022, arXiv 2206.11893), section 3, real version.
 
     Each channel is a system h' = A h + B x, y = C h with N states, A diagonal, over a step dt of its own in which x does not
-    change (zero-order hold): h_t = Abar h_{t-1} + Bbar x_t, Abar = exp(dt A), Bbar = (Abar - 1) / A B. With
-    nothing that depends on the token, y is the convolution of x with K_l = C Abar^l Bbar: `convolve` and `recur` are the same
-    function. Left out: complex A, the bilinear rule, the gate after the output's map, and a smaller learning rate for A and dt.
+    change (zero-order hold, equation 6): h_t = Abar h_{t-1} + Bbar x_t, Abar = exp(dt A), Bbar = (Abar - 1) / A B. With
+    nothing that depends on the token, y is the convolution of x with K_l = C Abar^l Bbar (equation 7): `convolve` and `recur`
+    are the same function. Left out: complex A, the bilinear rule, the gate after the output's map, and a smaller learning rate
+    for A and dt.
     """
 
     def __init__(self, d_model, d_state=16):

@@ -1,8 +1,10 @@
-"""One block of attention and MLP whose weights are used several times: Zamba (Glorioso et al. 2024, arXiv 2405.16712) and Zamba2.
+"""One block of attention and MLP whose weights are used several times: Zamba and Zamba2.
+
+Zamba: Glorioso et al. 2024, arXiv 2405.16712, section II and figure 2. Zamba2: the same, arXiv 2411.15242, figure 2.
 
 A block of attention and MLP has many parameters, and all its uses share them; each has a cache of its own. A use differs from
 another in what it is fed, the stream beside the token's embedding, in the map that brings its result back into the stream,
-and, in Zamba2 (arXiv 2411.15242), in a small correction of its own to the shared MLP (LoRA, Hu et al. 2021, arXiv 2106.09685).
+and, in Zamba2, in a small correction of its own to the shared MLP (LoRA, Hu et al. 2021, arXiv 2106.09685).
 
 What differs from the published models: there the result is added to the input of the next Mamba layer only, here it stays in
 the stream; there the block has no residuals of its own and an MLP of width d with GELU, here two residuals and SwiGLU at 2d.
