@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import datetime
 import gc
+import importlib.util
 import itertools
 import math
 import os
@@ -288,6 +289,8 @@ def main(argv=None):
     parser, args = parse(argv)
     try:
         device = pick_device(args.device)
+        if device.type == "cuda" and args.compile and importlib.util.find_spec("triton") is None:
+            raise ValueError("--compile needs the package triton on CUDA, which is not installed; --no-compile does without")
         if "LOCAL_RANK" in os.environ:                         # torchrun started this process, and others
             if device.type == "cuda":
                 device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")

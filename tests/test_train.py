@@ -370,6 +370,13 @@ def test_wrong_flags(flags, sentence, refuses, tmp_path):
     assert sentence in error and names(tmp_path) == []
 
 
+def test_cuda_without_triton(refuses, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "--no-compile does without" in refuses(train.main, [*TINY, "--out", tmp_path / "out"])
+    assert names(tmp_path) == []
+
+
 def test_out_that_cannot_be_written(refuses, tmp_path):
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file" / "below", tmp_path / "file"):
