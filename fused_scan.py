@@ -11,8 +11,8 @@ way: groups of chunks, all at once. Backwards the same three steps, with g in pl
 what a chunk hands to the one before it is a_1 g_1, here called carry.
 
 Each of the ten functions that go through _kernel is one kernel under torch.compile (_ends, _group_ends and _total may be
-two): the loop over the steps of a chunk is unrolled, its states live in registers, and what is written has no step and state
-together: y, gradients, and one state, one dA and one span a chunk. The six that use _states or _adjoints take the same steps
+two): the loop over the steps of a chunk is unrolled, its states live in registers, and nothing of shape (b, L, D, N) is
+written: y, gradients, and one state, one dA and one span a chunk. The six that use _states or _adjoints take the same steps
 again on purpose: to compute a state costs less than to store it and read it back. A kernel adds up either over states or over
 channels, so dB and dC cannot be had with dx and ddt; and each by itself, they were faster than together.
 
@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_STEPS = 8     # most steps in a chunk; 16 took twice as long to compile, 0.048 ms in place of 0.032 at (64, 64, 16, 16), and
-                    # 0.321 in place of 0.338 at (64, 256, 128, 16)
+CHUNK_STEPS = 8     # most steps in a chunk; 16 took twice as long to compile, and when this was chosen 0.048 ms in place of 0.032
+                    # at (64, 64, 16, 16), 0.321 in place of 0.338 at (64, 256, 128, 16)
 GROUP_CHUNKS = 16   # most chunks in a group
-CHANNELS = 64       # in one sum for dB or dC, if D is a multiple of it: see _in_groups
+CHANNELS = 64       # in one sum for dB or dC if D is a multiple of it, otherwise all: see _in_blocks
 
 
 def split(v, most):
@@ -40,7 +40,7 @@ def split(v, most):
 
 
 def _states(x, dt, A, B, h):
-    """Every chunk's states after its first state h, (b, c, D, N) or 0.0, one after another: T of them."""
+    """Every chunk's states after its first state h, (b, c, D, N) or 0.0, one after another: T of them. D may be two dimensions."""
     x, dt, B = (split(v, CHUNK_STEPS).to(A.dtype) for v in (x, dt, B))                 # (b, c, T, D or N)
     for t in range(x.shape[2]):
         u = (dt[:, :, t] * x[:, :, t])[..., None] * B[:, :, t, None]                   # (b, c, D, N)
@@ -49,7 +49,10 @@ def _states(x, dt, A, B, h):
 
 
 def _adjoints(dt, A, C, dy, carry):
-    """Every chunk's t, g_t and a_t g_t from the last t to the first; carry, (b, c, D, N) or 0.0, arrives at the chunk's end."""
+    """Every chunk's t, g_t and a_t g_t from the last t to the first; carry, (b, c, D, N) or 0.0, arrives at the chunk's end.
+
+    D may be two dimensions.
+    """
     dt, C, dy = (split(v, CHUNK_STEPS).to(A.dtype) for v in (dt, C, dy))               # (b, c, T, D or N)
     for t in reversed(range(dt.shape[2])):
         g = carry + dy[:, :, t, ..., None] * C[:, :, t, None]                          # (b, c, D, N)
@@ -93,37 +96,38 @@ def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carry):
     return *(torch.stack(v[::-1], dim=2).flatten(1, 2) for v in (dx, ddt)), dA
 
 
-def _in_groups(x, dt, A, B, C, dy, h):
-    """Views with G groups of P channels in place of D; each group has B and C to itself.
+def _in_blocks(x, dt, A, B, C, dy, h):
+    """Views with K blocks of P channels in place of D: x, dt, dy (b, L, K, P), A (K, P, N), B, C (b, L, 1, N), h (b, c, K, P, N).
 
-    The compiler fits a kernel to the number of sums that it takes. If those were over all channels, then with more than 2^15 of
-    them (chunks times N) every tile that it tries needs more registers than there are, or reads x once for every state.
+    The compiler shapes a kernel by the number of sums that it takes, b c N. If each were over all channels, then of the shapes
+    that it tries for more than 2^15 sums most need more registers than there are, and the others are narrow. Over 64 channels
+    all have enough, however many sums there are.
     """
     P = CHANNELS if A.shape[0] % CHANNELS == 0 else A.shape[0]
-    x, dt, dy = (v.unflatten(-1, (-1, P)) for v in (x, dt, dy))                        # (b, L, G, P)
+    x, dt, dy = (v.unflatten(-1, (-1, P)) for v in (x, dt, dy))
     return x, dt, A.unflatten(0, (-1, P)), B[:, :, None], C[:, :, None], dy, h.unflatten(2, (-1, P))
 
 
 def _gradient_B(x, dt, A, B, C, dy, carry):
-    """Sums over the channels of each group: (b, L, G, N)."""
-    x, dt, A, B, C, dy, carry = _in_groups(x, dt, A, B, C, dy, carry)
+    """Sums over the channels of each block: (b, L, K, N)."""
+    x, dt, A, B, C, dy, carry = _in_blocks(x, dt, A, B, C, dy, carry)
     x_k, dt_k, dB = split(x, CHUNK_STEPS), split(dt, CHUNK_STEPS).to(A.dtype), []
     for t, g, _ in _adjoints(dt, A, C, dy, carry):
-        dB.append((g * (dt_k[:, :, t] * x_k[:, :, t])[..., None]).sum(-2))             # (b, c, G, N)
+        dB.append((g * (dt_k[:, :, t] * x_k[:, :, t])[..., None]).sum(-2))             # (b, c, K, N)
     return torch.stack(dB[::-1], dim=2).flatten(1, 2)
 
 
 def _gradient_C(x, dt, A, B, C, dy, h):
-    """Sums over the channels of each group: (b, L, G, N)."""
-    x, dt, A, B, C, dy, h = _in_groups(x, dt, A, B, C, dy, h)
+    """Sums over the channels of each block: (b, L, K, N)."""
+    x, dt, A, B, C, dy, h = _in_blocks(x, dt, A, B, C, dy, h)
     dy_k, dC = split(dy, CHUNK_STEPS), []
     for t, h in enumerate(_states(x, dt, A, B, h)):
-        dC.append((h * dy_k[:, :, t, ..., None]).sum(-2))                              # (b, c, G, N)
+        dC.append((h * dy_k[:, :, t, ..., None]).sum(-2))                              # (b, c, K, N)
     return torch.stack(dC, dim=2).flatten(1, 2)
 
 
-def _of_all_groups(v, dtype):
-    """(b, L, G, N) -> (b, L, N)."""
+def _of_all_blocks(v, dtype):
+    """(b, L, K, N) -> (b, L, N)."""
     return v.sum(2).to(dtype)
 
 
@@ -160,9 +164,9 @@ def _group_starts(span, A, ends, h, backwards):
     return torch.stack([starts[k] for k in range(len(starts))], dim=2).flatten(1, 2)[:, :span.shape[1]], last
 
 
-# All steps of a chunk in one kernel. And the compiler need not try two ways to share out the work of kernels whose threads need
-# not add up: that compiles each twice, and it often took the slower (0.087 and 0.126 ms in place of 0.060 and 0.072 for _ends,
-# _first_carry and _group_ends twice at (64, 256, 128, 16)).
+# max_fusion_size: all steps of a chunk in one kernel. autotune_pointwise: the compiler need not try two ways to share out the work
+# of kernels whose threads need not add up; it compiles each twice for that, and often took the slower (_ends, _first_carry and
+# _group_ends twice, at (64, 256, 128, 16) all four together: 0.087 ms, and 0.126 compiled again, in place of 0.060 and 0.072).
 OPTIONS = {"max_fusion_size": 1000, "triton.autotune_pointwise": False}
 
 
@@ -213,7 +217,7 @@ def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start
     dx, ddt, dA = _kernel(_gradients_x_dt_A, off)(x, dt, A, B, C, dy, starts, carries)
     dB = _kernel(_gradient_B, off)(x, dt, A, B, C, dy, carries)
     dC = _kernel(_gradient_C, off)(x, dt, A, B, C, dy, starts)
-    dB, dC = (v.squeeze(2).to(B.dtype) if v.shape[2] == 1 else _kernel(_of_all_groups, off)(v, B.dtype) for v in (dB, dC))
+    dB, dC = (v.squeeze(2).to(B.dtype) if v.shape[2] == 1 else _kernel(_of_all_blocks, off)(v, B.dtype) for v in (dB, dC))
     return dx, ddt, _kernel(_total, off)(dA), dB, dC, dh
 
 

@@ -54,8 +54,8 @@ def ssd_ref(x, dt, A, B, C, h=None):
 def ssd(x, dt, A, B, C, h=None, T=None):
     """ssd_ref in chunks of at most T steps: same arguments, same results, same gradients, to rounding.
 
-    A GPU likes few large products best, a CPU has to compute them: T, if not given, is 64 on the one, or all of up to 128 steps,
-    and 16 on the other.
+    A GPU likes few large products best, and for a CPU a larger T is more arithmetic: T, if not given, is 64 on the one, or all
+    of up to 128 steps, and 16 on the other.
     """
     L, (H, P), (G, N) = x.shape[1], x.shape[2:], B.shape[2:]
     T = T or (16 if not x.is_cuda else L if L <= 128 else 64)
@@ -67,14 +67,14 @@ def ssd(x, dt, A, B, C, h=None, T=None):
 
     # (1) Within a chunk: attention, with a_ts from differences of running sums. Each is <= 0 where s <= t, so nothing overflows;
     # a CPU's exp is slow below exp(-80), which is as good as 0.
-    s = log_decay.cumsum(-1)                                                           # (b, c, H, T)
-    a = (s[..., :, None] - s[..., None, :]).clamp(-80, 0).exp().tril()                 # (b, c, H, T, T)
+    sums = log_decay.cumsum(-1)                                                          # (b, c, H, T)
+    a = (sums[..., :, None] - sums[..., None, :]).clamp(-80, 0).exp().tril()                 # (b, c, H, T, T)
     y = (of_heads(C @ B.mT) * a) @ u                                                   # (b, c, H, T, P)
 
     # (2) What a chunk adds to the state by its end, and the recurrence from chunk to chunk.
-    left = (s[..., -1:] - s).clamp(min=-80).exp()[..., None]                           # (b, c, H, T, 1)
+    left = (sums[..., -1:] - sums).clamp(min=-80).exp()[..., None]                           # (b, c, H, T, 1)
     ends = (left * u).mT @ of_heads(B)                                                 # (b, c, H, P, N)
-    decay = s[..., -1].clamp(min=-80).exp()[..., None, None]                           # (b, c, H, 1, 1)
+    decay = sums[..., -1].clamp(min=-80).exp()[..., None, None]                           # (b, c, H, 1, 1)
     from_zero, starts = h is None, []
     h = x.new_zeros(x.shape[0], H, P, N) if from_zero else h
     for k in range(chunks):
@@ -83,7 +83,7 @@ def ssd(x, dt, A, B, C, h=None, T=None):
 
     # (3) What a chunk's first state adds to its outputs: nothing, if there is one chunk, from zero.
     if chunks > 1 or not from_zero:
-        y = y + s.clamp(min=-80).exp()[..., None] * (of_heads(C) @ torch.stack(starts, dim=1).mT)
+        y = y + sums.clamp(min=-80).exp()[..., None] * (of_heads(C) @ torch.stack(starts, dim=1).mT)
     return y.transpose(2, 3).flatten(1, 2)[:, :L], h
 
 

@@ -167,10 +167,11 @@ def prepare(config, device):
 def compiled(function, small):
     """torch.compile for a function that meets the same shapes at every step of a run.
 
-    small: write matrix products out as sums, and attention as products and a softmax. At d = 8 a product is less work than to
-    start the library's kernel for it, and sums are merged with what stands around them: on an H200 a step of rope took
-    0.22 ms in place of 0.27, before its other parts were compiled too. Nor are the rows of a tensor padded then, which large
-    products like and small ones pay for with copies: a step of hybrid-b took 0.37 ms in place of 0.41.
+    small: write matrix products out as sums, and put kernels that do not need each other into one. At d = 8 a product is less
+    work than to start the library's kernel for it, and sums are merged with what stands around them: on an H200 a step of rope
+    took 0.22 ms in place of 0.27, before its other parts were compiled too (attention's products included: see step in
+    prepare). Nor are the rows of a tensor padded then, which large products like and small ones pay for with copies: a step of
+    hybrid-b took 0.37 ms in place of 0.41, before the scan was faster.
     """
     from torch._inductor import config as inductor             # here, because it takes a second
     products = {"decompose_mm_pass": {"min_first_dimension_decomposition": 1, "max_other_dimension_decomposition": 10**9}}
