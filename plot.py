@@ -13,12 +13,11 @@ training step. Each M, or what --panels says, is a panel, each model a curve: th
 lowest to the highest. Published numbers (results/published/) are drawn beside the runs of their task, as hollow points. Each
 file of bench.py has a figure of its own, cost_*.png, and so has each checkpoint given to --inside, inside_*.png.
 
-Imports costs and look, and needs no torch, for it reads JSON only. But --inside runs a model: for that alone, when it is
-asked for, inside.py is imported, and torch with it.
+Imports costs, look and records, and needs no torch, for it reads JSON only. But --inside runs a model: for that alone, when
+it is asked for, inside.py is imported, and torch with it.
 """
 
 import argparse
-import json
 import os
 
 import matplotlib
@@ -29,94 +28,7 @@ from matplotlib.ticker import MultipleLocator, NullLocator
 
 from costs import draw_costs, load_costs
 from look import GREY, LOOK, order, spread, style
-
-GRID = ["model", "M", "tau", "K", "d", "L", "seed"]  # what names a run, as in train.py
-OTHERS = {"train_lengths": "fixed", "d_state": 16, "init": "official"}  # what else tells runs apart, and what files without it had
-TASK = ["tau", "K", "d", "L", "M", "train_lengths", "d_state"]          # what tells figures or their panels apart
-
-
-def points(section, x):
-    """A curve of a record -> x, accuracy: arrays of one shape (n,). Raises ValueError if it is no curve."""
-    x, y = np.array(section[x], float), np.array(section["accuracy"], float)
-    if not (x.ndim == 1 and x.shape == y.shape and len(x) and 0 < x[0] and x[-1] < np.inf
-            and (np.diff(x) > 0).all() and ((0 <= y) & (y <= 1)).all()):
-        raise ValueError
-    return x, y
-
-
-def load(path):
-    """Read a result -> {"config": ..., "length": (x, y), "training": (x, y)}. Raises ValueError, in one sentence."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            record = json.load(f)
-        config = {flag: record["config"][flag] for flag in GRID}
-        config.update({flag: record["config"].get(flag, value) for flag, value in OTHERS.items()})
-        whole = [config[flag] for flag in (*GRID[1:], "d_state")]
-        if not (isinstance(config["model"], str) and config["model"] and all(type(number) is int for number in whole)
-                and min(config[flag] for flag in (*GRID[1:-1], "d_state")) > 0
-                and config["train_lengths"] in ("fixed", "uniform") and config["init"] in ("official", "mimetic")):
-            raise ValueError
-        return {"config": config, "length": points(record["eval"], "length"), "training": points(record["train"], "step")}
-    except FileNotFoundError:
-        raise ValueError(f"{path} is not there; train.py writes it when a run is finished") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise ValueError(f"{path} is not a whole result of train.py") from None
-
-
-def name_of(config):
-    """What a run's curve is called: its model, and its initialisation where that is not the usual one."""
-    return config["model"] + ("" if config["init"] == OTHERS["init"] else ", " + config["init"])
-
-
-def group(paths, flags=("M",)):
-    """Read the files and put the runs that differ in nothing but model, seed and these flags into one figure.
-
-    -> {task: {values of the flags: {name: [run, ...]}}}, sorted; a task is the values of what is left of TASK, in its order.
-    Raises ValueError.
-    """
-    seen, figures = {}, {}
-    for path in dict.fromkeys(paths):
-        run = load(path)
-        config = run["config"]
-        name = (*(config[flag] for flag in (*TASK, "seed")), name_of(config))
-        if name in seen:
-            raise ValueError(f"{path} and {seen[name]} are the same run, of which one is enough")
-        seen[name] = path
-        task, panel = tuple(config[flag] for flag in TASK if flag not in flags), tuple(config[flag] for flag in flags)
-        figures.setdefault(task, {}).setdefault(panel, {}).setdefault(name_of(config), []).append(run)
-    return {task: {panel: {name: panels[panel][name] for name in sorted(panels[panel], key=order)} for panel in sorted(panels)}
-            for task, panels in sorted(figures.items())}
-
-
-def load_published(path):
-    """Read a file of published numbers -> {"published": source, "task": ..., "curves": {model: (x, y)}}; None if it is another."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            record = json.load(f)
-        curves = {model: points(curve, "length") for model, curve in record["curves"].items()}
-        return {"published": str(record["published"]), "task": dict(record["task"]), "curves": curves}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def curve(runs, kind):
-    """The runs of one model, which differ in their seed -> x (n,), accuracy (seeds, n). Raises ValueError, in one sentence.
-
-    A seed that has solved the task ends before the others: from there on it holds its last accuracy. Context lengths are
-    those that all seeds were tested at.
-    """
-    curves = [run[kind] for run in runs]
-    if kind == "length":
-        x = np.array(sorted(set.intersection(*(set(x) for x, _ in curves))))
-        if not len(x):
-            c = runs[0]["config"]
-            raise ValueError(f"the seeds of {c['model']} at M = {c['M']}, tau = {c['tau']} have no context length in common")
-    else:
-        x = np.unique(np.concatenate([x for x, _ in curves]))
-        x = x[x >= max(x[0] for x, _ in curves)]
-    return x, np.stack([np.interp(x, *seed) for seed in curves])
+from records import OTHERS, TASK, curve, from_training_length, group, load_published, shared
 
 
 def draw_curves(ax, models, kind, right, reach):
@@ -146,11 +58,6 @@ def draw_curves(ax, models, kind, right, reach):
         ax.text(1 + 1.12 * reach, height, model, va="center_baseline", **look)
 
 
-def shared(panels, flag):
-    """The values of a flag in a figure, sorted."""
-    return sorted({runs[0]["config"][flag] for curves in panels.values() for runs in curves.values()})
-
-
 def described(panels, spread_of_seeds="band from lowest to highest"):
     """What all panels of a figure are about, in words, and their seeds: the two lines above the figure."""
     M, tau, d, L, N = (shared(panels, flag) for flag in ("M", "tau", "d", "L", "d_state"))
@@ -163,14 +70,6 @@ def described(panels, spread_of_seeds="band from lowest to highest"):
     return (f"Associative recall: M = {say(M)} {'query' if M == [1] else 'queries'}, delay tau = {say(tau)}, trained at "
             f"{trained}, d = {say(d)}" + (f", d_state = {say(N)}" if N != [OTHERS["d_state"]] else "") + "\n"
             + (f"median of {seeds}, {spread_of_seeds}" if most > 1 else seeds))
-
-
-def from_training_length(runs, name, longest=np.inf):
-    """What each run reaches at its training length and, at its lowest, from there to longest. Raises ValueError."""
-    L, curves = runs[0]["config"]["L"], [run["length"] for run in runs]
-    if not all((x == L).any() for x, _ in curves):
-        raise ValueError(f"a run of {name} was not tested at its training length {L}")
-    return [y[x == L][0] for x, y in curves], [y[(x >= L) & (x <= longest)].min() for x, y in curves]
 
 
 def title(flags, values):

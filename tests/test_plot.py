@@ -13,6 +13,7 @@ from matplotlib.colors import to_rgb
 import costs
 import look
 import plot
+import records
 
 SIX = ["nope", "learned", "rope", "mamba", "hybrid-a", "hybrid-b"]
 
@@ -49,7 +50,7 @@ def ink(image, colour):
 
 
 def figure(paths, kind, flags=("M",), published=()):
-    panels, = plot.group(paths, flags).values()
+    panels, = records.group(paths, flags).values()
     return plot.draw(panels, kind, flags, published)
 
 
@@ -137,7 +138,7 @@ def test_against_model(tmp_path, capsys, refuses):
     """A row for each model: dots at the training length, diamonds at the lowest from there on."""
     runs = [("mamba", 1, 0, 0.5), ("mamba", 1, 1, 0.9), ("mamba", 1, 2, 1.0), ("rope", 1, 0, 0.75), ("jamba", 4, 0, 0.25)]
     paths = [write(tmp_path, model, M=M, seed=seed, accuracy=accuracy) for model, M, seed, accuracy in runs]
-    panels, = plot.group(paths).values()
+    panels, = records.group(paths).values()
     fig = plot.draw_models(panels)
     assert [ax.get_title() for ax in fig.axes] == ["M = 1", "M = 4"]
     assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["rope", "mamba", "jamba"]
@@ -148,7 +149,7 @@ def test_against_model(tmp_path, capsys, refuses):
                      (1, "D", 2): chance}
     assert list(draw(tmp_path, ["--against", "model", *paths], capsys)) == ["against_model_tau1_K16_d8_L64_M1-4.png"]
     long = write(tmp_path, "nope", lengths=[64, 200])          # lowest beyond what all were tested at: does not count
-    panels, = plot.group([*paths, long]).values()
+    panels, = records.group([*paths, long]).values()
     fig = plot.draw_models(panels)
     assert 1.0 in [line.get_xdata()[0] for line in fig.axes[0].lines if line.get_marker() == "D"] and "to 192" in fig.get_suptitle()
     untested = write(tmp_path, "nope", lengths=[9])
@@ -161,7 +162,7 @@ def test_against_a_flag(tmp_path, monkeypatch, refuses):
     paths = [write(tmp_path, "mamba", d=d, seed=seed, accuracy=accuracy)
              for d, accuracies in ((8, (0.2, 0.3, 0.9)), (64, (1.0, 0.8, 0.9))) for seed, accuracy in enumerate(accuracies)]
     paths.append(write(tmp_path / "a", "mamba", init="mimetic", accuracy=0.5))
-    panels, = plot.group(paths, ("d",)).values()
+    panels, = records.group(paths, ("d",)).values()
     fig = plot.draw_against(panels, "d")
     drawn = [list(line.get_ydata()) for line in fig.axes[0].lines if line.get_marker() == "o"]
     assert drawn[0] == [0.3, 0.9] and drawn[1][0] == 0.5 and np.isnan(drawn[1][1])    # no mimetic run at d = 64
@@ -174,7 +175,7 @@ def test_against_a_flag(tmp_path, monkeypatch, refuses):
     plot.main([paths[0], small, "--against", "d_state", "--out", str(tmp_path / "out")])
     plot.main([*paths, "--against", "d", "--out", str(tmp_path / "out")])
     assert names == ["against_d_state_tau1_K16_d8_L64_M1_N4-16.png", "against_d_tau1_K16_d8-64_L64_M1.png"]
-    panels, = plot.group([write(tmp_path / "b", K=K) for K in (8, 16)], ("K",)).values()
+    panels, = records.group([write(tmp_path / "b", K=K) for K in (8, 16)], ("K",)).values()
     chance, = (line for line in plot.draw_against(panels, "K").axes[0].lines if line.get_linestyle() == ":")
     assert list(chance.get_ydata()) == [1 / 8, 1 / 16]
     untested = write(tmp_path / "c", lengths=[9])
@@ -184,14 +185,14 @@ def test_against_a_flag(tmp_path, monkeypatch, refuses):
 def test_sizes_of_the_state_are_not_seeds_of_one_run(tmp_path):
     (tmp_path / "4").mkdir()
     paths = [write(tmp_path, "mamba"), write(tmp_path / "4", "mamba", d_state=4)]
-    assert len(plot.group(paths)) == 2
+    assert len(records.group(paths)) == 2
 
 
 def test_published_numbers_stand_beside_the_runs_of_their_task(tmp_path, capsys):
     path = tmp_path / "paper.json"
     path.write_text(json.dumps({"published": "a paper", "task": {"L": 64, "tau": 1},
                                 "curves": {"rope": {"length": [64, 128], "accuracy": [1.0, 0.25]}}}))
-    published = plot.load_published(path)
+    published = records.load_published(path)
     fig = figure([write(tmp_path)], "length", published=[published])
     assert any(list(line.get_ydata()) == [1.0, 0.25] for line in fig.axes[0].lines) and "a paper" in fig.get_suptitle()
     for fig in (figure([write(tmp_path, tau=5)], "length", published=[published]),
@@ -219,8 +220,8 @@ def test_several_seeds_are_a_median_in_a_band(tmp_path):
 def test_a_run_that_has_ended_holds_its_accuracy(tmp_path):
     paths = [write(tmp_path, seed=0, steps=[200, 400, 600], accuracy=0.9),
              write(tmp_path, seed=1, steps=[100, 200, 300, 400, 500, 600, 1000], accuracy=0.7)]
-    runs = [plot.load(path) for path in paths]
-    x, y = plot.curve(runs, "training")
+    runs = [records.load(path) for path in paths]
+    x, y = records.curve(runs, "training")
     assert x.tolist() == [200, 300, 400, 500, 600, 1000]
     assert y[0, -2:].tolist() == [0.9, 0.9] and y[1, -3:].tolist() == [0.7, 0.7, 0.7]
     assert any("the last seed ended" in t.get_text() for t in figure(paths + [write(tmp_path, "mamba")], "training").texts)
@@ -228,7 +229,7 @@ def test_a_run_that_has_ended_holds_its_accuracy(tmp_path):
 
 def test_lengths_common_to_all_seeds(tmp_path, refuses):
     paths = [write(tmp_path, seed=0), write(tmp_path, seed=1, lengths=[8, 64, 128, 4096], sequences=[1024, 1024, 1024, 16])]
-    assert plot.curve([plot.load(path) for path in paths], "length")[0].tolist() == [8, 64, 128]
+    assert records.curve([records.load(path) for path in paths], "length")[0].tolist() == [8, 64, 128]
     paths[0] = write(tmp_path, seed=0, lengths=[9])
     assert "no context length in common" in refuses(plot.main, [*paths, "--out", tmp_path / "out"])
     assert not (tmp_path / "out").exists()
