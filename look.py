@@ -1,6 +1,6 @@
 """How the figures look: the colour and dashes of each model, and labels that do not lie on each other.
 
-Imports nothing of this repository; plot and costs draw with it.
+Imports nothing of this repository; plot, costs and records use it.
 """
 
 # Colours of Okabe and Ito, which the colour-blind can tell apart. Later lines lie on earlier ones and are thinner or broken,
