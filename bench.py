@@ -148,8 +148,8 @@ def scan_row(name, scan, shape, device):
 
 
 def scan_table(device):
-    memory = ", peak memory" if device.type == "cuda" else ""
-    print(f"The scan, forward and backward, float32: milliseconds (lowest to highest){memory}")
+    counted = device.type == "cuda"
+    print("The scan, forward and backward, float32: milliseconds (lowest to highest)" + ", peak memory" * counted)
     rows = []
     for shape in SHAPES[device.type]:
         for name, scan in scans(device, shape).items():
@@ -158,7 +158,7 @@ def scan_table(device):
                 print(scan)
                 continue
             row = scan_row(name, scan, shape, device)
-            memory = f"{row['megabytes']:7.0f} MB" if memory else ""
+            memory = f"{row['megabytes']:7.0f} MB" if counted else ""
             print(f"{row['ms']:9.3f} ({row['ms_lowest']:.3f} to {row['ms_highest']:.3f}){memory}"
                   f"    first call {row['first_call_s']:.1f} s", flush=True)
             rows.append(row)

@@ -17,7 +17,8 @@ again on purpose: to compute a state costs less than to store it and read it bac
 channels, so dB and dC cannot be had with dx and ddt; and each by itself, they were faster than together.
 
 Imports nothing of this repository; mamba calls it, and mamba2 and train use how it cuts time and compiles. Letters as in
-mamba.py, and c chunks of T steps; x_k, dt_k ... are x, dt ... in chunks; the span of a chunk is the sum of its dt.
+mamba.py, and c chunks of T steps: but for parallel_scan, all functions here have x, dt, y (b, c, T, D) and B, C (b, c, T, N).
+The span of a chunk is the sum of its dt.
 """
 
 import functools
@@ -40,8 +41,11 @@ def split(v, most):
 
 
 def _states(x, dt, A, B, h):
-    """Every chunk's states after its first state h, (b, c, D, N) or 0.0, one after another: T of them. D may be two dimensions."""
-    x, dt, B = (split(v, CHUNK_STEPS).to(A.dtype) for v in (x, dt, B))                 # (b, c, T, D or N)
+    """Every chunk's states after its first state h, (b, c, D, N) or 0.0, one after another: T of them.
+
+    D may be two dimensions.
+    """
+    x, dt, B = (v.to(A.dtype) for v in (x, dt, B))
     for t in range(x.shape[2]):
         u = (dt[:, :, t] * x[:, :, t])[..., None] * B[:, :, t, None]                   # (b, c, D, N)
         h = torch.exp(dt[:, :, t, ..., None] * A) * h + u
@@ -53,7 +57,7 @@ def _adjoints(dt, A, C, dy, carry):
 
     D may be two dimensions.
     """
-    dt, C, dy = (split(v, CHUNK_STEPS).to(A.dtype) for v in (dt, C, dy))               # (b, c, T, D or N)
+    dt, C, dy = (v.to(A.dtype) for v in (dt, C, dy))
     for t in reversed(range(dt.shape[2])):
         g = carry + dy[:, :, t, ..., None] * C[:, :, t, None]                          # (b, c, D, N)
         carry = torch.exp(dt[:, :, t, ..., None] * A) * g
@@ -64,15 +68,15 @@ def _ends(x, dt, A, B):
     """Every chunk's last state from zero (b, c, D, N), and its span (b, c, D)."""
     for h in _states(x, dt, A, B, 0.0):
         pass
-    return h, split(dt, CHUNK_STEPS).sum(2, dtype=A.dtype)
+    return h, dt.sum(2, dtype=A.dtype)
 
 
 def _outputs(x, dt, A, B, C, h):
-    """y (b, L, D), from every chunk's first state h."""
-    C_k, y = split(C, CHUNK_STEPS), []
+    """y (b, c, T, D), from every chunk's first state h."""
+    y = []
     for t, h in enumerate(_states(x, dt, A, B, h)):
-        y.append((h * C_k[:, :, t, None, :]).sum(-1).to(x.dtype))                      # (b, c, D)
-    return torch.stack(y, dim=2).flatten(1, 2)
+        y.append((h * C[:, :, t, None]).sum(-1).to(x.dtype))                           # (b, c, D)
+    return torch.stack(y, dim=2)
 
 
 def _first_carry(dt, A, C, dy):
@@ -83,52 +87,51 @@ def _first_carry(dt, A, C, dy):
 
 
 def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carry):
-    """The sums over states (b, L, D), and every chunk's part of dA (b, c, D, N)."""
+    """The sums over states (b, c, T, D), and every chunk's part of dA (b, c, D, N)."""
     before = [h, *_states(x, dt, A, B, h)]                                             # before[t] is h_{t-1}
-    x_k, dt_k, B_k = (split(v, CHUNK_STEPS) for v in (x, dt, B))
     dx, ddt, dA = [], [], 0.0
     for t, g, carry in _adjoints(dt, A, C, dy, carry):
-        du = (g * B_k[:, :, t, None, :]).sum(-1)                                       # (b, c, D)
+        du = (g * B[:, :, t, None]).sum(-1)                                            # (b, c, D)
         d_dtA = carry * before[t]                                                      # (b, c, D, N), g_t a_t h_{t-1}
-        dx.append((du * dt_k[:, :, t]).to(x.dtype))
-        ddt.append(((d_dtA * A).sum(-1) + du * x_k[:, :, t]).to(dt.dtype))
-        dA = dA + d_dtA * dt_k[:, :, t, :, None]
-    return *(torch.stack(v[::-1], dim=2).flatten(1, 2) for v in (dx, ddt)), dA
+        dx.append((du * dt[:, :, t]).to(x.dtype))
+        ddt.append(((d_dtA * A).sum(-1) + du * x[:, :, t]).to(dt.dtype))
+        dA = dA + d_dtA * dt[:, :, t, :, None]
+    return torch.stack(dx[::-1], dim=2), torch.stack(ddt[::-1], dim=2), dA
 
 
 def _in_blocks(x, dt, A, B, C, dy, h):
-    """Views with K blocks of P channels in place of D: x, dt, dy (b, L, K, P), A (K, P, N), B, C (b, L, 1, N), h (b, c, K, P, N).
+    """Views with K blocks of P channels in place of D; B and C are (b, c, T, 1, N) then, for the blocks share them.
 
     The compiler shapes a kernel by the number of sums that it takes, b c N. If each were over all channels, then of the shapes
     that it tries for more than 2^15 sums most need more registers than there are, and the others are narrow. Over 64 channels
     all have enough, however many sums there are.
     """
     P = CHANNELS if A.shape[0] % CHANNELS == 0 else A.shape[0]
-    x, dt, dy = (v.unflatten(-1, (-1, P)) for v in (x, dt, dy))
-    return x, dt, A.unflatten(0, (-1, P)), B[:, :, None], C[:, :, None], dy, h.unflatten(2, (-1, P))
+    x, dt, dy = (v.unflatten(-1, (-1, P)) for v in (x, dt, dy))                        # (b, c, T, K, P)
+    return x, dt, A.unflatten(0, (-1, P)), B[:, :, :, None], C[:, :, :, None], dy, h.unflatten(2, (-1, P))
 
 
 def _gradient_B(x, dt, A, B, C, dy, carry):
-    """Sums over the channels of each block: (b, L, K, N)."""
+    """Sums over the channels of each block: (b, c, T, K, N)."""
     x, dt, A, B, C, dy, carry = _in_blocks(x, dt, A, B, C, dy, carry)
-    x_k, dt_k, dB = split(x, CHUNK_STEPS), split(dt, CHUNK_STEPS).to(A.dtype), []
+    x, dt, dB = x.to(A.dtype), dt.to(A.dtype), []
     for t, g, _ in _adjoints(dt, A, C, dy, carry):
-        dB.append((g * (dt_k[:, :, t] * x_k[:, :, t])[..., None]).sum(-2))             # (b, c, K, N)
-    return torch.stack(dB[::-1], dim=2).flatten(1, 2)
+        dB.append((g * (dt[:, :, t] * x[:, :, t])[..., None]).sum(-2))                 # (b, c, K, N)
+    return torch.stack(dB[::-1], dim=2)
 
 
 def _gradient_C(x, dt, A, B, C, dy, h):
-    """Sums over the channels of each block: (b, L, K, N)."""
+    """Sums over the channels of each block: (b, c, T, K, N)."""
     x, dt, A, B, C, dy, h = _in_blocks(x, dt, A, B, C, dy, h)
-    dy_k, dC = split(dy, CHUNK_STEPS), []
+    dC = []
     for t, h in enumerate(_states(x, dt, A, B, h)):
-        dC.append((h * dy_k[:, :, t, ..., None]).sum(-2))                              # (b, c, K, N)
-    return torch.stack(dC, dim=2).flatten(1, 2)
+        dC.append((h * dy[:, :, t, ..., None]).sum(-2))                                # (b, c, K, N)
+    return torch.stack(dC, dim=2)
 
 
 def _of_all_blocks(v, dtype):
-    """(b, L, K, N) -> (b, L, N)."""
-    return v.sum(2).to(dtype)
+    """(b, c, T, K, N) -> (b, c, T, N)."""
+    return v.sum(3).to(dtype)
 
 
 def _total(dA):
@@ -200,7 +203,7 @@ def _across(span, A, ends, h, backwards, off):
 @torch.library.custom_op("mamba::scan", mutates_args=())
 def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor | None,
           off: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> y, the last state, and for the gradient every chunk's first state (b, c, D, N) and span (b, c, D). Takes whole chunks.
+    """-> y, the last state, and for the gradient every chunk's first state (b, c, D, N) and span (b, c, D).
 
     An operator of its own, so that a compiled model calls it as it stands and does not take it apart.
     """
@@ -217,13 +220,13 @@ def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start
     dx, ddt, dA = _kernel(_gradients_x_dt_A, off)(x, dt, A, B, C, dy, starts, carries)
     dB = _kernel(_gradient_B, off)(x, dt, A, B, C, dy, carries)
     dC = _kernel(_gradient_C, off)(x, dt, A, B, C, dy, starts)
-    dB, dC = (v.squeeze(2).to(B.dtype) if v.shape[2] == 1 else _kernel(_of_all_blocks, off)(v, B.dtype) for v in (dB, dC))
+    dB, dC = (v.squeeze(3).to(B.dtype) if v.shape[3] == 1 else _kernel(_of_all_blocks, off)(v, B.dtype) for v in (dB, dC))
     return dx, ddt, _kernel(_total, off)(dA), dB, dC, dh
 
 
 @_scan.register_fake
 def _(x, dt, A, B, C, h, off):
-    b, chunks, state = x.shape[0], -(-x.shape[1] // CHUNK_STEPS), A.shape
+    b, chunks, state = *x.shape[:2], A.shape
     starts = split(A.new_empty(b, chunks, *state), GROUP_CHUNKS).flatten(1, 2)[:, :chunks]     # a slice of whole groups
     return x.new_empty(x.shape), A.new_empty(b, *state), starts, A.new_empty(starts.shape[:3])
 
@@ -254,9 +257,8 @@ def parallel_scan(x, dt, A, B, C, h=None, off=False):
 
     off: leave torch.compile out.
     """
-    L = x.shape[1]
     # Filled up here, where it is part of the model's kernels, and not in the scan's own: loads that ask where the sequence ends
     # made those take 69 us in place of 36, forwards and backwards, for 65 steps of 16 channels.
-    x, dt, B, C = (split(v, CHUNK_STEPS).flatten(1, 2) for v in (x, dt, B, C))         # (b, whole chunks, D or N)
-    y, h, _, _ = _scan(x, dt, A.contiguous(), B, C, h, off)    # states are laid out as A is
-    return y[:, :L], h
+    x_k, dt_k, B_k, C_k = (split(v, CHUNK_STEPS) for v in (x, dt, B, C))               # (b, c, T, D or N)
+    y_k, h, _, _ = _scan(x_k, dt_k, A.contiguous(), B_k, C_k, h, off)                  # states are laid out as A is
+    return y_k.flatten(1, 2)[:, :x.shape[1]], h

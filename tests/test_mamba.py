@@ -94,14 +94,15 @@ def test_sums_over_channels_in_groups(channels, small_chunks, monkeypatch):
     assert_close(everything(parallel, inputs), everything(selective_scan_ref, inputs), 1e-12, 1e-12)
 
 
-@pytest.mark.parametrize("b, L, transposed", [(1, 1, False), (2, CHUNK, True), (1, CHUNK * CHUNK, False), (2, 9 * CHUNK, True)])
+@pytest.mark.parametrize("b, L, transposed", [(1, 1, False), (2, CHUNK, True), (1, CHUNK * CHUNK + 1, False), (2, 37, True)])
 def test_the_fused_operators_are_what_they_are_declared_to_be(b, L, transposed, small_chunks):
     x, dt, A, B, C, h = operands(L, b=b)
     if transposed:
         x, h = x.mT.contiguous().mT, h.mT.contiguous().mT
-    torch.library.opcheck(fused_scan._scan, (x, dt, A, B, C, h, True))
-    y, last, starts, span = fused_scan._scan(x, dt, A, B, C, h, True)
-    torch.library.opcheck(fused_scan._scan_backward, (x, dt, A, B, C, starts, span, y, last, True))
+    x_k, dt_k, B_k, C_k = (fused_scan.split(v, CHUNK) for v in (x, dt, B, C))
+    torch.library.opcheck(fused_scan._scan, (x_k, dt_k, A, B_k, C_k, h, True))
+    y, last, starts, span = fused_scan._scan(x_k, dt_k, A, B_k, C_k, h, True)
+    torch.library.opcheck(fused_scan._scan_backward, (x_k, dt_k, A, B_k, C_k, starts, span, y, last, True))
     assert last.untyped_storage().nbytes() == 8 * last.numel(), "the last state keeps others alive"
     assert parallel(x, dt, A.mT.contiguous().mT, B, C, h)[1].is_contiguous()
 
