@@ -10,7 +10,7 @@ chunks, which gives every chunk its first state, (3) every chunk from there. If 
 way: groups of chunks, all at once. Backwards the same three steps, with g in place of h (mamba.py derives the gradient);
 what a chunk hands to the one before it is a_1 g_1, here called carry.
 
-Each of the ten functions that go through _kernel is one kernel under torch.compile (_ends, _group_ends and _total may be
+Each of the nine functions that go through _kernel is one kernel under torch.compile (_ends, _group_ends and _total may be
 two): the loop over the steps of a chunk is unrolled, its states live in registers, and nothing of shape (b, L, D, N) is
 written: y, gradients, and one state, one dA and one span a chunk. The six that use _states or _adjoints take the same steps
 again on purpose: to compute a state costs less than to store it and read it back. A kernel adds up either over states or over
@@ -30,7 +30,6 @@ from torch import Tensor
 CHUNK_STEPS = 8     # most steps in a chunk; 16 took twice as long to compile, and when this was chosen 0.048 ms in place of 0.032
                     # at (64, 64, 16, 16), 0.321 in place of 0.338 at (64, 256, 128, 16)
 GROUP_CHUNKS = 16   # most chunks in a group
-CHANNELS = 64       # in one sum for dB or dC if D is a multiple of it, otherwise all: see _in_blocks
 
 
 def split(v, most):
@@ -41,26 +40,20 @@ def split(v, most):
 
 
 def _states(x, dt, A, B, h):
-    """Every chunk's states after its first state h, (b, c, D, N) or 0.0, one after another: T of them.
-
-    D may be two dimensions.
-    """
+    """Every chunk's states after its first state h, (b, c, D, N) or 0.0, one after another: T of them."""
     x, dt, B = (v.to(A.dtype) for v in (x, dt, B))
     for t in range(x.shape[2]):
         u = (dt[:, :, t] * x[:, :, t])[..., None] * B[:, :, t, None]                   # (b, c, D, N)
-        h = torch.exp(dt[:, :, t, ..., None] * A) * h + u
+        h = torch.exp(dt[:, :, t, :, None] * A) * h + u
         yield h
 
 
 def _adjoints(dt, A, C, dy, carry):
-    """Every chunk's t, g_t and a_t g_t from the last t to the first; carry, (b, c, D, N) or 0.0, arrives at the chunk's end.
-
-    D may be two dimensions.
-    """
+    """Every chunk's t, g_t and a_t g_t from the last t to the first; carry, (b, c, D, N) or 0.0, arrives at the chunk's end."""
     dt, C, dy = (v.to(A.dtype) for v in (dt, C, dy))
     for t in reversed(range(dt.shape[2])):
-        g = carry + dy[:, :, t, ..., None] * C[:, :, t, None]                          # (b, c, D, N)
-        carry = torch.exp(dt[:, :, t, ..., None] * A) * g
+        g = carry + dy[:, :, t, :, None] * C[:, :, t, None]                          # (b, c, D, N)
+        carry = torch.exp(dt[:, :, t, :, None] * A) * g
         yield t, g, carry
 
 
@@ -99,39 +92,20 @@ def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carry):
     return torch.stack(dx[::-1], dim=2), torch.stack(ddt[::-1], dim=2), dA
 
 
-def _in_blocks(x, dt, A, B, C, dy, h):
-    """Views with K blocks of P channels in place of D; B and C are (b, c, T, 1, N) then, for the blocks share them.
-
-    The compiler shapes a kernel by the number of sums that it takes, b c N. If each were over all channels, then of the shapes
-    that it tries for more than 2^15 sums most need more registers than there are, and the others are narrow. Over 64 channels
-    all have enough, however many sums there are.
-    """
-    P = CHANNELS if A.shape[0] % CHANNELS == 0 else A.shape[0]
-    x, dt, dy = (v.unflatten(-1, (-1, P)) for v in (x, dt, dy))                        # (b, c, T, K, P)
-    return x, dt, A.unflatten(0, (-1, P)), B[:, :, :, None], C[:, :, :, None], dy, h.unflatten(2, (-1, P))
-
-
 def _gradient_B(x, dt, A, B, C, dy, carry):
-    """Sums over the channels of each block: (b, c, T, K, N)."""
-    x, dt, A, B, C, dy, carry = _in_blocks(x, dt, A, B, C, dy, carry)
-    x, dt, dB = x.to(A.dtype), dt.to(A.dtype), []
+    """A sum over channels: (b, c, T, N)."""
+    u, dB = dt.to(A.dtype) * x.to(A.dtype), []
     for t, g, _ in _adjoints(dt, A, C, dy, carry):
-        dB.append((g * (dt[:, :, t] * x[:, :, t])[..., None]).sum(-2))                 # (b, c, K, N)
+        dB.append((g * u[:, :, t, :, None]).sum(-2).to(B.dtype))                       # (b, c, N)
     return torch.stack(dB[::-1], dim=2)
 
 
 def _gradient_C(x, dt, A, B, C, dy, h):
-    """Sums over the channels of each block: (b, c, T, K, N)."""
-    x, dt, A, B, C, dy, h = _in_blocks(x, dt, A, B, C, dy, h)
+    """A sum over channels: (b, c, T, N)."""
     dC = []
     for t, h in enumerate(_states(x, dt, A, B, h)):
-        dC.append((h * dy[:, :, t, ..., None]).sum(-2))                                # (b, c, K, N)
+        dC.append((h * dy[:, :, t, :, None]).sum(-2).to(C.dtype))                      # (b, c, N)
     return torch.stack(dC, dim=2)
-
-
-def _of_all_blocks(v, dtype):
-    """(b, c, T, K, N) -> (b, c, T, N)."""
-    return v.sum(3).to(dtype)
 
 
 def _total(dA):
@@ -170,7 +144,9 @@ def _group_starts(span, A, ends, h, backwards):
 # max_fusion_size: all steps of a chunk in one kernel. autotune_pointwise: the compiler need not try two ways to share out the work
 # of kernels whose threads need not add up; it compiles each twice for that, and often took the slower (_ends, _first_carry and
 # _group_ends twice, at (64, 256, 128, 16) all four together: 0.087 ms, and 0.126 compiled again, in place of 0.060 and 0.072).
-OPTIONS = {"max_fusion_size": 1000, "triton.autotune_pointwise": False}
+# max_tiles: the threads of such a kernel form a line. In a table, N beside all the rest, blocks grow with the rest, and no longer
+# have the registers: 191 ms in place of 38 at (64, 2049, 2048, 16), 3.38 in place of 3.30 at (8, 2048, 1536, 16).
+OPTIONS = {"max_fusion_size": 1000, "triton.autotune_pointwise": False, "triton.max_tiles": 1}
 
 
 def compile_each_shape(function, options):
@@ -220,7 +196,6 @@ def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start
     dx, ddt, dA = _kernel(_gradients_x_dt_A, off)(x, dt, A, B, C, dy, starts, carries)
     dB = _kernel(_gradient_B, off)(x, dt, A, B, C, dy, carries)
     dC = _kernel(_gradient_C, off)(x, dt, A, B, C, dy, starts)
-    dB, dC = (v.squeeze(3).to(B.dtype) if v.shape[3] == 1 else _kernel(_of_all_blocks, off)(v, B.dtype) for v in (dB, dC))
     return dx, ddt, _kernel(_total, off)(dA), dB, dC, dh
 
 

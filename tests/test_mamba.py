@@ -87,13 +87,6 @@ def test_equals_reference(scan, L, with_h, small_chunks):
     assert_close(everything(scan, inputs), everything(selective_scan_ref, inputs), 1e-12, 1e-12)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3])
-def test_sums_over_channels_in_groups(channels, small_chunks, monkeypatch):
-    monkeypatch.setattr(fused_scan, "CHANNELS", channels)
-    inputs = operands(CHUNK + 3, D=4)                          # four groups, two, and one of all
-    assert_close(everything(parallel, inputs), everything(selective_scan_ref, inputs), 1e-12, 1e-12)
-
-
 @pytest.mark.parametrize("b, L, transposed", [(1, 1, False), (2, CHUNK, True), (1, CHUNK * CHUNK + 1, False), (2, 37, True)])
 def test_the_fused_operators_are_what_they_are_declared_to_be(b, L, transposed, small_chunks):
     x, dt, A, B, C, h = operands(L, b=b)
