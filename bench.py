@@ -112,7 +112,7 @@ def scans(device, shape):
     if math.prod(shape) > 2**22:
         found["recurrence"] = "too slow here"
     chunks = lambda *inputs: ssd(*inputs)[0]
-    found["mamba-2"] = train.compiled(chunks, small=False) if device.type == "cuda" else chunks
+    found["mamba-2"] = train.compiled(chunks) if device.type == "cuda" else chunks
     for name, get in [("mambapy", mambapy_scan), ("mamba_ssm", official_scan)]:
         try:
             found[name] = get()

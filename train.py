@@ -36,6 +36,7 @@ from data import recall_batch
 from eval import accuracy_by_length, print_table, some_lengths
 from fused_scan import compile_each_shape
 from hybrid import FAMILY, MODELS
+from mamba2 import Mamba2
 from runs import (RESUME, check, config_of, is_finished, load_saved, model_from, pick_device, processes, remove_saved,
                   same_run, short_errors, write_atomically, write_json)
 
@@ -51,7 +52,7 @@ COOLDOWN = 1000, 1 / 5  # at the end the learning rate falls, for so many steps 
                         # much of the run if that is longer
 TEST_SEQUENCES = 1024  # of each length, after training
 SAVE_SECONDS = 5     # between saves of a run that is not finished
-SMALL = 16, 256      # largest d and L for which compiled() writes products out as sums
+SMALL = 16, 256      # largest d and L of a small model: see compiled
 
 
 def parse(argv):
@@ -144,8 +145,9 @@ def prepare(config, device):
     mamba.compile_scan = config["compile"]
     compiles = on_cuda and config["compile"]
     small = compiles and config["d"] <= SMALL[0] and L <= SMALL[1]
+    sums = small and not any(isinstance(layer, Mamba2) for layer in model.modules())
     if compiles:
-        draw, loss_of, clip = (compiled(function, small) for function in (draw, loss_of, clip))
+        draw, loss_of, clip = (compiled(function, small, sums) for function in (draw, loss_of, clip))
 
     def step():
         lengths = None
@@ -164,20 +166,24 @@ def prepare(config, device):
     return model, optimizer, generator, step
 
 
-def compiled(function, small):
+def compiled(function, small=False, sums=False):
     """torch.compile for a function that meets the same shapes at every step of a run.
 
-    small: write matrix products out as sums, and put kernels that do not need each other into one. At d = 8 a product is less
-    work than to start the library's kernel for it, and sums are merged with what stands around them: on an H200 a step of rope
-    took 0.22 ms in place of 0.27, before its other parts were compiled too (attention's products included: see step in
-    prepare). Nor are the rows of a tensor padded then, which large products like and small ones pay for with copies: a step of
-    hybrid-b took 0.37 ms in place of 0.41, before the scan was faster.
+    small: put kernels that do not need each other into one, do not pad the rows of tensors, and let threads form a line, as in
+    fused_scan.OPTIONS. Large products like padding, small ones pay for it with copies: a step of hybrid-b at d = 8 took 0.37 ms
+    in place of 0.41, before the scan was faster.
+
+    sums: write matrix products out as sums. At d = 8 a product is less work than to start the library's kernel for it, and sums
+    are merged with what stands around them: a step of rope took 0.22 ms in place of 0.27, before its other parts were compiled
+    too (attention's products included: see step in prepare). Mamba-2 has many products and wide ones: at d = 16 a step of
+    mamba2 took 0.37 as sums and 0.33 as products, one of mamba2-hybrid 0.88 and 0.74. All of it on an H200.
     """
     from torch._inductor import config as inductor             # here, because it takes a second
     products = {"decompose_mm_pass": {"min_first_dimension_decomposition": 1, "max_other_dimension_decomposition": 10**9}}
     inductor.post_grad_fusion_options = products               # torch reads these two numbers once, at the first compilation
-    return compile_each_shape(function, {"combo_kernels": small, "comprehensive_padding": not small,
-                                         "post_grad_fusion_options": products if small else {}})
+    line = {"triton.max_tiles": 1} if small else {}
+    return compile_each_shape(function, {"combo_kernels": small, "comprehensive_padding": not small, **line,
+                                         "post_grad_fusion_options": products if sums else {}})
 
 
 def record(step, generator):
