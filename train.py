@@ -8,7 +8,7 @@
 A run writes OUT/NAME.json, the result, and OUT/NAME.pt, the model. A run that is killed goes on where it was when the same
 command is given again; a run that is finished is not repeated unless --overwrite says so.
 
-Imports data, eval, fused_scan, hybrid, mamba and runs; bench times its step, and plot draws what it writes.
+Imports data, eval, fused_scan, hybrid, mamba, mamba2 and runs; bench times its step, and plot draws what it writes.
 """
 
 import argparse
