@@ -1,7 +1,7 @@
 """How fast it is, on the machine it is on: the scan in all its forms, a training step of each model, and what length costs.
 
     python bench.py                       a training step of the six models, and the scan in all its forms
-    python bench.py --tables length       what length costs; longer, like the next
+    python bench.py --tables length       what length costs; takes longer, and so does the next
     python bench.py --tables family       a training step, parameters and state of all models at d 16
 
 Beside the scan stand mamba2.py's in heads of 64 channels, mambapy's pscan, and mamba_ssm's kernel with the transposed copies that

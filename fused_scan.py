@@ -14,7 +14,7 @@ Each of the nine functions that go through _kernel is one kernel under torch.com
 two): the loop over the steps of a chunk is unrolled, its states live in registers, and nothing of shape (b, L, D, N) is
 written: y, gradients, and one state, one dA and one span a chunk. The six that use _states or _adjoints take the same steps
 again on purpose: to compute a state costs less than to store it and read it back. A kernel adds up either over states or over
-channels, so dB and dC cannot be had with dx and ddt; and each by itself, they were faster than together.
+channels, so dB and dC cannot be had with dx and ddt; and one of them needs g where the other needs h.
 
 Imports nothing of this repository; mamba calls it, and mamba2 and train use how it cuts time and compiles. Letters as in
 mamba.py, and c chunks of T steps: but for parallel_scan, all functions here have x, dt, y (b, c, T, D) and B, C (b, c, T, N).
@@ -52,7 +52,7 @@ def _adjoints(dt, A, C, dy, carry):
     """Every chunk's t, g_t and a_t g_t from the last t to the first; carry, (b, c, D, N) or 0.0, arrives at the chunk's end."""
     dt, C, dy = (v.to(A.dtype) for v in (dt, C, dy))
     for t in reversed(range(dt.shape[2])):
-        g = carry + dy[:, :, t, :, None] * C[:, :, t, None]                          # (b, c, D, N)
+        g = carry + dy[:, :, t, :, None] * C[:, :, t, None]                            # (b, c, D, N)
         carry = torch.exp(dt[:, :, t, :, None] * A) * g
         yield t, g, carry
 
@@ -93,7 +93,7 @@ def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carry):
 
 
 def _gradient_B(x, dt, A, B, C, dy, carry):
-    """A sum over channels: (b, c, T, N)."""
+    """A sum over channels: (b, c, T, N). B for its dtype alone."""
     u, dB = dt.to(A.dtype) * x.to(A.dtype), []
     for t, g, _ in _adjoints(dt, A, C, dy, carry):
         dB.append((g * u[:, :, t, :, None]).sum(-2).to(B.dtype))                       # (b, c, N)
@@ -101,7 +101,7 @@ def _gradient_B(x, dt, A, B, C, dy, carry):
 
 
 def _gradient_C(x, dt, A, B, C, dy, h):
-    """A sum over channels: (b, c, T, N)."""
+    """A sum over channels: (b, c, T, N). C for its dtype alone."""
     dC = []
     for t, h in enumerate(_states(x, dt, A, B, h)):
         dC.append((h * dy[:, :, t, :, None]).sum(-2).to(C.dtype))                      # (b, c, N)
@@ -143,9 +143,10 @@ def _group_starts(span, A, ends, h, backwards):
 
 # max_fusion_size: all steps of a chunk in one kernel. autotune_pointwise: the compiler need not try two ways to share out the work
 # of kernels whose threads need not add up; it compiles each twice for that, and often took the slower (_ends, _first_carry and
-# _group_ends twice, at (64, 256, 128, 16) all four together: 0.087 ms, and 0.126 compiled again, in place of 0.060 and 0.072).
-# max_tiles: the threads of such a kernel form a line. In a table, N beside all the rest, blocks grow with the rest, and no longer
-# have the registers: 191 ms in place of 38 at (64, 2049, 2048, 16), 3.38 in place of 3.30 at (8, 2048, 1536, 16).
+# _group_ends twice, at (64, 256, 128, 16) all four together when this was chosen: 0.087 ms, and 0.126 compiled again, in place of
+# 0.060 and 0.072). max_tiles: their blocks have one dimension. With two, N and all the rest, the compiler makes a block the larger
+# the more of the rest there is, at last 1,024 by 16 elements in 256 threads: of _ends 3 kB a thread did not fit in registers. The
+# scan took 191 ms in place of 38 at (64, 2049, 2048, 16), 3.38 in place of 3.30 at (8, 2048, 1536, 16).
 OPTIONS = {"max_fusion_size": 1000, "triton.autotune_pointwise": False, "triton.max_tiles": 1}
 
 

@@ -67,14 +67,14 @@ def ssd(x, dt, A, B, C, h=None, T=None):
 
     # (1) Within a chunk: attention, with a_ts from differences of running sums. Each is <= 0 where s <= t, so nothing overflows;
     # a CPU's exp is slow below exp(-80), which is as good as 0.
-    sums = log_decay.cumsum(-1)                                                          # (b, c, H, T)
-    a = (sums[..., :, None] - sums[..., None, :]).clamp(-80, 0).exp().tril()                 # (b, c, H, T, T)
+    sums = log_decay.cumsum(-1)                                                        # (b, c, H, T)
+    a = (sums[..., :, None] - sums[..., None, :]).clamp(-80, 0).exp().tril()           # (b, c, H, T, T)
     y = (of_heads(C @ B.mT) * a) @ u                                                   # (b, c, H, T, P)
 
     # (2) What a chunk adds to the state by its end, and the recurrence from chunk to chunk.
-    left = (sums[..., -1:] - sums).clamp(min=-80).exp()[..., None]                           # (b, c, H, T, 1)
+    left = (sums[..., -1:] - sums).clamp(min=-80).exp()[..., None]                     # (b, c, H, T, 1)
     ends = (left * u).mT @ of_heads(B)                                                 # (b, c, H, P, N)
-    decay = sums[..., -1].clamp(min=-80).exp()[..., None, None]                           # (b, c, H, 1, 1)
+    decay = sums[..., -1].clamp(min=-80).exp()[..., None, None]                        # (b, c, H, 1, 1)
     from_zero, starts = h is None, []
     h = x.new_zeros(x.shape[0], H, P, N) if from_zero else h
     for k in range(chunks):

@@ -52,7 +52,7 @@ COOLDOWN = 1000, 1 / 5  # at the end the learning rate falls, for so many steps 
                         # much of the run if that is longer
 TEST_SEQUENCES = 1024  # of each length, after training
 SAVE_SECONDS = 5     # between saves of a run that is not finished
-SMALL = 16, 256      # largest d and L of a small model: see compiled
+SMALL = 16, 256      # largest d and L of a small model: see prepare and compiled
 
 
 def parse(argv):
@@ -169,8 +169,8 @@ def prepare(config, device):
 def compiled(function, small=False, sums=False):
     """torch.compile for a function that meets the same shapes at every step of a run.
 
-    small: put kernels that do not need each other into one, do not pad the rows of tensors, and let threads form a line, as in
-    fused_scan.OPTIONS. Large products like padding, small ones pay for it with copies: a step of hybrid-b at d = 8 took 0.37 ms
+    small: put kernels that do not need each other into one, do not pad the rows of tensors, and keep blocks of threads to one
+    dimension as fused_scan.OPTIONS does, which made no difference at these sizes. Large products like padding, small ones pay for it with copies: a step of hybrid-b at d = 8 took 0.37 ms
     in place of 0.41, before the scan was faster.
 
     sums: write matrix products out as sums. At d = 8 a product is less work than to start the library's kernel for it, and sums

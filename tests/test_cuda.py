@@ -39,8 +39,10 @@ def test_bfloat16_inputs():
     assert_close(found, exact, outputs=1e-2, gradients=1e-2)
 
 
-def test_recorded_training_equals_plain(train_tiny, tmp_path):
-    flags = "--device", "cuda", "--model", "hybrid-b", "--M", 2
+@pytest.mark.parametrize("model", ["hybrid-b", "mamba2-hybrid"])
+def test_recorded_training_equals_plain(model, train_tiny, tmp_path):
+    """Matrix products as sums, and by the library."""
+    flags = "--device", "cuda", "--model", model, "--M", 2
     fast, = train_tiny(*flags, "--compile", out=tmp_path / "fast")
     plain, = train_tiny(*flags, "--no-compile", out=tmp_path / "plain")
     assert fast["train"]["step"] == plain["train"]["step"]
