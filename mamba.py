@@ -103,10 +103,10 @@ class ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, h):
-        ctx.save_for_backward(x, dt, A, B, C)
         (b, L, D), N = x.shape, A.shape[1]
         T = min(L, max(8, CHUNK_ELEMENTS // (b * D * N)))                              # steps in a chunk
         x, dt, A, B, C = _time_first(x, dt, A, B, C)
+        ctx.save_for_backward(x, dt, A, B, C)
         u, y = dt * x, x.new_empty(L, b, D)
         # exp(-80) is as good as 0, and below it a CPU's exp is 50 times slower: a trained model reads twice as fast when clamped.
         # Not on a GPU: this asks it for an answer, for which the host would wait, and which a CUDA graph cannot record.
@@ -114,19 +114,20 @@ class ChunkedScan(torch.autograd.Function):
         ctx.T, ctx.starts, ctx.from_zero = T, [], h is None
         h = x.new_zeros(N, b, D) if h is None else h.permute(2, 0, 1).contiguous()
         space = x.new_empty(2, T, N, b, D)                     # used for every chunk again: fresh memory costs page faults
+        a_t, h_t = (v.unbind() for v in space)                 # T steps each, taken apart once: it is a tenth of a short scan
         for dt_k, u_k, B_k, C_k, y_k in zip(*(v.split(T) for v in (dt, u, B, C, y))):
             ctx.starts.append(h)
             a, hs = space[:, :len(dt_k)]                                               # (T, N, b, D) each
             torch.mul(dt_k, A, out=a)
             (a.clamp_(min=-80) if forgets else a).exp_()
             torch.mul(u_k, B_k, out=hs)                                                # b_t until _run
-            h = _run(a.unbind(), hs.unbind(), h).clone()                               # a view would not survive the chunk
+            h = _run(a_t, h_t[:len(dt_k)], h).clone()          # a view would not survive the chunk
             torch.sum(torch.mul(hs, C_k, out=a), 1, out=y_k)                           # (T, b, D); a is free by now
         return y.transpose(0, 1).contiguous(), h.permute(1, 2, 0).contiguous()
 
     @staticmethod
     def backward(ctx, dy, dh):
-        x, dt, A, B, C = _time_first(*ctx.saved_tensors)
+        x, dt, A, B, C = ctx.saved_tensors
         L, T, u = len(x), ctx.T, dt * x
         dy = dy.transpose(0, 1).contiguous()[:, None]                                  # (L, 1, b, D)
         du, ddt = torch.empty_like(x[:, 0]), torch.empty_like(x[:, 0])                 # (L, b, D)
@@ -134,17 +135,18 @@ class ChunkedScan(torch.autograd.Function):
         dA = x.new_zeros(T, *A.shape)                                                  # (T, N, b, D), summed at the end
         carry = dh.permute(2, 0, 1).contiguous()               # (N, b, D), what later steps say of h: a_{t+1} g_{t+1}
         space = x.new_empty(3, T + 1, *A.shape)
+        a_t, g_t, h_t = (v[1:].unbind() for v in space)
         chunks = list(zip(ctx.starts, *(v.split(T) for v in (dt, u, B, C, dy, du, ddt, dB, dC))))
         for start, dt_k, u_k, B_k, C_k, dy_k, du_k, ddt_k, dB_k, dC_k in reversed(chunks):
             a, g, hs = space[:, :len(dt_k) + 1]
             a, g, h, h_before = a[1:], g[1:], hs[1:], hs[:-1]                          # (T, N, b, D) each
-            torch.mul(dt_k, A, out=a).exp_()                   # not clamped: dA may be smaller than what that would add
+            torch.mul(dt_k, A, out=a).exp_()                   # not clamped: exp(-80) may be much, compared with the true dA
             torch.mul(u_k, B_k, out=h)
             hs[0] = start
-            _run(a.unbind(), h.unbind(), start)
+            _run(a_t, h_t[:len(a)], start)
             torch.mul(C_k, dy_k, out=g)
             g[-1] += carry
-            _run(a.unbind()[:0:-1], g.unbind()[-2::-1], g[-1])                         # g_t += a_{t+1} g_{t+1}, t falling
+            _run(a_t[len(a) - 1:0:-1], g_t[len(a) - 2::-1], g[-1])                     # g_t += a_{t+1} g_{t+1}, t falling
             carry = a[0] * g[0]
             # From here on each buffer is overwritten after its last use.
             d_dtA = a.mul_(g).mul_(h_before)                                           # g_t a_t h_{t-1}
