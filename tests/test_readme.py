@@ -187,6 +187,8 @@ def test_what_was_measured_by_hand_is_as_it_was_written_down():
         *find("one and on two GPUs", "mamba")["first_call_s"]) in text
     runs = [f"{min(ms):.2f} to {max(ms):.2f}" for ms in find("four runs of bench.py")["ms"]]
     assert "`rope` took {} ms, `mamba` {} and `hybrid-b` {}.".format(*runs) in text
+    chunked, mambapy = (sorted(ms)[1:] for ms in find("runs of bench.py", "mambapy")["ms"])        # but for the fastest run
+    assert f"took {chunked[0]:.1f} to {chunked[-1]:.1f} ms in the first line and `mambapy` {mambapy[0]:.1f} to {mambapy[-1]:.1f}" in text
     commands = find("train.py --model rope")["s"], find("train.py --model mamba")["s"]
     assert f"it took {commands[0]} seconds, and {commands[1]} seconds" in text
 
