@@ -22,6 +22,7 @@ The span of a chunk is the sum of its dt.
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -39,12 +40,20 @@ def split(v, most):
     return (F.pad(v, (0, 0) * (v.dim() - 2) + (0, missing)) if missing else v).unflatten(1, (chunks, -1))
 
 
+def _decay(dt, A):
+    """exp(dt A) for the dt (b, c, D) of one step: (b, c, D, N).
+
+    As a power of 2, for which a GPU has an instruction; torch's exp is eight more: with it _ends was 928 instructions, now 392.
+    """
+    return torch.exp2(dt[..., None] * (A * math.log2(math.e)))
+
+
 def _states(x, dt, A, B, h):
     """Every chunk's states after its first state h, (b, c, D, N) or 0.0, one after another: T of them."""
     x, dt, B = (v.to(A.dtype) for v in (x, dt, B))
     for t in range(x.shape[2]):
         u = (dt[:, :, t] * x[:, :, t])[..., None] * B[:, :, t, None]                   # (b, c, D, N)
-        h = torch.exp(dt[:, :, t, :, None] * A) * h + u
+        h = _decay(dt[:, :, t], A) * h + u
         yield h
 
 
@@ -53,7 +62,7 @@ def _adjoints(dt, A, C, dy, carry):
     dt, C, dy = (v.to(A.dtype) for v in (dt, C, dy))
     for t in reversed(range(dt.shape[2])):
         g = carry + dy[:, :, t, :, None] * C[:, :, t, None]                            # (b, c, D, N)
-        carry = torch.exp(dt[:, :, t, :, None] * A) * g
+        carry = _decay(dt[:, :, t], A) * g
         yield t, g, carry
 
 
@@ -122,7 +131,7 @@ def _chunks(span, A, ends, h, backwards):
     span, ends = (split(v, GROUP_CHUNKS) for v in (span, ends))                        # (b, groups, chunks, D), and (..., D, N)
     for k in reversed(range(span.shape[2])) if backwards else range(span.shape[2]):
         yield k, h
-        h = torch.exp(span[:, :, k, :, None] * A) * h + ends[:, :, k]
+        h = _decay(span[:, :, k], A) * h + ends[:, :, k]
     yield None, h
 
 
