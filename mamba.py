@@ -146,7 +146,7 @@ class ChunkedScan(torch.autograd.Function):
             _run(a_t, h_t[:len(a)], start)
             torch.mul(C_k, dy_k, out=g)
             g[-1] += carry
-            _run(a_t[len(a) - 1:0:-1], g_t[len(a) - 2::-1], g[-1])                     # g_t += a_{t+1} g_{t+1}, t falling
+            _run(a_t[1:len(a)][::-1], g_t[:len(a) - 1][::-1], g[-1])                   # g_t += a_{t+1} g_{t+1}, t falling
             carry = a[0] * g[0]
             # From here on each buffer is overwritten after its last use.
             d_dtA = a.mul_(g).mul_(h_before)                                           # g_t a_t h_{t-1}

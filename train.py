@@ -169,9 +169,8 @@ def prepare(config, device):
 def compiled(function, small=False, sums=False):
     """torch.compile for a function that meets the same shapes at every step of a run.
 
-    small: put kernels that do not need each other into one, do not pad the rows of tensors, and keep blocks of threads to one
-    dimension as fused_scan.OPTIONS does, which made no difference at these sizes. Large products like padding, small ones pay for it with copies: a step of hybrid-b at d = 8 took 0.37 ms
-    in place of 0.41, before the scan was faster.
+    small: put kernels that do not need each other into one, and do not pad the rows of tensors, which large products like and
+    small ones pay for with copies: a step of hybrid-b at d = 8 took 0.37 ms in place of 0.41, before the scan was faster.
 
     sums: write matrix products out as sums. At d = 8 a product is less work than to start the library's kernel for it, and sums
     are merged with what stands around them: a step of rope took 0.22 ms in place of 0.27, before its other parts were compiled
@@ -181,8 +180,7 @@ def compiled(function, small=False, sums=False):
     from torch._inductor import config as inductor             # here, because it takes a second
     products = {"decompose_mm_pass": {"min_first_dimension_decomposition": 1, "max_other_dimension_decomposition": 10**9}}
     inductor.post_grad_fusion_options = products               # torch reads these two numbers once, at the first compilation
-    line = {"triton.max_tiles": 1} if small else {}
-    return compile_each_shape(function, {"combo_kernels": small, "comprehensive_padding": not small, **line,
+    return compile_each_shape(function, {"combo_kernels": small, "comprehensive_padding": not small,
                                          "post_grad_fusion_options": products if sums else {}})
 
 
