@@ -6,9 +6,10 @@
 
 Beside the scan stand mamba2.py's in heads of 64 channels, mambapy's pscan, and mamba_ssm's kernel with the transposed copies that
 it needs here, the last two if they can be imported. On CUDA scans and training steps are recorded as a graph and replayed, so
-that what the host needs to launch them is left out, as it is in train.py; ten scans are one replay. Times are medians of several
-calls after a few that do not count, from 2^18 tokens on of one call. Memory is counted on CUDA, beyond what the program held
-before. With --out the numbers are written as JSON too.
+that what the host needs to launch them is left out, as it is in train.py; ten scans are one replay. Ten training steps in a row
+are timed together, as they follow each other in a run. Times are medians of several calls after a few that do not count, from
+2^18 tokens on of one call. Memory is counted on CUDA, beyond what the program held before. With --out the numbers are written
+as JSON too.
 
 Imports data, eval, hybrid, mamba, mamba2, runs and train.
 """
@@ -45,28 +46,31 @@ def sync(device):
         torch.cuda.synchronize()
 
 
-def timed(call, device, repeats=9, graph=True, warm=2):
+def timed(call, device, repeats=9, graph=True, warm=2, in_a_row=1):
     """Milliseconds of call(): median, lowest, highest. The first `warm` calls, which may compile, are left out."""
     for _ in range(warm):
         call()
-    inner = 1
     if device.type == "cuda" and graph:
-        recorded, inner = torch.cuda.CUDAGraph(), 10
+        recorded, in_a_row = torch.cuda.CUDAGraph(), 10
         with torch.cuda.graph(recorded):
-            for _ in range(inner):
+            for _ in range(in_a_row):
                 call()
-        call = recorded.replay
+        calls = recorded.replay
+    else:
+        def calls():
+            for _ in range(in_a_row):
+                call()
     took = []
     for _ in range(repeats):
         sync(device)
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record(), call(), end.record(), sync(device)
-            took.append(start.elapsed_time(end) / inner)
+            start.record(), calls(), end.record(), sync(device)
+            took.append(start.elapsed_time(end) / in_a_row)
         else:
             start = time.perf_counter()
-            call()
-            took.append(1e3 * (time.perf_counter() - start))
+            calls()
+            took.append(1e3 * (time.perf_counter() - start) / in_a_row)
     return statistics.median(took), min(took), max(took)
 
 
@@ -185,7 +189,7 @@ def step_row(name, d, device):
     generator, step = train.prepare(config_for(name, d=d), device)[2:]
     step(), step(), step(), sync(device)
     row = {"model": name, "first_call_s": time.time() - began}
-    row["ms"], row["ms_lowest"], row["ms_highest"] = timed(recorded(step, generator, device), device, repeats=31, graph=False)
+    row["ms"], row["ms_lowest"], row["ms_highest"] = timed(recorded(step, generator, device), device, graph=False, in_a_row=10)
     print(f"  {name:13} {row['ms']:8.3f} ({row['ms_lowest']:.3f} to {row['ms_highest']:.3f})"
           f"    first steps {row['first_call_s']:5.1f} s", end="", flush=True)
     return row
