@@ -35,7 +35,7 @@ LABEL_GAP = 0.062    # between the labels at the curves' ends, in units of accur
 def style(model):
     """Colour, width and dashes of a model: they depend on its name only, so they are the same in every figure.
 
-    What follows a comma is how the model started; it has the model's colour.
+    What follows a comma is its width or how it started; it has the model's colour.
     """
     model, _, start = model.partition(", ")
     if start:
@@ -46,7 +46,7 @@ def style(model):
 
 def order(model):
     known = model.partition(", ")[0]
-    return list(STYLES).index(known) if known in STYLES else len(STYLES), model
+    return list(STYLES).index(known) if known in STYLES else len(STYLES), len(model), model          # d = 8 before d = 64
 
 
 def spread(heights, low, high):

@@ -4,7 +4,7 @@
     python plot.py results/*_M1_tau1_*.json --out .     those of one task
     python plot.py results/*.json --panels d M          a row of panels for each d, a column for each M
     python plot.py results/*.json --against d           accuracy at the training length, against d
-    python plot.py results/*.json --against model       the same and the lowest beyond it, a row for each model
+    python plot.py results/*.json --against model       the same and the lowest beyond it, a row for each model and d
     python plot.py results/bench/cpu.json               what a longer context costs, as bench.py measured it
     python plot.py --inside results/X.pt                what a trained model does on one sequence
 
@@ -58,10 +58,15 @@ def draw_curves(ax, models, kind, right, reach):
         ax.text(1 + 1.12 * reach, height, model, va="center_baseline", **look)
 
 
+def listed(values, between, up_to):
+    """Values of a flag in a line: all of them, or, of more than five, the first and the last."""
+    return between.join(map(str, values)) if len(values) <= 5 else f"{values[0]}{up_to}{values[-1]}"
+
+
 def described(panels, spread_of_seeds="band from lowest to highest"):
     """What all panels of a figure are about, in words, and their seeds: the two lines above the figure."""
     M, tau, d, L, N = (shared(panels, flag) for flag in ("M", "tau", "d", "L", "d_state"))
-    say = lambda values: ", ".join(map(str, values))
+    say = lambda values: listed(values, ", ", " to ")
     trained = {("fixed",): f"L = {say(L)}", ("uniform",): f"lengths up to L = {say(L)}",
                ("fixed", "uniform"): f"L = {say(L)} or lengths up to it"}[tuple(shared(panels, "train_lengths"))]
     counts = {len(runs) for curves in panels.values() for runs in curves.values()}
@@ -166,7 +171,7 @@ def draw_against(panels, flag):
 
 
 def draw_models(panels, flags=("M",)):
-    """The figure that has a row for each model: its accuracy at L, and the lowest from L on. panels as for draw, in columns."""
+    """The figure that has a row for each model and width: its accuracy at L, and the lowest from L on. panels as for draw, in columns."""
     names = sorted({name for of_panel in panels.values() for name in of_panel}, key=order)
     longest = min(run["length"][0][-1] for models in panels.values() for runs in models.values() for run in runs)
     fig = Figure(figsize=(max(8, 2 + 3 * len(panels)), 1.5 + 0.42 * len(names)), layout="constrained")
@@ -212,9 +217,9 @@ def named(kind, paths):
 
 
 def file_name(kind, panels):
-    parts = ["{}{}".format(flag, "-".join(map(str, shared(panels, flag)))) for flag in ("tau", "K", "d", "L", "M")]
+    parts = [flag + listed(shared(panels, flag), "-", "to") for flag in ("tau", "K", "d", "L", "M")]
     trained, N = shared(panels, "train_lengths"), shared(panels, "d_state")
-    parts += ["-".join(trained)] * (trained != ["fixed"]) + ["N" + "-".join(map(str, N))] * (N != [OTHERS["d_state"]])
+    parts += ["-".join(trained)] * (trained != ["fixed"]) + ["N" + listed(N, "-", "to")] * (N != [OTHERS["d_state"]])
     return "_".join([kind, *parts]) + ".png"
 
 
@@ -225,7 +230,7 @@ def figures_of_results(paths, flags, against):
     published = {path: found for path in paths if (found := load_published(path))}
     figures = {name: draw_costs(*costs[path]) for name, path in named("cost", costs).items()}
     runs = [path for path in paths if path not in costs | published]
-    for panels in group(runs, [against] if against not in (None, "model") else flags).values():
+    for panels in group(runs, [against] if against not in (None, "model") else flags, against == "model").values():
         if against == "model":
             figures[file_name("against_model", panels)] = draw_models(panels, flags)
         elif against:
@@ -253,7 +258,8 @@ def main(argv=None):
     parser.add_argument("--panels", nargs="+", default=["M"], choices=TASK, metavar="FLAG",
                         help="flags of train.py whose values have a panel each, the last one in columns (default: M)")
     parser.add_argument("--against", choices=["tau", "K", "d", "L", "M", "d_state", "model"], metavar="FLAG",
-                        help="draw accuracy at the training length against this flag of train.py instead; model: a row for each")
+                        help="draw accuracy at the training length against this flag of train.py instead; "
+                             "model: a row for each model and d")
     parser.add_argument("--inside", nargs="+", default=[], metavar="RUN.pt",
                         help="checkpoints that train.py wrote: draw what each model does on one sequence, without results")
     parser.add_argument("--out", default="figures", metavar="DIR", help="where the figures go (default: figures)")

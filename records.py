@@ -47,27 +47,30 @@ def load(path):
         raise ValueError(f"{path} is not a whole result of train.py") from None
 
 
-def name_of(config):
-    """What a run's curve is called: its model, and its initialisation where that is not the usual one."""
-    return config["model"] + ("" if config["init"] == OTHERS["init"] else ", " + config["init"])
+def name_of(config, width):
+    """What a run's curve is called: its model, its width if asked for, and its initialisation where that is not the usual one."""
+    return ", ".join([config["model"], *[f"d = {config['d']}"] * width, *[config["init"]] * (config["init"] != OTHERS["init"])])
 
 
-def group(paths, flags=("M",)):
+def group(paths, flags=("M",), across_widths=False):
     """Read the files and put the runs that differ in nothing but model, seed and these flags into one figure.
 
+    across_widths: those that differ in d, too, which is then a part of their names.
     -> {task: {values of the flags: {name: [run, ...]}}}, sorted; a task is the values of what is left of TASK, in its order.
     Raises ValueError.
     """
-    seen, figures = {}, {}
-    for path in dict.fromkeys(paths):
-        run = load(path)
+    seen, figures, runs = {}, {}, {path: load(path) for path in paths}
+    width = across_widths and "d" not in flags and len({run["config"]["d"] for run in runs.values()}) > 1
+    left = [flag for flag in TASK if flag not in flags and not (width and flag == "d")]
+    for path, run in runs.items():
         config = run["config"]
-        name = (*(config[flag] for flag in (*TASK, "seed")), name_of(config))
-        if name in seen:
-            raise ValueError(f"{path} and {seen[name]} are the same run, of which one is enough")
-        seen[name] = path
-        task, panel = tuple(config[flag] for flag in TASK if flag not in flags), tuple(config[flag] for flag in flags)
-        figures.setdefault(task, {}).setdefault(panel, {}).setdefault(name_of(config), []).append(run)
+        name = name_of(config, width)
+        same = (*(config[flag] for flag in (*TASK, "seed")), name)
+        if same in seen:
+            raise ValueError(f"{path} and {seen[same]} are the same run, of which one is enough")
+        seen[same] = path
+        task, panel = tuple(config[flag] for flag in left), tuple(config[flag] for flag in flags)
+        figures.setdefault(task, {}).setdefault(panel, {}).setdefault(name, []).append(run)
     return {task: {panel: {name: panels[panel][name] for name in sorted(panels[panel], key=order)} for panel in sorted(panels)}
             for task, panels in sorted(figures.items())}
 

@@ -156,6 +156,25 @@ def test_against_model(tmp_path, capsys, refuses):
     assert "not tested at its training length" in refuses(plot.main, [untested, "--against", "model", "--out", tmp_path])
 
 
+def test_against_model_across_widths(tmp_path, capsys):
+    """Models of different widths are rows of one figure; panels for each d are rows of their names alone."""
+    paths = [write(tmp_path, model, d=d, accuracy=accuracy)
+             for model, d, accuracy in [("mamba", 64, 0.5), ("mamba", 8, 0.25), ("rope", 16, 0.75)]]
+    panels, = records.group(paths, across_widths=True).values()
+    fig = plot.draw_models(panels)
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["rope, d = 16", "mamba, d = 8", "mamba, d = 64"]
+    dots = {round(line.get_ydata()[0]): line.get_xdata()[0] for line in fig.axes[0].lines if line.get_marker() == "o"}
+    assert dots == {0: 0.75, 1: 0.25, 2: 0.5} and "d = 8, 16, 64" in fig.get_suptitle()
+    assert list(draw(tmp_path, ["--against", "model", *paths], capsys)) == ["against_model_tau1_K16_d8-16-64_L64_M1.png"]
+    panels, = records.group(paths, ("d",), across_widths=True).values()
+    assert [list(of_d) for of_d in panels.values()] == [["mamba"], ["rope"], ["mamba"]]
+    many = [write(tmp_path, d=d) for d in (10, 12, 14)]
+    (tmp_path / "many").mkdir()
+    drawn = draw(tmp_path / "many", ["--against", "model", *paths, *many], capsys)
+    assert list(drawn) == ["against_model_tau1_K16_d8to64_L64_M1.png"]
+    assert len(records.group(paths)) == 3
+
+
 def test_against_a_flag(tmp_path, monkeypatch, refuses):
     for folder in "abc":
         (tmp_path / folder).mkdir()
