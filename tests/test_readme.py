@@ -184,8 +184,9 @@ def test_what_was_measured_by_hand_is_as_it_was_written_down():
         assert re.search(rf"a step of `{model}` (takes )?{two:g} (ms )?in place of {one:g}", text), model
     assert find("bench.py, from the shell")["s"] < 5 * 60
     assert f"in less than five minutes ({find('bench.py, from the shell')['s']} seconds," in text
-    assert "took {:.0f} seconds on one, where the scan of that shape was compiled before, and {:.0f} on two".format(
-        *find("one and on two GPUs", "mamba")["first_call_s"]) in text
+    assert "took {:.0f} seconds on one and {:.0f} on two".format(*find("one and on two GPUs", "mamba")["first_call_s"]) in text
+    process = find("most memory of eval.py")["megabytes"]
+    assert f"takes {process[0]} MB for 2^10 tokens, {process[1]} for 2^12 and {process[-1]} for 2^20" in text
     runs = [f"{min(ms):.2f} to {max(ms):.2f}" for ms in find("four runs of bench.py")["ms"]]
     assert "`rope` took {} ms, `mamba` {} and `hybrid-b` {}.".format(*runs) in text
     chunked, mambapy = (sorted(ms)[1:] for ms in find("runs of bench.py", "mambapy")["ms"])        # but for the fastest run
