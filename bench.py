@@ -7,14 +7,15 @@
 Beside the scan stand mamba2.py's in heads of 64 channels, mambapy's pscan, and mamba_ssm's kernel with the transposed copies that
 it needs here, the last two if they can be imported. On CUDA scans and training steps are recorded as a graph and replayed, so
 that what the host needs to launch them is left out, as it is in train.py; ten scans are one replay. Ten training steps in a row
-are timed together, as they follow each other in a run. Times are medians of several calls after a few that do not count, from
-2^18 tokens on of one call. Memory is counted on CUDA, beyond what the program held before. With --out the numbers are written
-as JSON too.
+are timed together, as they follow each other in a run (in the table length each by itself). Times are medians of several calls
+after a few that do not count, from 2^18 tokens on of one call. Memory is counted on CUDA, beyond what the program held before.
+With --out the numbers are written as JSON too.
 
 Imports data, eval, hybrid, mamba, mamba2, runs and train.
 """
 
 import argparse
+import functools
 import gc
 import math
 import os
@@ -48,18 +49,17 @@ def sync(device):
 
 def timed(call, device, repeats=9, graph=True, warm=2, in_a_row=1):
     """Milliseconds of call(): median, lowest, highest. The first `warm` calls, which may compile, are left out."""
+    def calls():
+        for _ in range(in_a_row):
+            call()
     for _ in range(warm):
         call()
     if device.type == "cuda" and graph:
-        recorded, in_a_row = torch.cuda.CUDAGraph(), 10
-        with torch.cuda.graph(recorded):
-            for _ in range(in_a_row):
-                call()
-        calls = recorded.replay
-    else:
-        def calls():
-            for _ in range(in_a_row):
-                call()
+        cuda_graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(cuda_graph):
+            calls()
+        calls = cuda_graph.replay
+        calls()                                                # the first replay loads the graph
     took = []
     for _ in range(repeats):
         sync(device)
@@ -115,21 +115,19 @@ def official_scan():
 
 def scans(device, shape):
     """name -> scan(x, dt, A, B, C) -> y, or the reason why there is none."""
-    ours = {"recurrence": mamba.selective_scan_ref, "chunked": mamba.ChunkedScan.apply, "parallel": mamba.parallel_scan}
+    on_cpu = device.type == "cpu"
+    ours = {"recurrence": mamba.selective_scan_ref, "chunked": mamba.ChunkedScan.apply,
+            "parallel": functools.partial(mamba.parallel_scan, off=on_cpu)}
     found = {name: lambda *inputs, scan=scan: scan(*inputs, None)[0] for name, scan in ours.items()}
-    if device.type == "cpu":
-        found["parallel"] = lambda *inputs: mamba.parallel_scan(*inputs, None, True)[0]
     if math.prod(shape) > 2**22:
         found["recurrence"] = "too slow here"
     chunks = lambda *inputs: ssd(*inputs)[0]
-    found["mamba-2"] = train.compiled(chunks) if device.type == "cuda" else chunks
+    found["mamba-2"] = chunks if on_cpu else train.compiled(chunks)
     for name, get in [("mambapy", mambapy_scan), ("mamba_ssm", official_scan)]:
         try:
-            found[name] = get()
+            found[name] = "CUDA only" if on_cpu and name == "mamba_ssm" else get()
         except ImportError:
             found[name] = "not installed"
-        if name == "mamba_ssm" and device.type == "cpu":
-            found[name] = "CUDA only"
     return found
 
 
@@ -152,7 +150,7 @@ def scan_row(name, scan, shape, device):
     row, began = {"shape": list(shape), "form": name}, time.time()
     call(), sync(device)
     row["first_call_s"] = time.time() - began
-    row["ms"], row["ms_lowest"], row["ms_highest"] = timed(call, device)
+    row["ms"], row["ms_lowest"], row["ms_highest"] = timed(call, device, in_a_row=10 if device.type == "cuda" else 1)
     row["megabytes"] = peak_megabytes(call, device, before)
     return row
 
@@ -237,11 +235,11 @@ def state_bytes(states):
 def length_row(name, L, device):
     """What L tokens cost a model. A function of its own, or what one row leaves behind would count as the next one's memory."""
     before = bytes_held(device)
-    row, calls = {"model": name, "length": L}, dict(graph=False, warm=1, repeats=9 if L < 2**14 else 3 if L < 2**18 else 1)
+    row, how = {"model": name, "length": L}, dict(graph=False, warm=1, repeats=9 if L < 2**14 else 3 if L < 2**18 else 1)
     generator, step = train.prepare(config_for(name, d=64, L=L - 1, batch_size=1), device)[2:]
     step(), step()
     row["train_megabytes"] = peak_megabytes(step, device, before)
-    row["train_us"] = 1e3 * timed(recorded(step, generator, device), device, **calls)[0] / L
+    row["train_us"] = 1e3 * timed(recorded(step, generator, device), device, **how)[0] / L
     del step
     model = build_model(name, d=64, L=L).to(device)
     tokens = recall_batch(1, L - 1, device=device)[0]                                  # (1, L), the query among them
@@ -253,7 +251,7 @@ def length_row(name, L, device):
         return states
     with torch.no_grad():
         row["read_megabytes"] = peak_megabytes(read, device, before)
-        row["read_us"] = 1e3 * timed(read, device, **calls)[0] / L
+        row["read_us"] = 1e3 * timed(read, device, **how)[0] / L
         states = read()
         row["token_ms"] = timed(lambda: model.stream(tokens[:, -1:], states), device, 51, graph=False)[0]
         row["state_bytes"] = state_bytes(states)

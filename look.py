@@ -37,8 +37,8 @@ def style(model):
 
     What follows a comma is its width or how it started; it has the model's colour.
     """
-    model, _, start = model.partition(", ")
-    if start:
+    model, _, variant = model.partition(", ")
+    if variant:
         return style(model)[0], 1.2, (0, (1, 1))
     dashes = [length for letter in model for length in (LETTERS.get(letter, 3), 1.5)]
     return STYLES.get(model, ("black", 1.6, (0, (*dashes[:-1], 4.5))))
@@ -46,7 +46,8 @@ def style(model):
 
 def order(model):
     known = model.partition(", ")[0]
-    return list(STYLES).index(known) if known in STYLES else len(STYLES), len(model), model          # d = 8 before d = 64
+    rank = list(STYLES).index(known) if known in STYLES else len(STYLES)
+    return rank, known, len(model), model                      # d = 8 before d = 64
 
 
 def spread(heights, low, high):

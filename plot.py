@@ -121,7 +121,7 @@ def draw(panels, kind, flags=("M",), published=()):
         if len(panels) > 1:
             ax.set_title(title(flags, panel), pad=18 if kind == "length" else 6)
         for other in published if kind == "length" else ():
-            if all(task[flag] == value for flag, value in other["task"].items()):
+            if all(task.get(flag) == value for flag, value in other["task"].items()):
                 sources.append(other["published"])
                 for name, (x, y) in other["curves"].items():
                     ax.plot(x, y, color=style(name)[0], lw=0.5, ls=":", marker="o", mfc="white", ms=6, mew=1.3, zorder=20,
@@ -171,7 +171,7 @@ def draw_against(panels, flag):
 
 
 def draw_models(panels, flags=("M",)):
-    """The figure that has a row for each model and width: its accuracy at L, and the lowest from L on. panels as for draw, in columns."""
+    """The figure that has a row for each model and width: its accuracy at L, and the lowest from L on. Each panel is a column."""
     names = sorted({name for of_panel in panels.values() for name in of_panel}, key=order)
     longest = min(run["length"][0][-1] for models in panels.values() for runs in models.values() for run in runs)
     fig = Figure(figsize=(max(8, 2 + 3 * len(panels)), 1.5 + 0.42 * len(names)), layout="constrained")
@@ -184,7 +184,7 @@ def draw_models(panels, flags=("M",)):
                 ax.plot([min(seeds), max(seeds)], [y, y], lw=4, alpha=0.25, color=style(name)[0], clip_on=False)
                 ax.plot(seeds, [y] * len(seeds), ls="", marker="|", ms=7, **look)
                 ax.plot(np.median(seeds), y, marker=marker, ms=7, mew=1.3, **look)
-        ax.axvline(1 / runs[0]["config"]["K"], color=GREY, lw=1, ls=":")
+        ax.axvline(1 / next(iter(models.values()))[0]["config"]["K"], color=GREY, lw=1, ls=":")
         ax.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), title=title(flags, panel), xlabel="accuracy")
         ax.set_yticks(range(len(names)), names)
         ax.grid(axis="y", color="0.92"), ax.set_axisbelow(True)
@@ -256,9 +256,10 @@ def main(argv=None):
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one sentence, without all flags
     parser.add_argument("results", nargs="*", metavar="RUN.json", help="results that train.py or bench.py wrote")
     parser.add_argument("--panels", nargs="+", default=["M"], choices=TASK, metavar="FLAG",
-                        help="flags of train.py whose values have a panel each, the last one in columns (default: M)")
+                        help=f"of {', '.join(TASK)}: those whose values have a panel each, the last one in columns, "
+                             "or all in one row with --against model (default: M)")
     parser.add_argument("--against", choices=["tau", "K", "d", "L", "M", "d_state", "model"], metavar="FLAG",
-                        help="draw accuracy at the training length against this flag of train.py instead; "
+                        help="draw accuracy at the training length against tau, K, d, L, M or d_state instead, or against "
                              "model: a row for each model and d")
     parser.add_argument("--inside", nargs="+", default=[], metavar="RUN.pt",
                         help="checkpoints that train.py wrote: draw what each model does on one sequence, without results")

@@ -44,7 +44,7 @@ def load(path):
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise ValueError(f"{path} is not a whole result of train.py") from None
+        raise ValueError(f"{path} is not a whole result of train.py or bench.py") from None
 
 
 def name_of(config, width):
@@ -53,23 +53,26 @@ def name_of(config, width):
 
 
 def group(paths, flags=("M",), across_widths=False):
-    """Read the files and put the runs that differ in nothing but model, seed and these flags into one figure.
+    """Read the files and put the runs that have the same TASK, but for these flags, into one figure.
 
-    across_widths: those that differ in d, too, which is then a part of their names.
+    A curve is of one model and init, its runs of different seeds; other flags, such as --lr, are not looked at.
+    across_widths: runs that differ in d are in one figure, too, and where they do, d is a part of their curve's name.
     -> {task: {values of the flags: {name: [run, ...]}}}, sorted; a task is the values of what is left of TASK, in its order.
     Raises ValueError.
     """
-    seen, figures, runs = {}, {}, {path: load(path) for path in paths}
-    width = across_widths and "d" not in flags and len({run["config"]["d"] for run in runs.values()}) > 1
-    left = [flag for flag in TASK if flag not in flags and not (width and flag == "d")]
+    runs = {path: load(path) for path in paths}
+    left = [flag for flag in TASK if flag not in flags and not (across_widths and flag == "d")]
+    seen, figures, widths = {}, {}, {}
+    for run in runs.values():
+        widths.setdefault(tuple(run["config"][flag] for flag in left), set()).add(run["config"]["d"])
     for path, run in runs.items():
         config = run["config"]
-        name = name_of(config, width)
+        task, panel = (tuple(config[flag] for flag in some) for some in (left, flags))
+        name = name_of(config, "d" not in (*left, *flags) and len(widths[task]) > 1)
         same = (*(config[flag] for flag in (*TASK, "seed")), name)
         if same in seen:
-            raise ValueError(f"{path} and {seen[same]} are the same run, of which one is enough")
+            raise ValueError(f"{path} and {seen[same]} have the same model, task and seed: one curve has room for one of them")
         seen[same] = path
-        task, panel = tuple(config[flag] for flag in left), tuple(config[flag] for flag in flags)
         figures.setdefault(task, {}).setdefault(panel, {}).setdefault(name, []).append(run)
     return {task: {panel: {name: panels[panel][name] for name in sorted(panels[panel], key=order)} for panel in sorted(panels)}
             for task, panels in sorted(figures.items())}
@@ -82,7 +85,7 @@ def load_published(path):
             record = json.load(f)
         curves = {model: points(curve, "length") for model, curve in record["curves"].items()}
         return {"published": str(record["published"]), "task": dict(record["task"]), "curves": curves}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 
@@ -114,4 +117,6 @@ def from_training_length(runs, name, longest=np.inf):
     L, curves = runs[0]["config"]["L"], [run["length"] for run in runs]
     if not all((x == L).any() for x, _ in curves):
         raise ValueError(f"a run of {name} was not tested at its training length {L}")
+    if longest < L:
+        raise ValueError(f"{name} was trained at length {L}, but another run of the figure was tested to {longest:g} only")
     return [y[x == L][0] for x, y in curves], [y[(x >= L) & (x <= longest)].min() for x, y in curves]

@@ -84,7 +84,7 @@ def parse(argv):
     parser.add_argument("--learn-embedding", action="store_true", help="train the embedding table too")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best one here)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
-                        help="on CUDA: fuse kernels with torch.compile and record the step as one graph")
+                        help="on CUDA: fuse kernels with torch.compile and record the step as one graph (default: on)")
     parser.add_argument("--out", default="results", metavar="DIR", help="where the results go (default: results)")
     parser.add_argument("--overwrite", action="store_true", help="repeat runs that are finished")
     return parser, parser.parse_args(argv)

@@ -101,6 +101,17 @@ def test_the_fused_operators_are_what_they_are_declared_to_be(b, L, transposed, 
 
 
 @scans
+def test_refuses_a_second_derivative(scan):
+    """It would be wrong, and nothing would say so: the buffers that a chunk is computed in are no part of the graph."""
+    x, dt, A, B, C, h = operands(5)
+    x.requires_grad_(), A.requires_grad_()
+    with pytest.raises(RuntimeError, match="second derivative|register_autograd"):
+        y, _ = scan(x, dt, A, B, C, h)
+        gradient, = torch.autograd.grad(y.sum(), x, create_graph=True)
+        torch.autograd.grad(y.square().sum() + gradient.square().sum(), A)
+
+
+@scans
 @pytest.mark.parametrize("L", [1, 16, 100])
 def test_equals_reference_with_the_real_chunks(scan, L):
     inputs = operands(L, b=3, D=5, N=2)

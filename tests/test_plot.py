@@ -154,6 +154,8 @@ def test_against_model(tmp_path, capsys, refuses):
     assert 1.0 in [line.get_xdata()[0] for line in fig.axes[0].lines if line.get_marker() == "D"] and "to 192" in fig.get_suptitle()
     untested = write(tmp_path, "nope", lengths=[9])
     assert "not tested at its training length" in refuses(plot.main, [untested, "--against", "model", "--out", tmp_path])
+    shorter = [write(tmp_path, L=32, lengths=[32, 64]), write(tmp_path, L=128, lengths=[128, 256])]
+    assert "tested to 64 only" in refuses(plot.main, [*shorter, "--against", "model", "--panels", "L", "--out", tmp_path])
 
 
 def test_against_model_across_widths(tmp_path, capsys):
@@ -173,6 +175,14 @@ def test_against_model_across_widths(tmp_path, capsys):
     drawn = draw(tmp_path / "many", ["--against", "model", *paths, *many], capsys)
     assert list(drawn) == ["against_model_tau1_K16_d8to64_L64_M1.png"]
     assert len(records.group(paths)) == 3
+
+    # Where a figure has one width only, it is not a part of the names, whatever other figures have.
+    (tmp_path / "delay").mkdir()
+    delayed = write(tmp_path / "delay", "mamba", tau=5)
+    one, two = records.group([*paths, delayed], across_widths=True).values()
+    assert [name for name in one[1,]] == ["rope, d = 16", "mamba, d = 8", "mamba, d = 64"] and list(two[1,]) == ["mamba"]
+    unnamed = sorted(["RARA, d = 64", "MAMA, d = 64", "RARA, d = 8", "MAMA, d = 8"], key=look.order)
+    assert unnamed == ["MAMA, d = 8", "MAMA, d = 64", "RARA, d = 8", "RARA, d = 64"]
 
 
 def test_against_a_flag(tmp_path, monkeypatch, refuses):
@@ -317,7 +327,7 @@ def test_bad_input(tmp_path, capsys, refuses, case):
 def test_one_run_twice(tmp_path, refuses):
     (tmp_path / "copy").mkdir()
     paths = [write(tmp_path), write(tmp_path / "copy")]
-    assert "same run" in refuses(plot.main, [*paths, "--out", tmp_path / "out"])
+    assert "same model, task and seed" in refuses(plot.main, [*paths, "--out", tmp_path / "out"])
     assert not (tmp_path / "out").exists()
     assert len(figure([paths[0], paths[0]], "length").axes) == 1  # the same file twice is harmless
 
