@@ -185,6 +185,11 @@ def test_what_was_measured_by_hand_is_as_it_was_written_down():
     assert find("bench.py, from the shell")["s"] < 5 * 60
     assert f"in less than five minutes ({find('bench.py, from the shell')['s']} seconds," in text
     assert "took {:.0f} seconds on one and {:.0f} on two".format(*find("one and on two GPUs", "mamba")["first_call_s"]) in text
+    row = find("mamba_ssm's CUDA kernel")
+    kernel = "{:.3f}, {:.3f}, {:.3f} and {:.2f} ms".format(*row["ms"])
+    assert f"`mamba_ssm` took {kernel} at these shapes, and {row['megabytes']} MB at the last" in text
+    ours = [row for row in json.loads((ROOT / "results/bench/h200.json").read_text())["bench"]["scan"] if row["form"] == "parallel"]
+    assert all(a["ms"] <= b for a, b in zip(ours, row["ms"], strict=True)), "at least as fast here"
     row = find("compiled for the CPU")
     compiled, chunked = ("{:.1f}, {:.1f} and {:.1f}".format(*of_shapes) for of_shapes in row["ms"])
     first = row["first_call_s"]
