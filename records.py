@@ -60,16 +60,17 @@ def group(paths, flags=("M",), across_widths=False):
     -> {task: {values of the flags: {name: [run, ...]}}}, sorted; a task is the values of what is left of TASK, in its order.
     Raises ValueError.
     """
+    values = lambda run, flags: tuple(run["config"][flag] for flag in flags)
     runs = {path: load(path) for path in paths}
+    across_widths = across_widths and "d" not in flags
     left = [flag for flag in TASK if flag not in flags and not (across_widths and flag == "d")]
     seen, figures, widths = {}, {}, {}
     for run in runs.values():
-        widths.setdefault(tuple(run["config"][flag] for flag in left), set()).add(run["config"]["d"])
+        widths.setdefault(values(run, left), set()).add(run["config"]["d"])
     for path, run in runs.items():
-        config = run["config"]
-        task, panel = (tuple(config[flag] for flag in some) for some in (left, flags))
-        name = name_of(config, "d" not in (*left, *flags) and len(widths[task]) > 1)
-        same = (*(config[flag] for flag in (*TASK, "seed")), name)
+        task, panel = values(run, left), values(run, flags)
+        name = name_of(run["config"], across_widths and len(widths[task]) > 1)
+        same = (*values(run, (*TASK, "seed")), name)
         if same in seen:
             raise ValueError(f"{path} and {seen[same]} have the same model, task and seed: one curve has room for one of them")
         seen[same] = path

@@ -193,8 +193,8 @@ def test_what_was_measured_by_hand_is_as_it_was_written_down():
     row = find("compiled for the CPU")
     compiled, chunked = ("{:.1f}, {:.1f} and {:.1f}".format(*of_shapes) for of_shapes in row["ms"])
     first = row["first_call_s"]
-    assert (f"Compiled for the CPU, in {min(first):.0f} to {max(first):.0f} seconds, it took {compiled} ms, and the chunked form in "
-            f"the same process {chunked}:") in text
+    assert (f"Compiled for the CPU, in {min(first):.0f} to {max(first):.0f} seconds, it took {compiled} ms, and the chunked "
+            f"form in the same process {chunked}:") in text
     process = find("most memory of eval.py")["megabytes"]
     assert f"takes {process[0]} MB for 2^10 tokens, {process[1]} for 2^12 and {process[-1]} for 2^20" in text
     runs = [f"{min(ms):.2f} to {max(ms):.2f}" for ms in find("four runs of bench.py")["ms"]]
