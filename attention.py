@@ -60,6 +60,8 @@ class Attention(nn.Module):
     what the token is.
     """
 
+    attends = answers_last = True
+
     def __init__(self, d_model, n_heads=1, position="none", recency=None, kv_heads=None, window=None):
         super().__init__()
         kv_heads = n_heads if kv_heads is None else kv_heads
@@ -80,15 +82,14 @@ class Attention(nn.Module):
         if recency is not None:
             nn.init.constant_(self.qkv.bias[:d_model + kv], recency)
 
-    def forward(self, x, state=None, queries=None):
+    def forward(self, x, state=None, last_only=False):
         """x (B, L, d_model), state a KVCache of S earlier tokens or None -> y (B, L, d_model), the longer KVCache.
 
-        queries: how many of the last tokens ask, None for all. The others only leave their keys and values, and y is
-        (B, queries, d_model): who reads off the last token alone saves nearly all of the attention.
+        last_only: compute y for the last token alone, (B, 1, d_model), which saves nearly all of the attention.
         """
         B, L, d = x.shape
         S = 0 if state is None else state.k.shape[2]
-        Q = L if queries is None else queries
+        Q = 1 if last_only else L
         q, k, v = (part.view(B, L, heads, -1).transpose(1, 2) for part, heads in       # (B, H or G, L, P)
                    zip(self.qkv(x).split(self.sizes, dim=-1), (self.n_heads, self.kv_heads, self.kv_heads)))
         q = q[:, :, L - Q:]                                                            # (B, H, Q, P)
@@ -124,23 +125,29 @@ class LearnedPosition(nn.Module):
     embeddings of length 1: the model has to see the tokens before it can learn what their places are for.
     """
 
+    norms_itself = True
+
     def __init__(self, d_model, positions):
         super().__init__()
         self.table = nn.Parameter(self.rows(positions, d_model))
+        self.register_buffer("untrained", self.table.detach()[:0], persistent=False)
 
     @staticmethod
     def rows(positions, d_model):
         return 0.1 * torch.randn(positions, d_model) / d_model**0.5                    # length about 0.1
 
-    def reach(self, positions):
-        """Make the table long enough for so many positions: more rows, untrained like those that training never reached."""
-        missing = max(0, positions - len(self.table))
-        self.table.data = torch.cat([self.table.data, self.rows(missing, self.table.shape[1]).to(self.table)])
+    def extend_positions(self, positions):
+        """Make room for so many positions: random rows beyond the table, which are not part of the state dict."""
+        missing = positions - len(self.table) - len(self.untrained)
+        if missing > 0:
+            rows = self.rows(missing, self.table.shape[1]).to(self.table)
+            self.untrained = torch.cat([self.untrained, rows])
 
     def forward(self, x, state=None):
         """x (B, L, d_model), state the number of tokens before it or None -> (1, L, d_model), the new number."""
         start = 0 if state is None else state
         end = start + x.shape[1]
-        if end > len(self.table):
-            raise ValueError(f"a sequence of {end} tokens is longer than the table of {len(self.table)} learned positions")
-        return self.table[None, start:end], end
+        table = self.table if end <= len(self.table) else torch.cat([self.table, self.untrained])
+        if end > len(table):
+            raise ValueError(f"a sequence of {end} tokens is longer than the table of {len(table)} learned positions")
+        return table[None, start:end], end

@@ -29,7 +29,7 @@ import train
 from data import recall_batch
 from eval import PIECE
 from hybrid import FAMILY, MODELS, build_model
-from mamba2 import ssd
+from family.mamba2 import ssd
 from runs import pick_device, short_errors, write_json
 
 SHAPES = {  # (b, L, D, N)
@@ -214,10 +214,10 @@ def family_table(device):
     rows = []
     for name in [*MODELS, *FAMILY]:
         row, model = step_row(name, 16, device), build_model(name, d=16, L=FAMILY_TOKENS[0])
-        row["params"] = model.size()
-        model.reach(FAMILY_TOKENS[-1])
+        row["params"] = model.n_params()
+        model.extend_positions(FAMILY_TOKENS[-1])
         with torch.no_grad():
-            row["state_bytes"] = [state_bytes(model.stream(torch.zeros(1, L, dtype=torch.int64))[1]) for L in FAMILY_TOKENS]
+            row["state_bytes"] = [state_bytes(model.run_layers(torch.zeros(1, L, dtype=torch.int64))[1]) for L in FAMILY_TOKENS]
         print(f"    {row['params']:6} parameters    state {' '.join(f'{n:7}' for n in row['state_bytes'])}", flush=True)
         rows.append(row)
     return rows
@@ -247,13 +247,13 @@ def length_row(name, L, device):
     def read():
         states = None
         for piece in tokens.split(PIECE, dim=1):
-            _, states = model.stream(piece, states)
+            _, states = model.run_layers(piece, states)
         return states
     with torch.no_grad():
         row["read_megabytes"] = peak_megabytes(read, device, before)
         row["read_us"] = 1e3 * timed(read, device, **how)[0] / L
         states = read()
-        row["token_ms"] = timed(lambda: model.stream(tokens[:, -1:], states), device, 51, graph=False)[0]
+        row["token_ms"] = timed(lambda: model.run_layers(tokens[:, -1:], states), device, 51, graph=False)[0]
         row["state_bytes"] = state_bytes(states)
     return row
 

@@ -65,3 +65,15 @@ def embedding_table(K, d):
     """
     V = np.random.RandomState(0).randn(K, d)
     return torch.tensor(V / np.linalg.norm(V, axis=1, keepdims=True), dtype=torch.float32)
+
+
+STREAMS = {"training": 0, "test": 1, "evaluation": 2}
+
+
+def stream(seed, purpose, device="cpu"):
+    """A torch.Generator for one purpose of a run, training, test or evaluation, seed from 0 to 2^30 - 1.
+
+    No two pairs of seed and purpose share their draws. A CPU generator keeps 32 bits of its seed, which is
+    why there is a limit.
+    """
+    return torch.Generator(device).manual_seed(4 * seed + STREAMS[purpose])

@@ -80,7 +80,7 @@ def look_at(model, tokens):
             inner = layer.qkv if isinstance(layer, Attention) else layer.dt_proj
             hooks.append(inner.register_forward_hook(lambda _, inputs, output, layer=layer: seen.update({layer: output[0]})))
     try:
-        x, _ = model.stream(tokens[None])                                              # (1, L, d)
+        x, _ = model.run_layers(tokens[None])                                              # (1, L, d)
     finally:
         for hook in hooks:
             hook.remove()

@@ -198,9 +198,6 @@ def causal_conv(x, conv1d, window=None):
     return sum((x[:, k:k + L] * tap for k, tap in enumerate(taps)), conv1d.bias), window
 
 
-LINEAR_DECAY = 256  # what A is divided by at the start of a layer that is to forget next to nothing
-
-
 class MambaState(NamedTuple):
     """All that a Mamba layer remembers of the tokens so far. Its size does not depend on how many they were."""
     conv: torch.Tensor  # (b, d_inner, d_conv - 1), the convolution's window
@@ -219,7 +216,9 @@ class Mamba(nn.Module):
     Names, shapes and initial values are those of mamba_ssm.Mamba with its default arguments: state dicts move between the two.
     """
 
-    def __init__(self, d_model, d_state=16, d_conv=4, expand=2, dt_rank=None, inner_norms=False):
+    takes_bias = True
+
+    def __init__(self, d_model, d_state=16, d_conv=4, expand=2, dt_rank=None):
         super().__init__()
         self.d_inner, self.d_state, self.d_conv = expand * d_model, d_state, d_conv
         self.dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
@@ -227,7 +226,6 @@ class Mamba(nn.Module):
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner,
                                 padding=d_conv - 1)            # holds the weights; forward takes the products itself
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
-        self.inner_norms = nn.ModuleList(map(nn.RMSNorm, (self.dt_rank, d_state, d_state))) if inner_norms else None
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(self.d_inner, 1))   # A = -1 ... -N
         self.D = nn.Parameter(torch.ones(self.d_inner))
@@ -240,18 +238,8 @@ class Mamba(nn.Module):
         with torch.no_grad():
             self.dt_proj.bias.copy_(torch.log(torch.expm1(dt)))
 
-    def start_as_linear_attention(self):
-        """Another start, after Trockman et al. 2024 (arXiv 2410.11135): a layer that remembers every token alike.
-
-        Without decay and with dt = 1, y_t is the sum over s <= t of (C_t B_s) x_s: attention without the softmax, C its
-        queries and B its keys. As there, C starts equal to B, so that a token finds what is like it.
-        """
-        with torch.no_grad():
-            self.A_log.sub_(math.log(LINEAR_DECAY))
-            self.dt_proj.weight.zero_()
-            self.dt_proj.bias.fill_(math.log(math.expm1(1.0)))                         # softplus of it is 1
-            _, B, C = self.x_proj.weight.split([self.dt_rank, self.d_state, self.d_state])
-            C.copy_(B)
+    def dt_B_C(self, x):
+        return self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
 
     def forward(self, x, state=None):
         """x (b, L, d_model), state a MambaState or None at the start -> y (b, L, d_model), the state after the last token."""
@@ -259,9 +247,7 @@ class Mamba(nn.Module):
         x, window = causal_conv(x, self.conv1d, None if state is None else state.conv)
         x = F.silu(x)
 
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        if self.inner_norms is not None:
-            dt, B, C = (norm(v) for norm, v in zip(self.inner_norms, (dt, B, C)))
+        dt, B, C = self.dt_B_C(x)
         dt = F.softplus(self.dt_proj(dt))                                              # (b, L, d_inner), positive
         A = -torch.exp(self.A_log)                                                     # (d_inner, d_state), negative
         y, h = selective_scan(x, dt, A, B, C, None if state is None else state.h)

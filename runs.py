@@ -60,7 +60,7 @@ def write_json(path, record):
 
 
 def model_from(config):
-    options = {k: config[k] for k in ("n_heads", "d_state", "init", "learn_embedding") if k in config}  # old files lack some
+    options = {k: config[k] for k in ("n_heads", "d_state", "learn_embedding") if k in config}  # old files lack some
     return build_model(config["model"], config["K"], config["d"], config["L"], **options)
 
 

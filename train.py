@@ -32,11 +32,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import mamba
-from data import recall_batch
+from data import recall_batch, stream
 from eval import accuracy_by_length, print_table, some_lengths
 from fused_scan import compile_each_shape
 from hybrid import FAMILY, MODELS
-from mamba2 import Mamba2
+from family.mamba2 import Mamba2
 from runs import (RESUME, check, config_of, is_finished, load_saved, model_from, pick_device, processes, remove_saved,
                   same_run, short_errors, write_atomically, write_json)
 
@@ -77,8 +77,6 @@ def parse(argv):
     parser.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="of AdamW (default: 0)")
     parser.add_argument("--n-heads", type=int, default=1, metavar="N", help="heads of an attention layer (default: 1)")
     parser.add_argument("--d-state", type=int, default=16, metavar="N", help="states in a channel of Mamba (default: 16)")
-    parser.add_argument("--init", choices=["official", "mimetic"], default="official",
-                        help="start of Mamba layers: official, or near linear attention (default: official)")
     parser.add_argument("--train-lengths", choices=["fixed", "uniform"], default="fixed",
                         help="train at length L, or at a length from tau + 1 to L for each sequence (default: fixed)")
     parser.add_argument("--learn-embedding", action="store_true", help="train the embedding table too")
@@ -134,7 +132,7 @@ def prepare(config, device):
     optimizer = torch.optim.AdamW([{"params": group, "weight_decay": decay} for decay, group in groups.items()],
                                   lr=torch.zeros((), device=device) if on_cuda else 0.0,       # a graph reads it from memory
                                   betas=BETAS, fused=True, capturable=on_cuda)
-    generator = torch.Generator(device).manual_seed(2 * config["seed"])
+    generator = stream(config["seed"], "training", device)
 
     forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     draw, clip = recall_batch, nn.utils.clip_grad_norm_
@@ -208,7 +206,7 @@ def run(config, path, device):
     K, M, tau, L, steps = (config[k] for k in ("K", "M", "tau", "L", "steps"))
     rank, world = processes()
     model, optimizer, training, next_step = prepare(config, device)
-    testing = torch.Generator(device).manual_seed(2 * config["seed"] + 1)
+    testing = stream(config["seed"], "test", device)
     start, seconds, curves = 0, 0.0, {"step": [], "loss": [], "accuracy": []}
 
     # A run that was killed goes on from what it saved, if it was the same run.
@@ -280,7 +278,7 @@ def run(config, path, device):
     write_atomically(path + ".pt", lambda temporary: torch.save(checkpoint, temporary))
     write_json(path + ".json", {                                                       # last: it marks a finished run
         "config": config,
-        "params": model.size(),
+        "params": model.n_params(),
         "train": curves,
         "eval": {"length": lengths, "accuracy": accuracies, "sequences": TEST_SEQUENCES},
         "env": {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform(),

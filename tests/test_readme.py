@@ -117,7 +117,7 @@ def test_the_numbers_of_the_family_are_those_in_results():
     family, equal = results("family"), results("family_equal")
     rows = re.findall(r"^\| `([\w-]+)` \| (\d+) \| (\d\.\d\d / .+) \|$", README, re.M)
     assert [row[0] for row in rows] == [*MODELS, *FAMILY]
-    measured = {row["model"]: row for row in json.loads((ROOT / "results/bench/h200.json").read_text())["bench"]["family"]}
+    measured = {row["model"]: row for row in json.loads((ROOT / "report/bench/h200.json").read_text())["bench"]["family"]}
     for model, params, cells in rows:
         runs = [family[model, 16, M, 1] for M in (1, 4, 16)]
         assert all(len(of_M) == 5 and {run["params"] for run in of_M} == {int(params)} for of_M in runs)
@@ -139,7 +139,7 @@ def test_the_numbers_beside_the_project_page_are_those_in_results():
     for tau, model, numbers, millions in rows:
         runs = results("page")[model, 8, 1, int(tau)]
         assert len(runs) == 5
-        curve = json.loads((ROOT / f"results/published/page_tau{tau}.json").read_text())["curves"][model]
+        curve = json.loads((ROOT / f"report/published/page_tau{tau}.json").read_text())["curves"][model]
         expected = [f"{median(accuracies(run)[length] for run in runs):.2f} / {theirs:.2f}"
                     for length, theirs in zip(curve["length"], curve["accuracy"])]
         assert numbers.split(" | ") == expected and curve["length"] == [7, 15, 31, 63, 95, 127]
@@ -174,7 +174,7 @@ def test_every_time_on_a_gpu_is_the_one_that_was_measured():
 
 
 def test_what_was_measured_by_hand_is_as_it_was_written_down():
-    rows = {row["what"]: row for row in json.loads((ROOT / "results/bench/by_hand.json").read_text())["by_hand"]}
+    rows = {row["what"]: row for row in json.loads((ROOT / "report/bench/by_hand.json").read_text())["by_hand"]}
     find = lambda *words: next(row for what, row in rows.items() if all(word in what for word in words))
     text = " ".join(README.split())
     fresh, kept = (median(us) for us in find("C library")["us"])
@@ -188,7 +188,7 @@ def test_what_was_measured_by_hand_is_as_it_was_written_down():
     row = find("mamba_ssm's CUDA kernel")
     kernel = "{:.3f}, {:.3f}, {:.3f} and {:.2f} ms".format(*row["ms"])
     assert f"`mamba_ssm` took {kernel} at these shapes, and {row['megabytes']} MB at the last" in text
-    ours = [row for row in json.loads((ROOT / "results/bench/h200.json").read_text())["bench"]["scan"] if row["form"] == "parallel"]
+    ours = [row for row in json.loads((ROOT / "report/bench/h200.json").read_text())["bench"]["scan"] if row["form"] == "parallel"]
     assert all(a["ms"] <= b for a, b in zip(ours, row["ms"], strict=True)), "at least as fast here"
     row = find("compiled for the CPU")
     compiled, chunked = ("{:.1f}, {:.1f} and {:.1f}".format(*of_shapes) for of_shapes in row["ms"])
@@ -222,7 +222,7 @@ def test_the_numbers_of_table_2_are_those_in_results():
     assert len(lines) == 8
     powers = [int(power) for power in re.search(r"^\| model \| runs \| sequences \|(.+)$", README, re.M).group(1).replace(
         "|", " ").replace("2^", "").split()]
-    published = json.loads((ROOT / "results/published/table2.json").read_text())["curves"]
+    published = json.loads((ROOT / "report/published/table2.json").read_text())["curves"]
     for model, kind, count, millions, cells in lines:
         if kind == ", the paper":
             runs = [published[model]]

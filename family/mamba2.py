@@ -123,6 +123,8 @@ class Mamba2(nn.Module):
     those of mamba_ssm.Mamba2 with its default arguments: state dicts move between the two.
     """
 
+    takes_bias = True
+
     def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1):
         super().__init__()
         self.d_inner, self.d_state, self.d_conv = expand * d_model, d_state, d_conv

@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from mamba import causal_conv, selective_scan
-from mamba2 import normed, ssd
+from family.mamba2 import normed, ssd
 
 
 class RNN(nn.Module):

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 
 from attention import Attention
-from mlp import MLP
+from family.experts import MLP
 
 
 class SharedBlock(nn.Module):
@@ -40,8 +40,12 @@ class SharedUse(nn.Module):
     rank: of the correction to the MLP's first map, 0 for none, as in Zamba. The 1.2B Zamba2 corrects its attention as well.
     """
 
-    def __init__(self, d_model, block, rank=0):
+    attends = norms_itself = needs_embedding = True
+
+    def __init__(self, d_model, before, n_heads=1, blocks=1, rank=0, position="none"):
         super().__init__()
+        uses = [layer for layer in before if isinstance(layer, SharedUse)]
+        block = uses[-blocks].block if len(uses) >= blocks else SharedBlock(2 * d_model, n_heads, position)
         self.block, self.rank = block, rank
         self.out_proj = nn.Linear(2 * d_model, d_model, bias=False)
         if rank:

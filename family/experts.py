@@ -9,6 +9,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from mamba import Mamba
+
 
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 6): W2 (SiLU(W1 x) * W3 x), hidden width 8/3 d, no biases."""
@@ -69,3 +71,14 @@ class MixtureOfExperts(nn.Module):
         y = ((F.silu(gate) * up) @ self.down.index_select(0, owner)).flatten(0, 1)[row]        # (n k, d), sorted by expert
         y = torch.empty_like(y).index_copy(0, pair, y).view(len(tokens), self.top_k, -1)
         return (scores.softmax(-1)[..., None] * y).sum(1).view_as(x), None
+
+
+class NormedMamba(Mamba):
+    """Mamba with an RMSNorm on dt, B and C, which Jamba adds (Lieber et al. 2024, arXiv 2403.19887, section 6.4)."""
+
+    def __init__(self, d_model, d_state=16, dt_rank=None):
+        super().__init__(d_model, d_state, dt_rank=dt_rank)
+        self.inner_norms = nn.ModuleList(map(nn.RMSNorm, (self.dt_rank, d_state, d_state)))
+
+    def dt_B_C(self, x):
+        return (norm(v) for norm, v in zip(self.inner_norms, super().dt_B_C(x)))
