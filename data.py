@@ -1,79 +1,195 @@
-"""Associative recall: the sequences and the fixed embedding table.
+"""The tasks: sequences of tokens with the positions that have to be answered, and the fixed embedding table.
 
-A sequence is L context tokens followed by one query token. The query q stands once in the context, at
-position i (counting from 1), its value v stands tau tokens later, and the label is v:
+Associative recall, the task of this repository, shows a query token q once in a context of L tokens, at
+position i, its value v tau tokens later, and then asks for q again:
 
     position    1   2  ...  i  ...  i+tau  ...  L  |  L+1
     token       .   .       q         v         .  |   q      -> v
 
-Imports nothing of this repository.
+    python data.py          three sequences of every task
 """
 
 import numpy as np
 import torch
 
+STREAMS = {"training": 0, "test": 1, "evaluation": 2}
 
-def check_task(L, K=16, M=1, tau=1):
-    """Raise a ValueError, in one sentence, unless the four numbers describe a task that exists."""
+
+def stream(seed, purpose, device="cpu"):
+    """A torch.Generator on `device` for one purpose of a run: "training", "test" or "evaluation".
+
+    No two pairs of seed and purpose share their draws, for seeds from 0 to 2^30 - 1: a CPU generator keeps
+    32 bits of what it is seeded with.
+    """
+    return torch.Generator(device).manual_seed(4 * seed + STREAMS[purpose])
+
+
+# ---- associative recall --------------------------------------------------------------------------
+
+def check_task(L, K=16, M=1, tau=1, task="recall"):
+    """Raise a ValueError, in one sentence, unless the numbers describe a task that exists."""
+    if task not in TASKS:
+        raise ValueError(f"--task is {task!r}, but it must be one of {', '.join(TASKS)}")
     if K < 2:
-        raise ValueError(f"--K is {K}, but the vocabulary needs at least 2 tokens: a query and a value")
-    if not 1 <= M <= K:
-        raise ValueError(f"--M is {M}, but the number of possible queries is from 1 to K = {K}")
+        raise ValueError(f"--K is {K}, but the vocabulary needs at least 2 tokens")
+    if M < 1:
+        raise ValueError(f"--M is {M}, but it must be at least 1")
     if tau < 1:
         raise ValueError(f"--tau is {tau}, but the value comes at least 1 token after the query")
-    if L < tau + 1:
-        raise ValueError(f"--L is {L}, but query and value need at least tau + 1 = {tau + 1} context tokens")
+    if task == "recall" and M > K:
+        raise ValueError(f"--M is {M}, but the number of possible queries is at most K = {K}")
+    if task == "mqar" and 2 * M > K:
+        raise ValueError(f"--M is {M}, but mqar takes its keys from half of the vocabulary, K = {K}")
+    if task == "copy" and K < 3:
+        raise ValueError(f"--K is {K}, but copy needs a blank, a mark and at least one other token")
+    if L < shortest(M, tau, task):
+        raise ValueError(f"--L is {L}, but {task} with M = {M} and tau = {tau} needs at least "
+                         f"{shortest(M, tau, task)} context tokens")
 
 
-def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, lengths=None,
-                 i=None):
-    """Draw a batch of associative-recall sequences (Definition 1 and the sampling steps of the assignment).
+def shortest(M=1, tau=1, task="recall"):
+    """The shortest context of a task, in tokens."""
+    return {"recall": tau + 1, "mqar": 3 * M, "copy": M, "parity": 1}.get(task, 1)
 
-    The query is uniform over the first M tokens of the vocabulary {0 ... K-1}, its position i is uniform over
-    1 ... L - tau, and the value and every other context token are uniform over the vocabulary without q.
 
-    lengths: None, or (B,) int64, a context length from tau + 1 to L for each sequence. The sequence in row b then
-        ends with its query at index lengths[b], and what stands behind it is padding that a causal model
-        cannot see from there.
-    i: None, or (B,) int64, the position of each query in the context, here counted from 0, in place of a random one.
-    generator: a torch.Generator on `device`, for batches that can be drawn again.
+def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, lengths=None, i=None):
+    """Draw a batch of associative recall (the assignment's Definition 1 and sampling steps).
+
+    The query is uniform over the first M tokens of the vocabulary {0 ... K-1}, its position over
+    1 ... L - tau, and the value and every other context token over the vocabulary without the query. (The
+    assignment's step 2 draws the value from the whole vocabulary, but its Definition 1 has the query appear
+    exactly twice. L counts the context without the query at the end: with it, the assignment's positions
+    1 ... L - tau and its shortest length tau + 1 would not fit together.)
+
+    lengths: None, or (B,) int64, a context length from tau + 1 to L for each sequence. Sequence b then
+        ends with its query at index lengths[b]; what follows is padding, which a causal model cannot see.
+    i: None, or (B,) int64, the position of each query in the context, counted from 0, instead of a random one.
+    generator: a torch.Generator on `device`.
 
     Returns tokens (B, L + 1) int64 and labels (B,) int64. Raises ValueError if the task cannot exist.
     """
     check_task(L, K, M, tau)
     draw = dict(device=device, generator=generator)
-    q = torch.randint(M, (batch_size, 1), **draw)                             # (B, 1)
-    others = torch.randint(K - 1, (batch_size, L + 1), **draw)                # (B, L+1)
+    q = torch.randint(M, (batch_size, 1), **draw)                              # (B, 1)
+    others = torch.randint(K - 1, (batch_size, L + 1), **draw)                 # (B, L+1)
     if lengths is None:
         lengths = torch.full((batch_size,), L, device=device)
-    if i is None:
-        i = torch.randint(2**31 - 1, (batch_size,), **draw) % (lengths - tau)         # (B,), from 0; uniform to L / 2^31
-    i, end = i[:, None], lengths[:, None]                                     # (B, 1), where the query stands
+    if i is None:                                                              # (B,), uniform to L / 2^31
+        i = torch.randint(2**31 - 1, (batch_size,), **draw) % (lengths - tau)
+    i, end = i[:, None], lengths[:, None]                                      # (B, 1): both places of q
 
-    tokens = others + (others >= q)         # 0 ... K-2 with a gap left at q: uniform over the tokens that are not q
-    labels = tokens.gather(1, i + tau)[:, 0]     # v is any token but q, which is what already stands there
+    tokens = others + (others >= q)              # 0 ... K-2 with a gap at q: uniform over the other tokens
+    labels = tokens.gather(1, i + tau)[:, 0]     # v: any token except q, which is what is already there
     position = torch.arange(L + 1, device=device)
     tokens = torch.where((position == i) | (position == end), q, tokens)
     return tokens, labels
 
 
+# ---- tasks as train.py wants them ----------------------------------------------------------------
+#
+# task(batch_size, L, K, M, tau, device, generator, uniform) -> tokens (B, T), labels, at
+#
+# at (B, Q) int64 are the positions that count, labels (B, Q) their labels; or labels (B,) and at None where
+# only the last token counts, or at (B,) for one position in each row. To add a task, write such a function
+# and give it a name in TASKS: train.py and eval.py do the rest.
+
+def recall(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):
+    """recall_batch. uniform: each sequence has a length of its own, from tau + 1 to L.
+
+    A shorter or longer context: q has fewer or more places, and v has to be kept for longer.
+    """
+    lengths = None
+    if uniform:
+        lengths = torch.randint(tau + 1, L + 1, (batch_size,), device=device, generator=generator)
+    tokens, labels = recall_batch(batch_size, L, K, M, tau, device, generator, lengths)
+    return tokens, labels, lengths
+
+
+def mqar(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):
+    """Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): several pairs, all queried.
+
+    First M keys, each followed by its value; then L - 2M tokens among which every key comes once more, in
+    random order at random places, and has to be answered with its value. Keys are from the lower half of
+    the vocabulary, no two alike; values and all other tokens are from the upper half.
+    A shorter or longer context: the queries are nearer to the pairs or farther from them.
+    """
+    draw = dict(device=device, generator=generator)
+    half = K // 2
+    keys = torch.rand(batch_size, half, **draw).argsort(1)[:, :M]                    # (B, M)
+    values = torch.randint(half, K, (batch_size, M), **draw)                         # (B, M)
+    pairs = torch.stack([keys, values], dim=2).flatten(1)                            # (B, 2M)
+    rest = torch.randint(half, K, (batch_size, L - 2 * M), **draw)                   # (B, L - 2M)
+    places = torch.rand(batch_size, L - 2 * M, **draw).argsort(1)[:, :M]             # (B, M)
+    return torch.cat([pairs, rest.scatter(1, places, keys)], dim=1), values, places + 2 * M
+
+
+def copy(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):
+    """Selective copying (Gu and Dao 2023, section 4.1.1): repeat M tokens that stand among blanks.
+
+    A context of L tokens: M from {0 ... K-3} at random places, blanks (K-1) between them. Then M marks
+    (K-2), at which the model answers the M tokens in their order.
+    A shorter or longer context: fewer or more blanks to ignore.
+    """
+    draw = dict(device=device, generator=generator)
+    content = torch.randint(K - 2, (batch_size, M), **draw)                          # (B, M)
+    places = torch.rand(batch_size, L, **draw).argsort(1)[:, :M].sort(1).values      # (B, M)
+    context = torch.full((batch_size, L), K - 1, device=device).scatter(1, places, content)
+    marks = torch.full((batch_size, M), K - 2, device=device)
+    at = torch.arange(L, L + M, device=device).expand(batch_size, M)
+    return torch.cat([context, marks], dim=1), content, at
+
+
+def parity(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):
+    """Parity: at every token, is the number of ones so far odd? Tokens and answers are 0 and 1.
+
+    It has to be counted, not recalled: a state that only decays cannot, one that can change sign can.
+    A shorter or longer context: fewer or more positions, all of which count.
+    """
+    tokens = torch.randint(2, (batch_size, L), device=device, generator=generator)   # (B, L)
+    at = torch.arange(L, device=device).expand(batch_size, L)
+    return tokens, tokens.cumsum(1) % 2, at
+
+
+TASKS = {"recall": recall, "mqar": mqar, "copy": copy, "parity": parity}
+
+
+# ---- the embedding, and something to look at -----------------------------------------------------
+
 def embedding_table(K, d):
     """The fixed embedding: K x d standard normal numbers from numpy's seed 0, each row scaled to length 1.
 
-    Returns (K, d) float32. Same numbers as numpy.random.seed(0); numpy.random.randn(K, d), but numpy's global
-    generator is left alone.
+    Returns (K, d) float32. The numbers are those of numpy.random.seed(0); numpy.random.randn(K, d), but
+    numpy's global generator is left alone.
     """
     V = np.random.RandomState(0).randn(K, d)
     return torch.tensor(V / np.linalg.norm(V, axis=1, keepdims=True), dtype=torch.float32)
 
 
-STREAMS = {"training": 0, "test": 1, "evaluation": 2}
+def show(tokens, tau):
+    """One sequence of recall as a line of text: (q) and [v] are marked, what is far from them left out."""
+    tokens = [int(token) for token in tokens]
+    last = len(tokens) - 1
+    i = tokens.index(tokens[last])
+    shown = [t for t in range(last + 1) if i - 2 <= t <= i + min(tau, 4) + 2 or t >= last - 2
+             or i + tau - 2 <= t <= i + tau + 2]
+    words = []
+    for before, t in zip([-1, *shown], shown):
+        if t > before + 1:
+            words.append("...")
+        marks = {i: "({})", i + tau: "[{}]", last: "({})"}
+        words.append(marks.get(t, " {} ").format(tokens[t]))
+    return " ".join(f"{word:>4}" for word in words)
 
 
-def stream(seed, purpose, device="cpu"):
-    """A torch.Generator for one purpose of a run, training, test or evaluation, seed from 0 to 2^30 - 1.
-
-    No two pairs of seed and purpose share their draws. A CPU generator keeps 32 bits of its seed, which is
-    why there is a limit.
-    """
-    return torch.Generator(device).manual_seed(4 * seed + STREAMS[purpose])
+if __name__ == "__main__":
+    print("recall, L = 12, M = 4, tau = 2: (q) and its value [v], then (q) again -> v")
+    tokens, labels = recall_batch(3, 12, M=4, tau=2, generator=stream(0, "training"))
+    for row, label in zip(tokens, labels):
+        print(show(row, 2), " -> ", label.item())
+    for name, task in TASKS.items():
+        if name != "recall":
+            print(f"\n{name}, L = 12, M = 3: the tokens, and below them the answers that count")
+            tokens, labels, at = task(1, 12, M=3, generator=stream(0, "training"))
+            answers = dict(zip(at[0].tolist(), labels[0].tolist()))
+            print(" ".join(f"{token:>3}" for token in tokens[0].tolist()))
+            print(" ".join(f"{answers.get(t, ''):>3}" for t in range(tokens.shape[1])))

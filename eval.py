@@ -14,26 +14,26 @@ import time
 import torch
 from tqdm import tqdm
 
-from data import recall_batch, stream
-from runs import load_run, pick_device, short_errors, write_json
+from data import TASKS, recall_batch, shortest, stream
+from runs import load_run, pick_device, read_result, short_errors, write_json
 
 SEGMENT = 4096       # tokens of a context that are read in one call
 BATCH_ROWS = 512     # contexts in a batch,
 HELD_TOKENS = 2**22  # and the most tokens in a batch, which bounds memory; four times as many on CUDA
+MOST_LENGTHS = 768   # that are tested after training: all of them up to L = 256
 STRIDE = 6           # lengths of one group: every sixth of a block
 
 
-def accuracy_one_by_one(model, lengths, K, M, tau, sequences=1024, device="cpu", seed=0):
+@torch.no_grad()
+def accuracy_one_by_one(model, lengths, K, M, tau, sequences=1024, device="cpu", seed=0, task="recall"):
     """Accuracy at each length, from sequences of exactly that length: a list like `lengths`.
 
     The definition. For 191 lengths it reads 20 million tokens; `accuracy_by_length` reads 5 million.
     """
     generator, accuracies = stream(seed, "evaluation", device), []
     for length in lengths:
-        tokens, labels = recall_batch(sequences, length, K, M, tau, device, generator)
-        with torch.no_grad():
-            answers = model(tokens).argmax(-1)
-        accuracies.append((answers == labels).float().mean().item())
+        tokens, labels, at = TASKS[task](sequences, length, K, M, tau, device, generator)
+        accuracies.append((model(tokens, at).argmax(-1) == labels).float().mean().item())
     return accuracies
 
 
@@ -90,9 +90,27 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
     return [accuracy[length] for length in lengths]
 
 
-def print_table(lengths, accuracies, L):
-    print("context length  " + " ".join(f"{n:>7}" for n in lengths))
-    print("accuracy        " + " ".join(f"{a:7.3f}" for a in accuracies) + f"    (trained at {L})")
+def evaluate(model, config, lengths, sequences, device, seed=0, bar=False):
+    """Accuracy of a run's model at these lengths, on its own task: a list like `lengths`."""
+    K, M, tau, task = (config[flag] for flag in ("K", "M", "tau", "task"))
+    model.extend_positions(max(lengths) + M + 1)
+    with torch.compiler.set_stance("force_eager"):           # many shapes, few calls of each
+        if task == "recall":
+            return accuracy_by_length(model, lengths, K, M, tau, sequences, device, seed, bar)
+        return accuracy_one_by_one(model, lengths, K, M, tau, sequences, device, seed, task)
+
+
+def lengths_to_test(L, M=1, tau=1, task="recall"):
+    """Every length from the shortest to 3L, as the assignment asks; of very many, MOST_LENGTHS.
+
+    Tasks without a shared reading are tested at eight lengths up to L and sixteen beyond.
+    """
+    lengths = range(shortest(M, tau, task), 3 * L + 1)
+    most = MOST_LENGTHS if task == "recall" else 24
+    if len(lengths) <= most:
+        return list(lengths)
+    spread = {round(3 * L * k / most) for k in range(1, most + 1)} | set(some_lengths(L, tau))
+    return sorted(n for n in spread if n in lengths)
 
 
 def some_lengths(L, tau):
@@ -100,55 +118,88 @@ def some_lengths(L, tau):
     return sorted({n for n in (tau + 1, L // 8, L // 4, L // 2, L, 3 * L // 2, 2 * L, 3 * L) if n > tau})
 
 
+def print_table(lengths, accuracies, L, say=print):
+    """Print lengths and accuracies, eight in a line."""
+    for k in range(0, len(lengths), 8):
+        say("length   " + " ".join(f"{n:>7}" for n in lengths[k:k + 8]))
+        say("accuracy " + " ".join(f"{a:7.3f}" for a in accuracies[k:k + 8]))
+    say(f"(trained at {L})")
+
+
 def main(argv=None):
-    parser = short_errors(argparse.ArgumentParser(description="Accuracy of a trained model against context length."))
-    parser.add_argument("checkpoints", nargs="+", metavar="RUN.pt", help="checkpoints that train.py wrote")
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="N",
+    """Test checkpoints; returns a list of their lengths and accuracies."""
+    parser = short_errors(argparse.ArgumentParser(
+        description="Accuracy of trained models against context length. The numbers go into each run's JSON, "
+                    "except where it has one from more sequences."))
+    parser.add_argument("checkpoints", nargs="*", metavar="RUN.pt", help="checkpoints that train.py wrote")
+    parser.add_argument("--lengths", nargs="+", default=[], metavar="N",
                         help="context lengths (default: every length from tau + 1 to 3L)")
-    parser.add_argument("--sequences", type=int, default=1024, metavar="N", help="sequences of each length (default: 1024)")
+    parser.add_argument("--sequences", type=int, default=1024, metavar="N",
+                        help="sequences of each length, at least (default: 1024)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the test sequences (default: 0)")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best one here)")
+    parser.add_argument("--no-save", action="store_true", help="leave the JSON as it is")
     args = parser.parse_args(argv)
+    # `--lengths 5 X.pt`: argparse takes all of it for lengths.
+    paths = args.checkpoints + [word for word in args.lengths if not word.isdecimal()]
+    lengths = sorted({int(word) for word in args.lengths if word.isdecimal()})
+    paths = [path for path in dict.fromkeys(paths) if not path.endswith(".resume.pt")]
     try:
         device = pick_device(args.device)
+        if not paths:
+            raise ValueError("RUN.pt is missing: name at least one checkpoint of a finished run")
         if args.sequences < 1:
             raise ValueError(f"--sequences is {args.sequences}, but it must be at least 1")
-        if not 0 <= args.seed < 2**32:
-            raise ValueError(f"--seed is {args.seed}, but it must be from 0 to 2^32 - 1")
-        runs = [(path, *load_run(path, device)) for path in args.checkpoints]
-        for path, _, record in runs:
-            tau = record["config"]["tau"]
-            if min(args.lengths or [tau + 1]) <= tau:
-                raise ValueError(f"--lengths has {min(args.lengths)}, but {path} needs at least tau + 1 = {tau + 1}")
-            if max(args.lengths or [0]) >= 2**31:
-                raise ValueError(f"--lengths has {max(args.lengths)}, but it must be below 2^31")
+        if not 0 <= args.seed < 2**30:
+            raise ValueError(f"--seed is {args.seed}, but it must be from 0 to 2^30 - 1")
+        if lengths and lengths[-1] >= 2**31:
+            raise ValueError(f"--lengths has {lengths[-1]}, but it must be below 2^31")
+        runs = [(path, *load_run(path, device)) for path in paths]
+        for path, _, c in runs:
+            least = shortest(c["M"], c["tau"], c["task"])
+            if lengths and lengths[0] < least:
+                raise ValueError(f"--lengths has {lengths[0]}, but {path} needs at least {least}")
+            if not args.no_save and not os.access(os.path.dirname(path) or ".", os.W_OK):
+                raise ValueError(f"{path} is in a folder that cannot be written to: --no-save only prints")
     except ValueError as error:
         parser.error(str(error))
 
-    torch.set_flush_denormal(True)                             # a CPU is slow with numbers that are next to nothing
-    for path, model, record in runs:
-        c, began = record["config"], time.time()
-        lengths = sorted(set(args.lengths or range(c["tau"] + 1, 3 * c["L"] + 1)))
-        torch.manual_seed(args.seed)
-        model.reach(lengths[-1] + 1)
-        accuracies = accuracy_by_length(model, lengths, c["K"], c["M"], c["tau"], args.sequences, device, args.seed)
-        record["eval"] = merged(record["eval"], lengths, accuracies, args.sequences)
-        record["seconds"]["eval"] = time.time() - began
-        write_json(os.path.splitext(path)[0] + ".json", record)
+    found = []
+    for path, model, c in runs:
+        began = time.monotonic()
+        tested = lengths or lengths_to_test(c["L"], c["M"], c["tau"], c["task"])
+        torch.set_flush_denormal(True)               # a CPU computes denormal floats 10 to 50 times slower
+        try:
+            accuracies = evaluate(model, c, tested, args.sequences, device, args.seed, bar=True)
+        finally:
+            torch.set_flush_denormal(False)
+        found.append((tested, accuracies))
         print(path)
-        shown = args.lengths or some_lengths(c["L"], c["tau"])
-        print_table(shown, [accuracies[lengths.index(n)] for n in shown], c["L"])
+        shown = lengths or [n for n in some_lengths(c["L"], c["tau"]) if n in tested]
+        print_table(shown, [accuracies[tested.index(n)] for n in shown], c["L"])
+        result = read_result(os.path.splitext(path)[0] + ".json")
+        if not args.no_save and result:
+            result["eval"] = merged(result["eval"], tested, accuracies, args.sequences)
+            result["seconds"]["eval"] = round(time.monotonic() - began, 3)
+            write_json(os.path.splitext(path)[0] + ".json", result)
+    return found
 
 
 def merged(old, lengths, accuracies, sequences):
-    """The eval section with new lengths added and measured ones replaced; `sequences` is one number where all agree."""
-    counts = old["sequences"] if isinstance(old["sequences"], list) else [old["sequences"]] * len(old["length"])
-    rows = {n: (a, s) for n, a, s in zip(old["length"], old["accuracy"], counts)}
-    rows.update({n: (a, sequences) for n, a in zip(lengths, accuracies)})
-    length = sorted(rows)
-    counts = [rows[n][1] for n in length]
-    return {"length": length, "accuracy": [rows[n][0] for n in length],
-            "sequences": counts[0] if len(set(counts)) == 1 else counts}
+    """The eval section with new numbers, except where an old one is from more sequences.
+
+    `sequences` is one number where all lengths agree, otherwise a list like `length`.
+    """
+    counts = old["sequences"]
+    if not isinstance(counts, list):
+        counts = [counts] * len(old["length"])
+    rows = dict(zip(old["length"], zip(old["accuracy"], counts)))
+    for n, accuracy in zip(lengths, accuracies):
+        if n not in rows or rows[n][1] <= sequences:
+            rows[n] = accuracy, sequences
+    accuracies, counts = zip(*(rows[n] for n in sorted(rows)))
+    return {"length": sorted(rows), "accuracy": list(accuracies),
+            "sequences": counts[0] if len(set(counts)) == 1 else list(counts)}
 
 
 if __name__ == "__main__":

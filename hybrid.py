@@ -178,9 +178,16 @@ class Model(nn.Module):
         return x[:, -1:] if last_only else x, states
 
     def forward(self, tokens, at=None):
-        """tokens (B, L + 1) int64 -> logits (B, K) of the last token, or of token at[b] in row b."""
-        x, _ = self.run_layers(tokens, last_only=at is None)                     # (B, 1 or L+1, d)
-        return self.head(x[:, -1] if at is None else x[torch.arange(len(x), device=x.device), at])
+        """tokens (B, T) int64 -> logits (B, K) of the last token.
+
+        at: the tokens that have to be answered instead, (B,) int64 for one in each row -> (B, K), or (B, Q)
+        for several -> (B, Q, K).
+        """
+        x, _ = self.run_layers(tokens, last_only=at is None)                     # (B, 1 or T, d)
+        if at is None:
+            return self.head(x[:, -1])
+        rows = torch.arange(len(x), device=x.device)
+        return self.head(x[rows, at] if at.dim() == 1 else x[rows[:, None], at])
 
     def n_params(self):
         """The number of trained parameters."""
@@ -196,3 +203,16 @@ class Model(nn.Module):
 def says(layer, attribute):
     """What a layer says of itself; False for an attribute that it does not have."""
     return getattr(layer, attribute, False)
+
+
+@torch.no_grad()
+def state_bytes(model, tokens):
+    """The bytes that a model keeps of one sequence after so many tokens: those of all tensors in its states."""
+    def count(state):
+        if torch.is_tensor(state):
+            return state.nbytes
+        return sum(map(count, state)) if isinstance(state, (tuple, list)) else 0
+
+    model.extend_positions(tokens)
+    zeros = torch.zeros(1, tokens, dtype=torch.int64, device=model.embedding.weight.device)
+    return count(model.run_layers(zeros)[1])

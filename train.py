@@ -1,347 +1,341 @@
-"""Train a model on associative recall, test it against context length, and write what came out as JSON.
+"""Train a model on a task, test it against context length, and write the result as JSON.
 
     python train.py --model rope --M 4 --tau 1
-    python train.py --model rope mamba --tau 1 5 --seed 0 1 2       every combination, one run after another
+    python train.py --model rope mamba --M 4 16 --seed 0 1 2      all combinations, one run after another
+    torchrun --nproc-per-node 8 train.py --model mamba --seed 0 1 2 3 4 5 6 7     the same, eight at a time
 
-    torchrun --standalone --nproc_per_node=2 -- train.py --d 1024      one run shared by two processes, each with a GPU
-
-A run writes OUT/NAME.json, the result, and OUT/NAME.pt, the model. A run that is killed goes on where it was when the same
-command is given again; a run that is finished is not repeated unless --overwrite says so.
-
-Imports data, eval, fused_scan, hybrid, mamba, mamba2 and runs; bench times its step, and plot draws what it writes.
+A run writes OUT/NAME.json, the result, and OUT/NAME.pt, the model. Give the same command again to continue
+after it was killed; finished runs are not repeated unless --overwrite says so.
 """
 
 import argparse
-import contextlib
-import datetime
-import gc
-import importlib.util
 import itertools
 import math
 import os
-import platform
 import sys
-import tempfile
 import time
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import mamba
-from data import recall_batch, stream
-from eval import accuracy_by_length, print_table, some_lengths
-from fused_scan import compile_each_shape
-from hybrid import FAMILY, MODELS
-from family.mamba2 import Mamba2
-from runs import (RESUME, check, config_of, is_finished, load_saved, model_from, pick_device, processes, remove_saved,
-                  same_run, short_errors, write_atomically, write_json)
+import gpu
+import runs
+from data import TASKS, recall_batch, show, stream
+from eval import evaluate, lengths_to_test, print_table, some_lengths
+from hybrid import FAMILY, MODELS, state_bytes
 
-GRID = ["model", "M", "tau", "K", "d", "L", "seed"]  # the flags that take several values, and that name a run
-WARMUP = 400         # steps in which the learning rate rises
-BETAS = (0.9, 0.98)  # of AdamW
-CLIP = 0.2           # largest norm of the gradient
-TEST_BATCH = 512     # sequences of a fresh test batch during training,
-TEST_TOKENS = 2**18  # which are in the model together as long as they are no more tokens than this
-POINTS = 200         # times that the curves are measured in a run
-SOLVED = 10, 0.99    # a run has solved its task when so many test batches in a row were at least so accurate
-COOLDOWN = 1000, 1 / 5  # at the end the learning rate falls, for so many steps (at most a quarter of the run), or for so
-                        # much of the run if that is longer
-TEST_SEQUENCES = 1024  # of each length, after training
-SAVE_SECONDS = 5     # between saves of a run that is not finished
-SMALL = 16, 256      # largest d and L of a small model: see prepare and compiled
+WARMUP = 400             # steps in which the learning rate rises
+BETAS = (0.9, 0.98)      # of AdamW
+CLIP = 0.2               # largest norm of the gradient
+POINTS = 200             # tests during a run of --steps
+TEST_SEQUENCES = 512     # of such a test
+TEST_TOKENS = 2**18      # of them that are in the model together
+SOLVED_ACCURACY = 0.99   # a task is solved when so many tests in a row were at least so accurate
+SOLVED_TESTS = 10
+COOLDOWN_STEPS = 1000    # the last steps, in which the learning rate falls: so many (at most a quarter of
+COOLDOWN_SHARE = 1 / 5   # the run), or this share of the run, if that is more
+EVAL_SEQUENCES = 1024    # of each length, after training
+SAVE_SECONDS = 5         # between saves of an unfinished run
+SAY_SECONDS = 30         # between lines of progress where there is no terminal
+STATE_TOKENS = 64, 4096  # context lengths at which a result says how many bytes the state has
+ONE_THREAD_D = 16        # up to this width a second thread gains nothing, and costs much on a busy CPU
 
 
 def parse(argv):
-    parser = short_errors(argparse.ArgumentParser(
-        description="Train a model on associative recall and test it against context length.",
-        epilog="Flags that take several values run every combination of them."))
-    several = dict(nargs="+", metavar="N")
-    parser.add_argument("--model", nargs="+", default=["rope"], metavar="NAME",
-                        help=f"{', '.join([*MODELS, *FAMILY])}, or layers such as MAM (default: rope)")
-    parser.add_argument("--M", type=int, default=[1], **several, help="number of possible queries (default: 1)")
-    parser.add_argument("--tau", type=int, default=[1], **several, help="tokens from query to value (default: 1)")
-    parser.add_argument("--K", type=int, default=[16], **several, help="size of the vocabulary (default: 16)")
-    parser.add_argument("--d", type=int, default=[8], **several, help="width of the model (default: 8)")
-    parser.add_argument("--L", type=int, default=[64], **several, help="context length in training (default: 64)")
-    parser.add_argument("--seed", type=int, default=[0], **several, help="seed of weights and data (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="sequences in a step (default: 64)")
-    parser.add_argument("--steps", type=int, default=20000, metavar="N",
-                        help="most training steps, with 200 test batches on the way (default: 20000)")
-    parser.add_argument("--lr", type=float, metavar="X", help="highest learning rate (default: 0.008, above d = 16 0.128 / d)")
-    parser.add_argument("--stop-early", action=argparse.BooleanOptionalAction, default=True,
-                        help="cool down and stop once the task is solved, as a rule long before --steps (default: on)")
-    parser.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="of AdamW (default: 0)")
-    parser.add_argument("--n-heads", type=int, default=1, metavar="N", help="heads of an attention layer (default: 1)")
-    parser.add_argument("--d-state", type=int, default=16, metavar="N", help="states in a channel of Mamba (default: 16)")
-    parser.add_argument("--train-lengths", choices=["fixed", "uniform"], default="fixed",
-                        help="train at length L, or at a length from tau + 1 to L for each sequence (default: fixed)")
-    parser.add_argument("--learn-embedding", action="store_true", help="train the embedding table too")
-    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best one here)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
-                        help="on CUDA: fuse kernels with torch.compile and record the step as one graph (default: on)")
-    parser.add_argument("--out", default="results", metavar="DIR", help="where the results go (default: results)")
-    parser.add_argument("--overwrite", action="store_true", help="repeat runs that are finished")
-    return parser, parser.parse_args(argv)
+    parser = runs.short_errors(argparse.ArgumentParser(
+        description="Train a model on a task and test it against context length.",
+        epilog="Flags marked * take several values and run all combinations of them."))
+    several = dict(nargs="+", action="extend", metavar="N")
+    group = parser.add_argument_group("the model")
+    group.add_argument("--model", nargs="+", action="extend", metavar="NAME",
+                       help=f"* {', '.join([*MODELS, *FAMILY])}, or a stack such as mamba+attention "
+                            "(default: rope)")
+    group.add_argument("--d", type=int, **several, help="* width (default: 8)")
+    group.add_argument("--n-heads", type=int, metavar="N", help="heads of an attention layer (default: 1)")
+    group.add_argument("--d-state", type=int, metavar="N", help="states per channel of Mamba (default: 16)")
+    group.add_argument("--learn-embedding", action="store_true", help="train the embedding table too")
+
+    group = parser.add_argument_group("the task")
+    group.add_argument("--task", choices=TASKS, help="default: recall")
+    group.add_argument("--M", type=int, **several, help="* number of possible queries (default: 1)")
+    group.add_argument("--tau", type=int, **several, help="* tokens from query to value (default: 1)")
+    group.add_argument("--K", type=int, **several, help="* size of the vocabulary (default: 16)")
+    group.add_argument("--L", type=int, **several, help="* context length in training (default: 64)")
+    group.add_argument("--train-lengths", choices=["fixed", "uniform"],
+                       help="train at length L, or at a random length up to L (default: fixed)")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--seed", type=int, **several, help="* of weights and data (default: 0)")
+    group.add_argument("--steps", type=int, metavar="N", help="most training steps (default: 20000)")
+    group.add_argument("--batch-size", type=int, metavar="N", help="sequences per step (default: 64)")
+    group.add_argument("--lr", type=float, metavar="X",
+                       help="highest learning rate (default: 0.008, above d = 16 0.128 / d)")
+    group.add_argument("--weight-decay", type=float, metavar="X", help="of AdamW (default: 0)")
+    group.add_argument("--stop-early", action=argparse.BooleanOptionalAction, default=True,
+                       help="cool down and stop once the task is solved (default: on)")
+
+    group = parser.add_argument_group("the machine")
+    group.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best one here)")
+    group.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
+                       help="torch.compile on CUDA; auto: when it ends the work sooner (default: auto)")
+    group.add_argument("--out", default="results", metavar="DIR", help="folder of results (default: results)")
+    group.add_argument("--overwrite", action="store_true", help="repeat runs that are finished")
+    parser.set_defaults(**runs.DEFAULTS)
+    args = parser.parse_args(argv)
+    for flag, value in dict(model="rope", M=1, tau=1, K=16, d=8, L=64, seed=0).items():
+        setattr(args, flag, list(dict.fromkeys(getattr(args, flag) or [value])))
+    return parser, args
 
 
-def default_lr(d):
-    """8e-3 as far as that works; wider models need less: at 8e-3 none of 5 runs of rope with d = 32 learned M = 16."""
-    return min(8e-3, 0.128 / d)
+def grid(args, device):
+    """The configs of all combinations of the flags, checked. Raises ValueError, in one sentence."""
+    configs = []
+    for values in itertools.product(*(getattr(args, flag) for flag in runs.GRID)):
+        config = {**vars(args), **dict(zip(runs.GRID, values)), "device": str(device)}
+        if config["lr"] is None:
+            config["lr"] = runs.default_lr(max(1, config["d"]))
+        runs.check(config)
+        configs.append(config)
+    return configs
 
 
 def learning_rate(step, last, highest):
-    """A straight rise, a plateau, and a straight fall to zero at the step `last`.
+    """A linear rise, a plateau, and a linear fall to zero at the step `last`.
 
-    What is hard here is learned all at once, after a long wait that is different in every run. A plateau can wait; a
-    schedule that falls from the start decides beforehand how long.
+    What is hard here is learned all at once, after a wait that is different in every run. A plateau can
+    wait; a schedule that falls from the start decides beforehand how long.
     """
-    steps, share = COOLDOWN
-    return highest * min(1, (step + 1) / WARMUP, (last - step) / max(share * last, min(steps, last / 4)))
+    fall = max(COOLDOWN_SHARE * last, min(COOLDOWN_STEPS, last / 4))
+    return highest * min(1, (step + 1) / WARMUP, (last - step) / fall)
+
+
+def solved_at(curves):
+    """The step at which the task was solved, or None."""
+    for k in range(SOLVED_TESTS, len(curves["step"]) + 1):
+        if min(curves["accuracy"][k - SOLVED_TESTS:k]) >= SOLVED_ACCURACY:
+            return curves["step"][k - 1]
+    return None
 
 
 def last_step(curves, config):
-    """Where a run ends: after config's steps, or when it has cooled down since it had solved its task."""
-    (batches, accuracy), (steps, share) = SOLVED, COOLDOWN
-    for k in range(batches, len(curves["step"]) + 1):
-        if config["stop_early"] and min(curves["accuracy"][k - batches:k]) >= accuracy:
-            solved = curves["step"][k - 1]
-            return min(config["steps"], max(solved + steps, round(solved / (1 - share))))
-    return config["steps"]
+    """Where a run ends: after --steps, or when it has cooled down since it solved its task."""
+    solved = solved_at(curves)
+    if solved is None or not config["stop_early"]:
+        return config["steps"]
+    return min(config["steps"], max(solved + COOLDOWN_STEPS, round(solved / (1 - COOLDOWN_SHARE))))
 
 
-def prepare(config, device):
-    """Make a config's model, and what it takes to train it -> model, optimizer, generator, step.
-
-    step() draws the next batch from the generator, takes one training step, and returns the loss. Of several processes each
-    draws the whole batch and trains on its share, so any number of them makes the same run, to rounding; the mean of what
-    their step() returns is the loss.
-    """
-    K, M, tau, L, batch_size = (config[k] for k in ("K", "M", "tau", "L", "batch_size"))
-    (rank, world), on_cuda = processes(), device.type == "cuda"
-
-    torch.manual_seed(config["seed"])
-    model = model_from(config).to(device)
+def make_optimizer(model, config, device):
+    """AdamW and the parameters that it trains. Weight decay is for matrices, not for vectors or A_log."""
+    decayed, others = [], []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = {}                                                # by weight decay, which vectors and A_log never have
     for name, p in trained.items():
-        groups.setdefault(config["weight_decay"] if p.dim() > 1 and not name.endswith("A_log") else 0.0, []).append(p)
-    optimizer = torch.optim.AdamW([{"params": group, "weight_decay": decay} for decay, group in groups.items()],
-                                  lr=torch.zeros((), device=device) if on_cuda else 0.0,       # a graph reads it from memory
-                                  betas=BETAS, fused=True, capturable=on_cuda)
-    generator = stream(config["seed"], "training", device)
+        (decayed if p.dim() > 1 and not name.endswith("A_log") else others).append(p)
+    groups = [{"params": decayed, "weight_decay": config["weight_decay"]},
+              {"params": others, "weight_decay": 0.0}]
+    on_cuda = device.type == "cuda"
+    lr = torch.zeros((), device=device) if on_cuda else 0.0          # a CUDA graph reads it from memory
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True, capturable=on_cuda)
+    return optimizer, list(trained.values())
 
-    forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    draw, clip = recall_batch, nn.utils.clip_grad_norm_
 
-    def loss_of(tokens, labels, lengths):
-        return F.cross_entropy(forward(tokens, lengths), labels, reduction="sum") * (world / batch_size)
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
-    mamba.compile_scan = config["compile"]
-    compiles = on_cuda and config["compile"]
-    small = compiles and config["d"] <= SMALL[0] and L <= SMALL[1]
-    sums = small and not any(isinstance(layer, Mamba2) for layer in model.modules())
-    if compiles:
-        draw, loss_of, clip = (compiled(function, small, sums) for function in (draw, loss_of, clip))
 
-    def step():
-        lengths = None
-        if config["train_lengths"] == "uniform":
-            lengths = torch.randint(tau + 1, L + 1, (batch_size,), device=device, generator=generator)
-        tokens, labels = draw(batch_size, L, K, M, tau, device, generator, lengths)
-        if world > 1:
-            tokens, labels, lengths = (v if v is None else v[rank::world] for v in (tokens, labels, lengths))
-        with sdpa_kernel(SDPBackend.MATH) if small else contextlib.nullcontext():
-            loss = loss_of(tokens, labels, lengths)
+def run(config, path, device, say, title="", runs_left=0):
+    """Make one run and write path.pt and path.json; returns the result.
+
+    say: prints a line; title: goes before it; runs_left: how many runs of this shape follow. Raises
+    FloatingPointError if the loss becomes NaN or infinite, OSError if the result cannot be written.
+    """
+    K, M, tau, L, steps, batch_size = (config[k] for k in ("K", "M", "tau", "L", "steps", "batch_size"))
+    task, uniform = TASKS[config["task"]], config["train_lengths"] == "uniform"
+
+    # The model, its optimizer, and a stream of sequences each for training and for tests.
+    torch.manual_seed(config["seed"])
+    model = runs.model_from(config).to(device)
+    optimizer, trained = make_optimizer(model, config, device)
+    training = stream(config["seed"], "training", device)
+    testing = stream(config["seed"], "test", device)
+    curves, start, seconds = {"step": [], "loss": [], "accuracy": []}, 0, 0.0
+
+    # Continue a run that was killed.
+    saved = runs.load_progress(path, device, say)
+    if saved:
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            training.set_state(saved["training"].cpu())
+            testing.set_state(saved["testing"].cpu())
+            curves, start, seconds = saved["curves"], saved["step"], saved["seconds"]
+            say(f"{title}continues at step {start:,}: {path}")
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            runs.remove(path + ".resume.pt")
+            say(f"{title}{path}.resume.pt is of another version; the run starts from the beginning")
+            return run(config, path, device, say, title, runs_left)
+
+    # One training step. The three functions are an argument because torch.compile may replace them.
+    def loss_of(tokens, labels, at):
+        logits = model(tokens, at)                                        # (B, K), or (B, Q, K)
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+    def train_step(draw, loss_of, clip):
+        tokens, labels, at = draw(batch_size, L, K, M, tau, device, training, uniform)
+        loss = loss_of(tokens, labels, at)
         optimizer.zero_grad()
-        loss.backward()                                        # of several processes, the mean of their gradients
-        clip(list(trained.values()), CLIP)
+        loss.backward()
+        clip(trained, CLIP)
         optimizer.step()
         return loss.detach()
-    return model, optimizer, generator, step
 
+    functions, fast = (task, loss_of, nn.utils.clip_grad_norm_), None
+    if device.type == "cuda":
+        fast = gpu.FastStep(train_step, functions, training, config, say)
 
-def compiled(function, small=False, sums=False):
-    """torch.compile for a function that meets the same shapes at every step of a run.
-
-    small: put kernels that do not need each other into one, and do not pad the rows of tensors, which large products like and
-    small ones pay for with copies: a step of hybrid-b at d = 8 took 0.37 ms in place of 0.41, before the scan was faster.
-
-    sums: write matrix products out as sums. At d = 8 a product is less work than to start the library's kernel for it, and sums
-    are merged with what stands around them: a step of rope took 0.22 ms in place of 0.27, before its other parts were compiled
-    too (attention's products included: see step in prepare). Mamba-2 has many products and wide ones: at d = 16 a step of
-    mamba2 took 0.37 as sums and 0.33 as products, one of mamba2-hybrid 0.88 and 0.74. All of it on an H200.
-    """
-    from torch._inductor import config as inductor             # here, because it takes a second
-    products = {"decompose_mm_pass": {"min_first_dimension_decomposition": 1, "max_other_dimension_decomposition": 10**9}}
-    inductor.post_grad_fusion_options = products               # torch reads these two numbers once, at the first compilation
-    return compile_each_shape(function, {"combo_kernels": small, "comprehensive_padding": not small,
-                                         "post_grad_fusion_options": products if sums else {}})
-
-
-def record(step, generator):
-    """Record a training step as one CUDA graph: launching its hundreds of small kernels one by one costs more than they do.
-
-    Returns a function that replays it and returns its loss. What the step reads must stay where it is in memory.
-    """
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        loss = step()
-
-    def replay():
-        graph.replay()
-        return loss
-    return replay
-
-
-def run(config, path, device):
-    """Make one run and write path.pt and path.json.
-
-    Raises FloatingPointError if the loss becomes NaN or infinite, ValueError if another run is saved under this path.
-    """
-    K, M, tau, L, steps = (config[k] for k in ("K", "M", "tau", "L", "steps"))
-    rank, world = processes()
-    model, optimizer, training, next_step = prepare(config, device)
-    testing = stream(config["seed"], "test", device)
-    start, seconds, curves = 0, 0.0, {"step": [], "loss": [], "accuracy": []}
-
-    # A run that was killed goes on from what it saved, if it was the same run.
-    state = load_saved(path, config, device)
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        training.set_state(state["training"].cpu())
-        testing.set_state(state["testing"].cpu())
-        start, seconds, curves = state["step"], state["seconds"], state["curves"]
-
-    def save(step):
-        state = {"config": config, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "training": training.get_state(), "testing": testing.get_state(), "curves": curves,
-                 "seconds": seconds + time.time() - began}
-        write_atomically(path + RESUME, lambda temporary: torch.save(state, temporary))
-
-    def stop_if_not_finite(loss, step):
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step} of {path}; "
-                                     f"a lower --lr than {config['lr']:g} may help")
-
-    # The loop. On CUDA, if one process compiles, the step runs three times, is then recorded as one graph, and replayed.
     every = max(1, steps // POINTS)
     last = last_step(curves, config)
-    began = last_save = time.time()
-    with tqdm(range(start, steps), initial=start, total=steps, unit=" steps", desc=os.path.basename(path),
-              dynamic_ncols=True, disable=rank > 0) as bar:
-        for step in bar:
-            if step == last:
-                break
-            lr = learning_rate(step, last, config["lr"])
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
-            if device.type == "cuda" and config["compile"] and world == 1 and step == start + 3:
-                next_step = record(next_step, training)
-            loss = next_step()
+    began = said = saved_at = time.monotonic()
+    bar = tqdm(total=steps, initial=start, desc=title, unit=" steps", dynamic_ncols=True, leave=False,
+               disable=None, bar_format="{desc} {percentage:.0f}%|{bar}| {n_fmt}/{total_fmt} "
+               "{elapsed}<{remaining}")
+    step = start
+    while step < last:
+        # The learning rate, and the step.
+        set_learning_rate(optimizer, learning_rate(step, last, config["lr"]))
+        loss = fast() if fast else train_step(*functions)
+        step += 1
+        bar.update()
+        if step % every and step < last:
+            continue
 
-            if (step + 1) % every == 0 or step + 1 == steps:
-                tokens, labels = recall_batch(TEST_BATCH, L, K, M, tau, device, testing)
-                with torch.no_grad(), torch.compiler.set_stance("force_eager"):        # not worth compiling for
-                    answers = torch.cat([model(part).argmax(-1) for part in tokens.split(max(1, TEST_TOKENS // L))])
-                measured = torch.stack([loss, (answers == labels).float().mean()])
-                if world > 1:
-                    dist.all_reduce(measured)                  # also makes sure that all come to the same conclusions
-                loss, accuracy = (measured / world).tolist()
-                for curve, value in zip(curves.values(), (step + 1, loss, accuracy)):
-                    curve.append(value)
-                last = last_step(curves, config)
-                bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.3f}")
-                stop_if_not_finite(loss, step + 1)
-                if rank == 0 and time.time() - last_save > SAVE_SECONDS:
-                    save(step + 1)
-                    last_save = time.time()
-    if start < last:
-        stop_if_not_finite(float(loss), last)
-    seconds += time.time() - began
-    if rank > 0:
-        return
+        # Now and then, a test on fresh sequences: it decides when the run ends.
+        loss, accuracy = loss.item(), test(model, config, testing, device)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step} of {path}; a lower --lr than "
+                                     f"{config['lr']:g} may help")
+        for curve, value in zip(curves.values(), (step, loss, accuracy)):
+            curve.append(value)
+        last = last_step(curves, config)
+        if fast:
+            fast.compile_if_it_pays(step, last, runs_left)
 
-    # The test, and the result.
-    began = time.time()
-    lengths = list(range(tau + 1, 3 * L + 1))
-    with torch.compiler.set_stance("force_eager"):
-        accuracies = accuracy_by_length(model.eval(), lengths, K, M, tau, TEST_SEQUENCES, device)
-    shown = some_lengths(L, tau)
-    print_table(shown, [accuracies[n - tau - 1] for n in shown], L)
-    checkpoint = {"config": config, "model": {name: p.cpu() for name, p in model.state_dict().items()}}
-    write_atomically(path + ".pt", lambda temporary: torch.save(checkpoint, temporary))
-    write_json(path + ".json", {                                                       # last: it marks a finished run
-        "config": config,
-        "params": model.n_params(),
-        "train": curves,
-        "eval": {"length": lengths, "accuracy": accuracies, "sequences": TEST_SEQUENCES},
-        "env": {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform(),
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-                "threads": torch.get_num_threads(), "processes": world},
-        "seconds": {"train": round(seconds, 3), "eval": round(time.time() - began, 3)}})
-    remove_saved(path)
+        # Say how it goes, and save what a killed run needs to continue.
+        bar.set_description_str(f"{title}accuracy {accuracy:.3f}, loss {loss:.4f}")
+        now = time.monotonic()
+        if bar.disable and now - said > SAY_SECONDS:
+            said = now
+            say(f"{title}step {step:,} of {steps:,}, accuracy {accuracy:.3f}, loss {loss:.4f}")
+        if now - saved_at > SAVE_SECONDS and step < last:
+            saved_at = now
+            runs.save_progress(path, say, {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "curves": curves,
+                "training": training.get_state(), "testing": testing.get_state(),
+                "step": step, "seconds": seconds + now - began})
+    bar.close()
+    seconds += time.monotonic() - began
+
+    # The test against context length. The result is written last: it marks a finished run.
+    began, model = time.monotonic(), model.eval()
+    lengths = lengths_to_test(L, M, tau, config["task"])
+    accuracies = evaluate(model, config, lengths, EVAL_SEQUENCES, device, bar=True)
+    checkpoint = runs.write_checkpoint(path + ".pt", model, config)
+    result = {
+        "config": config, "params": model.n_params(), "checkpoint": checkpoint, "train": curves,
+        "state_bytes": {str(n): state_bytes(model, n) for n in STATE_TOKENS},
+        "eval": {"length": lengths, "accuracy": accuracies, "sequences": EVAL_SEQUENCES},
+        "env": runs.environment(device),
+        "seconds": {"train": round(seconds, 3), "eval": round(time.monotonic() - began, 3)}}
+    runs.write_json(path + ".json", result)
+    runs.remove(path + ".resume.pt")
+    report(model, result, path, device, say, title)
+    return result
+
+
+@torch.no_grad()
+def test(model, config, generator, device):
+    """Accuracy on TEST_SEQUENCES fresh sequences of the training length."""
+    K, M, tau, L = (config[k] for k in ("K", "M", "tau", "L"))
+    draw, right = TASKS[config["task"]], []
+    tokens, labels, at = draw(TEST_SEQUENCES, L, K, M, tau, device, generator)
+    with torch.compiler.set_stance("force_eager"):                    # not worth compiling for
+        for part in torch.arange(TEST_SEQUENCES, device=device).split(max(1, TEST_TOKENS // L)):
+            answers = model(tokens[part], None if at is None else at[part]).argmax(-1)
+            right.append(answers == labels[part])
+    return torch.cat(right).float().mean().item()
+
+
+def report(model, result, path, device, say, title):
+    """Print what a finished run found: when it was solved, accuracy by length, three sequences."""
+    config, steps = result["config"], result["train"]["step"]
+    solved = solved_at(result["train"])
+    ended = f"stopped at step {steps[-1]:,}, not solved"
+    if solved:
+        ended = f"solved at step {solved:,}, stopped at {steps[-1]:,}"
+    say(f"{title}{ended}; wrote {path}.json")
+    shown = [n for n in some_lengths(config["L"], config["tau"]) if n in result["eval"]["length"]]
+    accuracy = dict(zip(result["eval"]["length"], result["eval"]["accuracy"]))
+    print_table(shown, [accuracy[n] for n in shown], config["L"], say)
+    if config["task"] == "recall" and not title:
+        tokens, labels = recall_batch(3, config["L"], config["K"], config["M"], config["tau"], device,
+                                      stream(config["seed"], "evaluation", device))
+        with torch.no_grad():
+            answers = model(tokens).argmax(-1)
+        for row, answer, label in zip(tokens, answers.tolist(), labels.tolist()):
+            verdict = "right" if answer == label else f"wrong, the value is {label}"
+            say(f"{show(row, config['tau'])}  ->  {answer}, {verdict}")
+
+
+def say(line):
+    """Print a line above the progress bar. A closed or full stdout ends nothing."""
+    try:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        sys.stdout = open(os.devnull, "w")
 
 
 def main(argv=None):
+    """Make the runs of a command; returns their results, those already finished too."""
     parser, args = parse(argv)
     try:
-        device = pick_device(args.device)
-        if device.type == "cuda" and args.compile and importlib.util.find_spec("triton") is None:
-            raise ValueError("--compile needs the package triton on CUDA, which is not installed; --no-compile does without")
-        if "LOCAL_RANK" in os.environ:                         # torchrun started this process, and others
-            if device.type == "cuda":
-                device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                    timeout=datetime.timedelta(days=1))                # the others wait while one tests
-        rank, world = processes()
-        if world > max(1, args.batch_size):
-            raise ValueError(f"--batch-size is {args.batch_size}, but {world} processes need at least a sequence each")
-        configs = []
-        for values in itertools.product(*(dict.fromkeys(getattr(args, flag)) for flag in GRID)):
-            config = {**vars(args), **dict(zip(GRID, values)), "device": str(device)}
-            if config["lr"] is None:
-                config["lr"] = default_lr(max(1, config["d"]))
-            check(config)
-            configs.append(config)
-        os.makedirs(args.out, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except (ValueError, OSError) as error:
-        if isinstance(error, OSError):
-            error = f"--out is {args.out!r}, but it cannot be written to: {error.strerror}"
-        parser.error(str(error)) if os.environ.get("RANK", "0") == "0" else sys.exit(2)       # one process says it
+        device = runs.pick_device(args.device)
+        if "LOCAL_RANK" in os.environ and device.type == "cuda":     # torchrun started several of us
+            device = runs.pick_device(f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}")
+        if device.type == "cuda" and args.compile == "on" and not gpu.has_compiler():
+            raise ValueError("--compile is on, but the package triton, which it needs, is not installed")
+        configs = grid(args, device)
+        runs.prepare_folder(args.out)
+    except ValueError as error:
+        parser.error(str(error))
 
-    say = print if rank == 0 else lambda *words, **options: None
-    for number, config in enumerate(configs, 1):
-        path = os.path.join(args.out, "{model}_M{M}_tau{tau}_K{K}_d{d}_L{L}_seed{seed}".format(**config))
-        count = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
-        if is_finished(path) and not args.overwrite:
-            note = "" if same_run(config_of(path + ".json"), config) else ", with other flags"
-            say(f"{count}{path}.json is finished{note}; --overwrite repeats it")
-            continue
-        try:
-            run(config, path, device)
-        except FloatingPointError as error:
-            if rank == 0:
-                remove_saved(path)
-            sys.exit(f"train.py: {error}" if rank == 0 else 1)
-        except ValueError as error:
-            parser.error(str(error)) if rank == 0 else sys.exit(2)
-        except KeyboardInterrupt:
-            goes_on = "from where it was last saved" if os.path.exists(path + RESUME) else "from the beginning"
-            command = "the same command" + " without --overwrite" * args.overwrite
-            say(f"stopped; {command} goes on with {path} {goes_on}", file=sys.stderr)
-            sys.exit(130)
-        say(f"{count}wrote {path}.json")
-    if world > 1:
-        # All end together, and nothing is left that holds the group: of processes that ended one by one, some aborted.
-        gc.collect(), dist.barrier()
-        dist.destroy_process_group()
+    results, failed, path, threads = [], 0, None, torch.get_num_threads()
+    if device.type == "cpu" and max(args.d) <= ONE_THREAD_D and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        for config, path, title, runs_left in runs.to_make(configs, args.out, args.overwrite, say):
+            try:
+                run(config, path, device, say, title, runs_left)
+            except (FloatingPointError, OSError) as error:
+                failed += 1
+                runs.remove(*[path + ".resume.pt"] if isinstance(error, FloatingPointError) else [])
+                say(f"{title}{path} failed: {error}")
+        results = [runs.read_result(os.path.join(args.out, runs.run_name(config)) + ".json")
+                   for config in configs]
+    except KeyboardInterrupt:
+        print("\nstopped; the same command without --overwrite continues", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        torch.set_num_threads(threads)
+    if failed:
+        sys.exit(f"train.py: {failed} of {len(configs)} runs failed")
+    return results
 
 
 if __name__ == "__main__":
