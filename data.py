@@ -1,7 +1,8 @@
-"""The tasks: sequences of tokens with the positions that have to be answered, and the fixed embedding table.
+"""The tasks: sequences of tokens with the positions that have to be answered, and the fixed
+embedding table.
 
-Associative recall, the task of this repository, shows a query token q once in a context of L tokens, at
-position i, its value v tau tokens later, and then asks for q again:
+Associative recall, the task of this repository, shows a query token q once in a context of L
+tokens, at position i, its value v tau tokens later, and then asks for q again:
 
     position    1   2  ...  i  ...  i+tau  ...  L  |  L+1
     token       .   .       q         v         .  |   q      -> v
@@ -18,8 +19,8 @@ STREAMS = {"training": 0, "test": 1, "evaluation": 2}
 def stream(seed, purpose, device="cpu"):
     """A torch.Generator on `device` for one purpose of a run: "training", "test" or "evaluation".
 
-    No two pairs of seed and purpose share their draws, for seeds from 0 to 2^30 - 1: a CPU generator keeps
-    32 bits of what it is seeded with.
+    No two pairs of seed and purpose share their draws, for seeds from 0 to 2^30 - 1: a CPU
+    generator keeps 32 bits of what it is seeded with.
     """
     return torch.Generator(device).manual_seed(4 * seed + STREAMS[purpose])
 
@@ -39,7 +40,7 @@ def check_task(L, K=16, M=1, tau=1, task="recall"):
     if task == "recall" and M > K:
         raise ValueError(f"--M is {M}, but the number of possible queries is at most K = {K}")
     if task == "mqar" and 2 * M > K:
-        raise ValueError(f"--M is {M}, but mqar takes its keys from half of the vocabulary, K = {K}")
+        raise ValueError(f"--M is {M}, but mqar takes its keys from half of the K = {K} tokens")
     if task == "copy" and K < 3:
         raise ValueError(f"--K is {K}, but copy needs a blank, a mark and at least one other token")
     if L < shortest(M, tau, task):
@@ -52,34 +53,38 @@ def shortest(M=1, tau=1, task="recall"):
     return {"recall": tau + 1, "mqar": 3 * M, "copy": M, "parity": 1}.get(task, 1)
 
 
-def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, lengths=None, i=None):
+def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, lengths=None,
+                 i=None):
     """Draw a batch of associative recall (the assignment's Definition 1 and sampling steps).
 
-    The query is uniform over the first M tokens of the vocabulary {0 ... K-1}, its position over
-    1 ... L - tau, and the value and every other context token over the vocabulary without the query. (The
-    assignment's step 2 draws the value from the whole vocabulary, but its Definition 1 has the query appear
-    exactly twice. L counts the context without the query at the end: with it, the assignment's positions
-    1 ... L - tau and its shortest length tau + 1 would not fit together.)
+    The query is uniform over the first M tokens of the vocabulary {0 ... K-1}, its position over 1
+    ... L - tau, and the value and every other context token over the vocabulary without the query.
+    (The assignment's step 2 draws the value from the whole vocabulary, but its Definition 1 has the
+    query appear exactly twice. L counts the context without the query at the end: with it, the
+    assignment's positions 1 ... L - tau and its shortest length tau + 1 would not fit together.)
 
-    lengths: None, or (B,) int64, a context length from tau + 1 to L for each sequence. Sequence b then
-        ends with its query at index lengths[b]; what follows is padding, which a causal model cannot see.
-    i: None, or (B,) int64, the position of each query in the context, counted from 0, instead of a random one.
-    generator: a torch.Generator on `device`.
+    lengths: None, or (B,) int64, a context length from tau + 1 to L for each sequence. Sequence b
+    then
+        ends with its query at index lengths[b]; what follows is padding, which a causal model
+        cannot see.
+    i: None, or (B,) int64, the position of each query in the context, counted from 0, instead of a
+    random one. generator: a torch.Generator on `device`.
 
-    Returns tokens (B, L + 1) int64 and labels (B,) int64. Raises ValueError if the task cannot exist.
+    Returns tokens (B, L + 1) int64 and labels (B,) int64. Raises ValueError if the task cannot
+    exist.
     """
     check_task(L, K, M, tau)
     draw = dict(device=device, generator=generator)
-    q = torch.randint(M, (batch_size, 1), **draw)                              # (B, 1)
-    others = torch.randint(K - 1, (batch_size, L + 1), **draw)                 # (B, L+1)
+    q = torch.randint(M, (batch_size, 1), **draw)                        # (B, 1)
+    others = torch.randint(K - 1, (batch_size, L + 1), **draw)           # (B, L+1)
     if lengths is None:
         lengths = torch.full((batch_size,), L, device=device)
-    if i is None:                                                              # (B,), uniform to L / 2^31
+    if i is None:                                                        # (B,), uniform to L / 2^31
         i = torch.randint(2**31 - 1, (batch_size,), **draw) % (lengths - tau)
-    i, end = i[:, None], lengths[:, None]                                      # (B, 1): both places of q
+    i, end = i[:, None], lengths[:, None]                                # (B, 1): both places of q
 
-    tokens = others + (others >= q)              # 0 ... K-2 with a gap at q: uniform over the other tokens
-    labels = tokens.gather(1, i + tau)[:, 0]     # v: any token except q, which is what is already there
+    tokens = others + (others >= q)              # 0 ... K-2 with a gap at q: any token except q
+    labels = tokens.gather(1, i + tau)[:, 0]     # v: any token except q, so what is already there
     position = torch.arange(L + 1, device=device)
     tokens = torch.where((position == i) | (position == end), q, tokens)
     return tokens, labels
@@ -89,9 +94,9 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
 #
 # task(batch_size, L, K, M, tau, device, generator, uniform) -> tokens (B, T), labels, at
 #
-# at (B, Q) int64 are the positions that count, labels (B, Q) their labels; or labels (B,) and at None where
-# only the last token counts, or at (B,) for one position in each row. To add a task, write such a function
-# and give it a name in TASKS: train.py and eval.py do the rest.
+# at (B, Q) int64 are the positions that count, labels (B, Q) their labels; or labels (B,) and at
+# None where only the last token counts, or at (B,) for one position in each row. To add a task,
+# write such a function and give it a name in TASKS: train.py and eval.py do the rest.
 
 def recall(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):
     """recall_batch. uniform: each sequence has a length of its own, from tau + 1 to L.
@@ -106,11 +111,12 @@ def recall(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, unifor
 
 
 def mqar(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):
-    """Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): several pairs, all queried.
+    """Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): several pairs, all
+    queried.
 
-    First M keys, each followed by its value; then L - 2M tokens among which every key comes once more, in
-    random order at random places, and has to be answered with its value. Keys are from the lower half of
-    the vocabulary, no two alike; values and all other tokens are from the upper half.
+    First M keys, each followed by its value; then L - 2M tokens among which every key comes once
+    more, in random order at random places, and has to be answered with its value. Keys are from the
+    lower half of the vocabulary, no two alike; values and all other tokens are from the upper half.
     A shorter or longer context: the queries are nearer to the pairs or farther from them.
     """
     draw = dict(device=device, generator=generator)
@@ -126,9 +132,9 @@ def mqar(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=
 def copy(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):
     """Selective copying (Gu and Dao 2023, section 4.1.1): repeat M tokens that stand among blanks.
 
-    A context of L tokens: M from {0 ... K-3} at random places, blanks (K-1) between them. Then M marks
-    (K-2), at which the model answers the M tokens in their order.
-    A shorter or longer context: fewer or more blanks to ignore.
+    A context of L tokens: M from {0 ... K-3} at random places, blanks (K-1) between them. Then M
+    marks (K-2), at which the model answers the M tokens in their order. A shorter or longer
+    context: fewer or more blanks to ignore.
     """
     draw = dict(device=device, generator=generator)
     content = torch.randint(K - 2, (batch_size, M), **draw)                          # (B, M)
@@ -142,8 +148,8 @@ def copy(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=
 def parity(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):
     """Parity: at every token, is the number of ones so far odd? Tokens and answers are 0 and 1.
 
-    It has to be counted, not recalled: a state that only decays cannot, one that can change sign can.
-    A shorter or longer context: fewer or more positions, all of which count.
+    It has to be counted, not recalled: a state that only decays cannot, one that can change sign
+    can. A shorter or longer context: fewer or more positions, all of which count.
     """
     tokens = torch.randint(2, (batch_size, L), device=device, generator=generator)   # (B, L)
     at = torch.arange(L, device=device).expand(batch_size, L)
@@ -156,17 +162,19 @@ TASKS = {"recall": recall, "mqar": mqar, "copy": copy, "parity": parity}
 # ---- the embedding, and something to look at -----------------------------------------------------
 
 def embedding_table(K, d):
-    """The fixed embedding: K x d standard normal numbers from numpy's seed 0, each row scaled to length 1.
+    """The fixed embedding: K x d standard normal numbers from numpy's seed 0, each row scaled to
+    length 1.
 
-    Returns (K, d) float32. The numbers are those of numpy.random.seed(0); numpy.random.randn(K, d), but
-    numpy's global generator is left alone.
+    Returns (K, d) float32. The numbers are those of numpy.random.seed(0); numpy.random.randn(K, d),
+    but numpy's global generator is left alone.
     """
     V = np.random.RandomState(0).randn(K, d)
     return torch.tensor(V / np.linalg.norm(V, axis=1, keepdims=True), dtype=torch.float32)
 
 
 def show(tokens, tau):
-    """One sequence of recall as a line of text: (q) and [v] are marked, what is far from them left out."""
+    """One sequence of recall as a line of text: (q) and [v] are marked, what is far from them left
+    out."""
     tokens = [int(token) for token in tokens]
     last = len(tokens) - 1
     i = tokens.index(tokens[last])

@@ -1,4 +1,5 @@
-"""Accuracy of a trained model against context length, to a million tokens for models without attention.
+"""Accuracy of a trained model against context length, to a million tokens for models without
+attention.
 
     python eval.py results/X.pt                         every length from tau + 1 to 3L
     python eval.py results/X.pt --lengths 64 1024 65536
@@ -14,21 +15,25 @@ import time
 import torch
 from tqdm import tqdm
 
-from data import TASKS, recall_batch, shortest, stream
+from data import TASKS, recall_batch, shortest, show, stream
 from runs import load_run, pick_device, read_result, short_errors, write_json
 
+TEST_SEQUENCES = 512 # of a test during training,
+TEST_TOKENS = 2**18  # and the most of their tokens that are in the model together
 SEGMENT = 4096       # tokens of a context that are read in one call
 BATCH_ROWS = 512     # contexts in a batch,
-HELD_TOKENS = 2**22  # and the most tokens in a batch, which bounds memory; four times as many on CUDA
+HELD_TOKENS = 2**22  # and the most tokens in a batch, which bounds memory; four times on CUDA
 MOST_LENGTHS = 768   # that are tested after training: all of them up to L = 256
 STRIDE = 6           # lengths of one group: every sixth of a block
 
 
 @torch.no_grad()
-def accuracy_one_by_one(model, lengths, K, M, tau, sequences=1024, device="cpu", seed=0, task="recall"):
+def accuracy_one_by_one(model, lengths, K, M, tau, sequences=1024, device="cpu", seed=0,
+                        task="recall"):
     """Accuracy at each length, from sequences of exactly that length: a list like `lengths`.
 
-    The definition. For 191 lengths it reads 20 million tokens; `accuracy_by_length` reads 5 million.
+    The definition. For 191 lengths it reads 20 million tokens; `accuracy_by_length` reads 5
+    million.
     """
     generator, accuracies = stream(seed, "evaluation", device), []
     for length in lengths:
@@ -40,10 +45,11 @@ def accuracy_one_by_one(model, lengths, K, M, tau, sequences=1024, device="cpu",
 def groups(lengths, tau):
     """Split lengths into groups that can share their contexts: lists of lengths, sorted.
 
-    In a group the longest has at most twice as many positions for the query as the shortest. Neighbours are
-    in different groups: lengths that share contexts also share their luck, and the mean of a curve over
-    many lengths would be as uncertain as a single point of it. With six groups for each factor of two, its
-    standard deviation is below 0.004 for 1,024 sequences at each length.
+    In a group the longest has at most twice as many positions for the query as the shortest.
+    Neighbours are in different groups: lengths that share contexts also share their luck, and the
+    mean of a curve over many lengths would be as uncertain as a single point of it. With six groups
+    for each factor of two, its standard deviation is below 0.004 for 1,024 sequences at each
+    length.
     """
     lengths = sorted(set(lengths))
     while lengths:
@@ -57,19 +63,21 @@ def groups(lengths, tau):
 def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", seed=0, bar=False):
     """Accuracy at each length, from at least `sequences` contexts: a list like `lengths`.
 
-    A context cut short is again a context, as long as its value has been seen, and the query's position is
-    uniform among those that are. So draw contexts of the longest length of a group with positions spread
-    evenly, read them once, and ask the query at every length of the group on the way.
+    A context cut short is again a context, as long as its value has been seen, and the query's
+    position is uniform among those that are. So draw contexts of the longest length of a group with
+    positions spread evenly, read them once, and ask the query at every length of the group on the
+    way.
     """
     generator, accuracy = stream(seed, "evaluation", device), {}
     held = HELD_TOKENS * (4 if torch.device(device).type == "cuda" else 1)
     plan = list(groups(lengths, tau))
-    progress = tqdm(total=sum(group[-1] for group in plan), desc="testing", unit=" tokens", leave=False,
-                    disable=None if bar else True)
+    progress = tqdm(total=sum(group[-1] for group in plan), desc="testing", leave=False,
+                    disable=None if bar else True,
+                    bar_format="{desc} {percentage:.0f}%|{bar}| {remaining}")
     for group in plan:
         longest, positions = group[-1], group[-1] - tau
         n = math.ceil(sequences * positions / (group[0] - tau)) + 1
-        spread = torch.rand(n, dtype=torch.float64, device="cpu", generator=stream(seed, "evaluation"))
+        spread = torch.rand(n, dtype=torch.float64, generator=stream(seed, "evaluation"))
         i = ((torch.arange(n) + spread) / n * positions).long().clamp(max=positions - 1).to(device)
         correct, asked = torch.zeros(2, len(group), dtype=torch.int64, device=device)
         for i_b in i.split(max(1, min(BATCH_ROWS, held // longest))):
@@ -79,7 +87,7 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
                 for segment in tokens[:, start:length].split(SEGMENT, dim=1):
                     _, states = model.run_layers(segment, states)
                 start = length
-                x, _ = model.run_layers(tokens[:, -1:], states)          # the query; its state is dropped
+                x, _ = model.run_layers(tokens[:, -1:], states)    # the query; its state is dropped
                 right = model.head(x[:, -1]).argmax(-1) == labels
                 seen = i_b + tau < length
                 correct[k] += (right & seen).sum()
@@ -88,6 +96,19 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
         accuracy.update(zip(group, (correct / asked).tolist()))
     progress.close()
     return [accuracy[length] for length in lengths]
+
+
+@torch.no_grad()
+def accuracy_now(model, config, generator, device):
+    """Accuracy on TEST_SEQUENCES fresh sequences of the training length."""
+    K, M, tau, L = (config[k] for k in ("K", "M", "tau", "L"))
+    draw, right = TASKS[config["task"]], []
+    tokens, labels, at = draw(TEST_SEQUENCES, L, K, M, tau, device, generator)
+    with torch.compiler.set_stance("force_eager"):                    # not worth compiling for
+        for part in torch.arange(TEST_SEQUENCES, device=device).split(max(1, TEST_TOKENS // L)):
+            answers = model(tokens[part], None if at is None else at[part]).argmax(-1)
+            right.append(answers == labels[part])
+    return torch.cat(right).float().mean().item()
 
 
 def evaluate(model, config, lengths, sequences, device, seed=0, bar=False):
@@ -115,7 +136,8 @@ def lengths_to_test(L, M=1, tau=1, task="recall"):
 
 def some_lengths(L, tau):
     """A few lengths below, at and beyond L, for a table that fits a terminal."""
-    return sorted({n for n in (tau + 1, L // 8, L // 4, L // 2, L, 3 * L // 2, 2 * L, 3 * L) if n > tau})
+    lengths = tau + 1, L // 8, L // 4, L // 2, L, 3 * L // 2, 2 * L, 3 * L
+    return sorted({n for n in lengths if n > tau})
 
 
 def print_table(lengths, accuracies, L, say=print):
@@ -126,17 +148,33 @@ def print_table(lengths, accuracies, L, say=print):
     say(f"(trained at {L})")
 
 
+def show_result(model, result, device, say=print, sequences=3):
+    """Print accuracy at a few lengths, and some sequences with the model's answers."""
+    c, evaluation = result["config"], result["eval"]
+    accuracy = dict(zip(evaluation["length"], evaluation["accuracy"]))
+    shown = [n for n in some_lengths(c["L"], c["tau"]) if n in accuracy]
+    print_table(shown, [accuracy[n] for n in shown], c["L"], say)
+    if c["task"] == "recall" and sequences:
+        tokens, labels = recall_batch(sequences, c["L"], c["K"], c["M"], c["tau"], device,
+                                      stream(c["seed"], "evaluation", device))
+        with torch.no_grad():
+            answers = model(tokens).argmax(-1)
+        for row, answer, label in zip(tokens, answers.tolist(), labels.tolist()):
+            verdict = "right" if answer == label else f"wrong, the value is {label}"
+            say(f"{show(row, c['tau'])}  ->  {answer}, {verdict}")
+
+
 def main(argv=None):
     """Test checkpoints; returns a list of their lengths and accuracies."""
     parser = short_errors(argparse.ArgumentParser(
-        description="Accuracy of trained models against context length. The numbers go into each run's JSON, "
-                    "except where it has one from more sequences."))
-    parser.add_argument("checkpoints", nargs="*", metavar="RUN.pt", help="checkpoints that train.py wrote")
+        description="Accuracy of trained models against context length. The numbers go into each "
+                    "run's JSON, except where it has one from more sequences."))
+    parser.add_argument("checkpoints", nargs="*", metavar="RUN.pt", help="checkpoints of train.py")
     parser.add_argument("--lengths", nargs="+", default=[], metavar="N",
                         help="context lengths (default: every length from tau + 1 to 3L)")
     parser.add_argument("--sequences", type=int, default=1024, metavar="N",
                         help="sequences of each length, at least (default: 1024)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the test sequences (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the test sequences (default: 0)")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best one here)")
     parser.add_argument("--no-save", action="store_true", help="leave the JSON as it is")
     args = parser.parse_args(argv)
@@ -160,7 +198,7 @@ def main(argv=None):
             if lengths and lengths[0] < least:
                 raise ValueError(f"--lengths has {lengths[0]}, but {path} needs at least {least}")
             if not args.no_save and not os.access(os.path.dirname(path) or ".", os.W_OK):
-                raise ValueError(f"{path} is in a folder that cannot be written to: --no-save only prints")
+                raise ValueError(f"{path} is in a read-only folder; --no-save only prints")
     except ValueError as error:
         parser.error(str(error))
 
@@ -168,7 +206,7 @@ def main(argv=None):
     for path, model, c in runs:
         began = time.monotonic()
         tested = lengths or lengths_to_test(c["L"], c["M"], c["tau"], c["task"])
-        torch.set_flush_denormal(True)               # a CPU computes denormal floats 10 to 50 times slower
+        torch.set_flush_denormal(True)       # a CPU computes denormal floats 10 to 50 times slower
         try:
             accuracies = evaluate(model, c, tested, args.sequences, device, args.seed, bar=True)
         finally:

@@ -1,9 +1,9 @@
 """What makes a training step fast on a GPU: one CUDA graph, and torch.compile when it pays.
 
-Small models launch hundreds of kernels of a few microseconds, and launching one takes the host longer than
-running it. A captured step is replayed as a whole: rope at d = 8 takes 0.5 ms instead of 8. Compiled, with
-fewer kernels, it takes 0.2 ms, but compiling takes 40 s. `FastStep` therefore captures the plain step first
-and compiles later, when that ends the work sooner.
+Small models launch hundreds of kernels of a few microseconds, and launching one takes the host
+longer than running it. A captured step is replayed as a whole: rope at d = 8 takes 0.5 ms instead
+of 8. Compiled, with fewer kernels, it takes 0.2 ms, but compiling takes 40 s. `FastStep` therefore
+captures the plain step first and compiles later, when that ends the work sooner.
 """
 
 import contextlib
@@ -14,10 +14,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fused_scan import compile_each_shape
+from runs import say
 
 WARM_UP = 3            # steps before a capture: they allocate what the graph will use
 COMPILE_SECONDS = 40   # what compiling a shape takes, until one has been timed here
-SPEEDUP = 2.5          # what it brings, likewise: 2.6 (rope) to 9 times (mamba) were measured on an H100
+SPEEDUP = 2.5          # what it brings, likewise: 2.6 (rope) to 9 times (mamba) on an H100
 SMALL_D, SMALL_L = 16, 256
 compiled_shapes = {}   # shape -> seconds that it took to compile, in this process
 
@@ -29,16 +30,17 @@ def has_compiler():
 def compile_small(function, config):
     """torch.compile for a function that meets the same shapes at every step of a run.
 
-    Small models: kernels that do not need each other are launched as one, and matmuls are written as sums,
-    which fuse with their surroundings (rope at d = 8: 0.22 instead of 0.27 ms). Mamba-2 keeps its matmuls,
-    which are many and wide (0.33 instead of 0.37 ms).
+    Small models: kernels that do not need each other are launched as one, and matmuls are written
+    as sums, which fuse with their surroundings (rope at d = 8: 0.22 instead of 0.27 ms). Mamba-2
+    keeps its matmuls, which are many and wide (0.33 instead of 0.37 ms).
     """
-    from torch._inductor import config as inductor           # here, because importing it takes a second
+    from torch._inductor import config as inductor       # here, because importing it takes a second
     small = config["d"] <= SMALL_D and config["L"] <= SMALL_L
     sums = {"decompose_mm_pass": {"min_first_dimension_decomposition": 1,
                                   "max_other_dimension_decomposition": 10**9}}
     inductor.post_grad_fusion_options = sums                 # torch reads these two numbers once
-    options = {"combo_kernels": small, "comprehensive_padding": not small, "post_grad_fusion_options": {}}
+    options = {"combo_kernels": small, "comprehensive_padding": not small,
+               "post_grad_fusion_options": {}}
     if small and "mamba2" not in config["model"]:
         options["post_grad_fusion_options"] = sums
     return compile_each_shape(function, options)
@@ -63,13 +65,13 @@ def capture(step, generator):
 class FastStep:
     """A training step on a GPU: called like `step`, it returns the same losses, to rounding.
 
-    step(*functions) takes one training step with these functions; generator: the torch.Generator that it
-    draws from; config: the run's, whose "compile" is auto, on or off; say: prints a line.
+    step(*functions) takes one training step with these functions; generator: the torch.Generator
+    that it draws from; config: the run's, whose "compile" is auto, on or off.
     """
 
-    def __init__(self, step, functions, generator, config, say):
+    def __init__(self, step, functions, generator, config):
         self.step, self.functions, self.generator = step, functions, generator
-        self.config, self.say = config, say
+        self.config = config
         self.shape = tuple(config[flag] for flag in (
             "task", "model", "K", "d", "L", "batch_size", "n_heads", "d_state", "train_lengths"))
         small = config["d"] <= SMALL_D and config["L"] <= SMALL_L
@@ -104,8 +106,9 @@ class FastStep:
     def compile_if_it_pays(self, step, last, runs_left):
         """Decide anew at `step`, a moment at which the GPU has caught up with the host.
 
-        What is left is not known: a run ends when its task is solved. The best guess for something that has
-        lasted so long is that it is half over, and that the other runs of this shape will be like it.
+        What is left is not known: a run ends when its task is solved. The best guess for something
+        that has lasted so long is that it is half over, and that the other runs of this shape will
+        be like it.
         """
         if not self.undecided or not self.replay or self.calls <= WARM_UP:
             return
@@ -114,6 +117,6 @@ class FastStep:
         steps_left = to_go + runs_left * (step + to_go)
         cost = min(compiled_shapes.values(), default=COMPILE_SECONDS)
         if steps_left * seconds * (1 - 1 / SPEEDUP) > cost:
-            self.say(f"{1e3 * seconds:.2f} ms per step, captured; compiling now, which takes about "
+            say(f"{1e3 * seconds:.2f} ms per step, captured; compiling now, which takes about "
                      f"{cost:.0f} s and pays within {steps_left:,} steps")
             self.compile()

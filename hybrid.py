@@ -5,16 +5,16 @@
     hybrid-a                   a stack that has a name: see MODELS and FAMILY
 
 To add a layer, write a module and give it a word: `LAYERS["mean"] = RunningMean` if it is built as
-RunningMean(d), otherwise a line in `build_layer`. A layer maps x (B, L, d) and a state, None at the start
-of a sequence, to y (B, L, d) and the next state. It must be causal, and a sequence fed in segments must
-give what one call gives. Class attributes, False unless a layer sets them, say what else the model has to
-know of it:
+RunningMean(d), otherwise a line in `build_layer`. A layer maps x (B, L, d) and a state, None at the
+start of a sequence, to y (B, L, d) and the next state. It must be causal, and a sequence fed in
+segments must give what one call gives. Class attributes, False unless a layer sets them, say what
+else the model has to know of it:
 
-    takes_bias        its norm adds a bias, because nothing in the layer itself is constant across tokens
+    takes_bias        its norm adds a bias: nothing in the layer itself is constant across tokens
     attends           in a model with this layer, those biases start at random and not at zero
     norms_itself      no norm comes before it
     needs_embedding   forward takes embedding=, the embeddings of the same tokens
-    answers_last      forward takes last_only=True and then returns the last token's y alone, (B, 1, d)
+    answers_last      forward takes last_only=True and then returns y of the last token, (B, 1, d)
 """
 
 import math
@@ -43,15 +43,20 @@ FAMILY = {  # each with the order of layers that it is known for, not its size
     "rnn": "2xrnn",
     "lti": "2xlti",
     "retention": "2xretention",
-    "griffin": "rglru+mlp+rglru+mlp+window+mlp",                 # De et al. 2024, arXiv 2402.19427
+    # De et al. 2024, arXiv 2402.19427
+    "griffin": "rglru+mlp+rglru+mlp+window+mlp",
     "mamba2": "2xmamba2",
-    "samba": "mamba+mlp+window+mlp",                             # Ren et al. 2024, arXiv 2406.07522
-    "mamba2-hybrid": "mamba2+mlp+mamba2+mlp+grouped+mlp+mamba2+mlp",     # Waleffe et al. 2024, 2406.07887
+    # Ren et al. 2024, arXiv 2406.07522
+    "samba": "mamba+mlp+window+mlp",
+    # Waleffe et al. 2024, arXiv 2406.07887
+    "mamba2-hybrid": "mamba2+mlp+mamba2+mlp+grouped+mlp+mamba2+mlp",
+    # Lieber et al. 2024, arXiv 2403.19887
     "jamba": "normed-mamba+mlp+normed-mamba+experts+normed-mamba+mlp+normed-mamba+experts+"
-             "grouped+mlp+normed-mamba+experts+normed-mamba+mlp+normed-mamba+experts",   # arXiv 2403.19887
-    "zamba": "2xmamba+zamba+2xmamba+zamba",                      # Glorioso et al. 2024, arXiv 2405.16712
-    "zamba2": "2xmamba2+zamba2+2xmamba2+zamba2+2xmamba2+zamba2",       # arXiv 2411.15242, the 2.7B model
-    "zamba2-mini": "2xmamba2+zamba2-mini+2xmamba2+zamba2-mini",        # the same, the 1.2B model
+             "grouped+mlp+normed-mamba+experts+normed-mamba+mlp+normed-mamba+experts",
+    # Glorioso et al. 2024, arXiv 2405.16712; for Zamba2, 2.7B and 1.2B, arXiv 2411.15242
+    "zamba": "2xmamba+zamba+2xmamba+zamba",
+    "zamba2": "2xmamba2+zamba2+2xmamba2+zamba2+2xmamba2+zamba2",
+    "zamba2-mini": "2xmamba2+zamba2-mini+2xmamba2+zamba2-mini",
 }
 LAYERS = {  # words of the layers that need nothing but a width
     "mlp": MLP,
@@ -63,8 +68,9 @@ LAYERS = {  # words of the layers that need nothing but a width
 
 
 def build_layer(word, d, L, n_heads, d_state, before):
-    """The layer of this word. L: training length; before: the layers in front of it, first layer first."""
-    recency = None if before else 2.0        # a first rotary layer starts out looking at recent tokens
+    """The layer of this word. L: training length; before: the layers in front of it, first layer
+    first."""
+    recency = None if before else 2.0     # a first rotary layer starts out looking at recent tokens
     if word == "attention":
         return Attention(d, n_heads)
     if word == "rope":
@@ -92,8 +98,8 @@ def build_layer(word, d, L, n_heads, d_state, before):
     return LAYERS[word](d)
 
 
-WORDS = ["attention", "rope", "position", "window", "grouped", "mamba", "normed-mamba", "mamba2", "lti",
-         "zamba", "zamba2", "zamba2-mini"]   # those of build_layer; LAYERS has the others
+WORDS = ["attention", "rope", "position", "window", "grouped", "mamba", "normed-mamba", "mamba2",
+         "lti", "zamba", "zamba2", "zamba2-mini"]       # in build_layer; LAYERS has the others
 
 
 def layer_words(name):
@@ -103,8 +109,8 @@ def layer_words(name):
         count, word = re.fullmatch(r"(?:(\d+)x)?(.*)", part).groups()
         if word not in (*WORDS, *LAYERS) or count == "0":
             raise ValueError(
-                f"--model is {name!r}, but it must be one of {', '.join([*MODELS, *FAMILY])}, or layers "
-                f"joined by +, as in 2xmamba+attention, of {', '.join([*WORDS, *LAYERS])}")
+                f"--model is {name!r}, but it must be one of {', '.join([*MODELS, *FAMILY])}, or "
+                f"layers joined by +, as in 2xmamba+mlp, of {', '.join([*WORDS, *LAYERS])}")
         words += [word] * int(count or 1)
     return words
 
@@ -123,9 +129,9 @@ def build_model(name, K=16, d=8, L=64, n_heads=1, d_state=16, learn_embedding=Fa
 class RMSNorm(nn.Module):
     """x / sqrt(mean of x^2) times a weight, as nn.RMSNorm, and a bias if `bias` is not None.
 
-    bias: the standard deviation with which the bias starts. Embeddings are fixed and of length 1, so no
-    direction is shared by all tokens. Without a bias, a Mamba layer's gate could not be open for every
-    token, and what it passes on from the token before would depend on the current token.
+    bias: the standard deviation with which the bias starts. Embeddings are fixed and of length 1,
+    so no direction is shared by all tokens. Without a bias, a Mamba layer's gate could not be open
+    for every token, and what it passes on from the token before would depend on the current token.
     """
 
     def __init__(self, d, bias=None):
@@ -134,20 +140,23 @@ class RMSNorm(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias * torch.randn(d))
 
     def forward(self, x):
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps) * self.weight
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps)
+        x = x * scale * self.weight
         return x if self.bias is None else x + self.bias
 
 
 class Model(nn.Module):
-    """Embedding, then x = x + layer(norm(x)) for each layer, then a norm and a linear map to the vocabulary.
+    """Embedding, then x = x + layer(norm(x)) for each layer, then a norm and a linear map to the
+    vocabulary.
 
-    layers: a list of modules as described at the top of this file. The embedding is the fixed table of
-    data.py unless learn_embedding trains it.
+    layers: a list of modules as described at the top of this file. The embedding is the fixed table
+    of data.py unless learn_embedding trains it.
     """
 
     def __init__(self, layers, K=16, d=8, learn_embedding=False):
         super().__init__()
-        self.embedding = nn.Embedding.from_pretrained(embedding_table(K, d), freeze=not learn_embedding)
+        table = embedding_table(K, d)                                            # (K, d)
+        self.embedding = nn.Embedding.from_pretrained(table, freeze=not learn_embedding)
         self.layers = nn.ModuleList(layers)
         start = 0.5 if any(says(layer, "attends") for layer in layers) else 0.0
         self.norms = nn.ModuleList()
@@ -162,8 +171,8 @@ class Model(nn.Module):
         """Run a segment of a sequence through the layers, continuing from `states`.
 
         tokens (B, L) int64; states: the list that the segment before returned, None at the start.
-        Returns x (B, L, d), the input of the head, or (B, 1, d) of the last token if last_only, and the
-        list of states, one for each layer.
+        Returns x (B, L, d), the input of the head, or (B, 1, d) of the last token if last_only, and
+        the list of states, one for each layer.
         """
         x = embedding = self.embedding(tokens)                                   # (B, L, d)
         states = list(states or [None] * len(self.layers))
@@ -180,8 +189,8 @@ class Model(nn.Module):
     def forward(self, tokens, at=None):
         """tokens (B, T) int64 -> logits (B, K) of the last token.
 
-        at: the tokens that have to be answered instead, (B,) int64 for one in each row -> (B, K), or (B, Q)
-        for several -> (B, Q, K).
+        at: the tokens that have to be answered instead, (B,) int64 for one in each row -> (B, K),
+        or (B, Q) for several -> (B, Q, K).
         """
         x, _ = self.run_layers(tokens, last_only=at is None)                     # (B, 1 or T, d)
         if at is None:
@@ -194,7 +203,8 @@ class Model(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def extend_positions(self, positions):
-        """Make room for so many tokens in a table of positions: the new rows are random, untrained."""
+        """Make room for so many tokens in a table of positions: the new rows are random,
+        untrained."""
         for layer in self.layers:
             if hasattr(layer, "extend_positions"):
                 layer.extend_positions(positions)
@@ -207,7 +217,8 @@ def says(layer, attribute):
 
 @torch.no_grad()
 def state_bytes(model, tokens):
-    """The bytes that a model keeps of one sequence after so many tokens: those of all tensors in its states."""
+    """The bytes that a model keeps of one sequence after so many tokens: those of all tensors in
+    its states."""
     def count(state):
         if torch.is_tensor(state):
             return state.nbytes

@@ -1,4 +1,5 @@
-"""A run's name, its settings, and its files: how train.py leaves them and the other scripts find them.
+"""A run's name, its settings and its files, as train.py leaves them and the other scripts find
+them.
 
     OUT/NAME.json         the result, written last: where it is, the run is finished
     OUT/NAME.pt           the trained model and its config
@@ -6,6 +7,7 @@
     OUT/NAME.lock         held by the process that is making the run
 """
 
+import copy
 import hashlib
 import io
 import json
@@ -13,55 +15,68 @@ import math
 import os
 import platform
 import subprocess
+import sys
 import tempfile
-import time
 import warnings
 
 import torch
-import torch.distributed as dist
+from tqdm import tqdm
 
 from data import check_task
 from hybrid import build_model
 
 GRID = ["model", "M", "tau", "K", "d", "L", "seed"]          # flags that take several values
-DEFAULTS = {                                                 # the other flags that make a run what it is
-    "task": "recall", "batch_size": 64, "steps": 20000, "lr": None, "weight_decay": 0.0, "n_heads": 1,
-    "d_state": 16, "train_lengths": "fixed", "learn_embedding": False, "stop_early": True}
+DEFAULTS = {                                                 # the other flags that change a run
+    "task": "recall", "batch_size": 64, "steps": 20000, "lr": None, "weight_decay": 0.0,
+    "n_heads": 1, "d_state": 16, "train_lengths": "fixed", "learn_embedding": False,
+    "stop_early": True}
 
 
 def short_errors(parser):
-    """Make a parser answer a wrong command, or an abbreviated flag, with one sentence and status 2."""
+    """Make a parser answer a wrong command with one sentence and status 2."""
     parser.allow_abbrev = False
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     return parser
 
 
 def pick_device(name=None):
-    """The torch.device of that name, or the best one here, made the current one. Raises ValueError."""
+    """The torch.device of that name, or the best one here. Raises ValueError."""
     if name is None:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (AssertionError, RuntimeError, ImportError):      # which one depends on how torch was built
-        device = None
-    if device is None or device.type not in ("cuda", "mps", "cpu") or (device.type == "cpu" and device.index):
-        raise ValueError(f"--device is {name!r}, but torch {torch.__version__} finds no such device here")
+        known = device.type in ("cuda", "mps") or name == "cpu"
+    except (AssertionError, RuntimeError, ImportError):      # it depends on how torch was built
+        known = False
+    if not known:
+        raise ValueError(f"--device is {name!r}, but torch {torch.__version__} has no such device")
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)                        # graphs and timers are on the current one
+        torch.cuda.set_device(device)                        # where graphs and timers are
     return device
+
+
+def say(line):
+    """Print a line above the progress bar. A closed or full stdout ends nothing."""
+    try:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        sys.stdout = open(os.devnull, "w")
 
 
 # ---- what a run is -------------------------------------------------------------------------------
 
 def default_lr(d):
-    """8e-3 as far as that works; wider models need less: at d = 32, rope learned M = 16 in 0 of 5 runs."""
+    """8e-3 as far as that works; wider models need less: at d = 32, rope learned M = 16 in 0 of 5
+    runs."""
     return min(8e-3, 0.128 / d)
 
 
 def run_name(config):
-    """A run's name: its task unless that is recall, the flags of GRID, and every other flag off its default."""
+    """A run's name: its task unless that is recall, the flags of GRID, and every other flag off its
+    default."""
     task = "" if config["task"] == "recall" else config["task"] + "_"
     name = task + "{model}_M{M}_tau{tau}_K{K}_d{d}_L{L}".format(**config)
     for flag, default in DEFAULTS.items():
@@ -85,7 +100,8 @@ def model_from(config):
 
 
 def check(config):
-    """Raise a ValueError, in one sentence, for a run that cannot be made, before anything is built."""
+    """Raise a ValueError, in one sentence, for a run that cannot be made, before anything is
+    built."""
     for flag in ("d", "L", "K", "M", "tau", "n_heads", "d_state", "batch_size", "steps", "seed"):
         at_least = 0 if flag == "seed" else 1
         value, word = config[flag], flag.replace("_", "-")
@@ -93,8 +109,8 @@ def check(config):
             raise ValueError(f"--{word} is {value!r}, but it must be a whole number")
         if value < at_least:
             raise ValueError(f"--{word} is {value}, but it must be at least {at_least}")
-        if value >= (2**30 if flag == "seed" else 2**31):
-            raise ValueError(f"--{word} is {value}, but it must be below 2^{30 if flag == 'seed' else 31}")
+        if value >= 2**30:
+            raise ValueError(f"--{word} is {value}, but it must be below 2^30")
     for flag in ("lr", "weight_decay"):
         value, word = config[flag], flag.replace("_", "-")
         if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
@@ -102,21 +118,22 @@ def check(config):
     if config["lr"] == 0:
         raise ValueError("--lr is 0, but it must be above 0")
     if config["train_lengths"] not in ("fixed", "uniform"):
-        raise ValueError(f"--train-lengths is {config['train_lengths']!r}, but it must be fixed or uniform")
+        raise ValueError(f"--train-lengths is {config['train_lengths']!r}, not fixed or uniform")
     if not isinstance(config["model"], str):
         raise ValueError(f"--model is {config['model']!r}, but it must be a name")
     if len(run_name(config)) > 200:
-        raise ValueError(f"--model is {config['model'][:40]!r} ..., but a run's name has at most 200 characters")
+        raise ValueError(f"--model is {config['model'][:40]!r} ..., too long for a file name")
     check_task(config["L"], config["K"], config["M"], config["tau"], config["task"])
     if config["task"] != "recall" and config["train_lengths"] != "fixed":
-        raise ValueError(f"--train-lengths is uniform, but --task {config['task']} has one length only")
+        raise ValueError(f"--train-lengths is uniform, but --task {config['task']} has one length")
     check_memory(config)
 
 
 def check_memory(config):
-    """Refuse what cannot fit: a lower bound of the bytes that training needs against the bytes there are."""
+    """Refuse what cannot fit: a lower bound of the bytes that training needs against the bytes
+    there are."""
     available = memory()
-    what = "--K {K}, --d {d}, --L {L}, --d-state {d_state}, --batch-size {batch_size}".format(**config)
+    what = "--K {K}, --d {d}, --L {L}, --d-state {d_state}, --batch-size {batch_size}"
     bound = 8 * config["K"] * config["d"]                    # the embedding table
     if bound < available:
         try:
@@ -127,8 +144,8 @@ def check_memory(config):
         except (RuntimeError, MemoryError, OverflowError):
             bound = available
     if bound >= available:
-        raise ValueError(f"{what} need at least {bound / 2**30:,.0f} GiB, but there are "
-                         f"{available / 2**30:,.0f} GiB of memory")
+        needed, there = (f"{bytes / 2**30:,.0f} GiB" for bytes in (bound, available))
+        raise ValueError(f"{what.format(**config)} need more than {needed}, but there are {there}")
 
 
 def memory():
@@ -144,17 +161,18 @@ def memory():
 def environment(device):
     """What a result says of the machine and the code that made it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform(),
-            "device": name, "threads": torch.get_num_threads(), "commit": commit()}
+    return {"torch": torch.__version__, "python": platform.python_version(),
+            "system": platform.platform(), "device": name, "threads": torch.get_num_threads(),
+            "commit": commit()}
 
 
 def commit():
     """The commit of this repository, with + for uncommitted changes; "unknown" outside of git."""
     folder = os.path.dirname(os.path.abspath(__file__))
+    describe = ["git", "-C", folder, "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        run = lambda *words: subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True,
-                                            check=True, timeout=10).stdout.strip()
-        return run("rev-parse", "--short", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
+        done = subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -162,8 +180,10 @@ def commit():
 # ---- files ---------------------------------------------------------------------------------------
 
 def write_file(path, data):
-    """Write bytes: at any moment, also after a power cut, there is the old file or the new one, whole."""
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", suffix=".tmp", delete=False) as f:
+    """Write bytes: at any moment, also after a power cut, there is the old file or the new one,
+    whole."""
+    folder = os.path.dirname(path) or "."
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as f:
         try:
             f.write(data)
             f.flush()
@@ -189,7 +209,8 @@ def write_checkpoint(path, model, config):
 
 
 def load_run(path, device="cpu"):
-    """Read a checkpoint of train.py -> model, config. Raises ValueError, in one sentence, if it is none."""
+    """Read a checkpoint of train.py -> model, config. Raises ValueError, in one sentence, if it is
+    none."""
     if not os.path.exists(path):
         raise ValueError(f"{path} is not there; train.py writes it when a run is finished")
     try:
@@ -206,12 +227,14 @@ def load_run(path, device="cpu"):
 
 
 def read_result(path):
-    """The result in a JSON file of train.py, or None if it is missing, cut short or something else."""
+    """The result in a JSON file of train.py, or None if it is missing, cut short or something
+    else."""
     try:
         with open(path, encoding="utf-8") as f:
             result = json.load(f)
         evaluation = result["eval"]
-        if len(evaluation["length"]) == len(evaluation["accuracy"]) > 0 and isinstance(result["config"], dict):
+        whole = len(evaluation["length"]) == len(evaluation["accuracy"]) > 0
+        if whole and isinstance(result["config"], dict):
             return result
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
@@ -225,28 +248,53 @@ def is_finished(path):
 
 # ---- an unfinished run ---------------------------------------------------------------------------
 
-def save_progress(path, say, state):
-    """Keep the state of an unfinished run, behind a checksum. A disk that is full does not end the run."""
+def state_of(part):
+    """The state of a model, an optimizer or a generator."""
+    return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+
+
+def set_states(parts, states):
+    for name, part in parts.items():
+        if isinstance(part, torch.Generator):
+            part.set_state(states[name].cpu())
+        else:
+            part.load_state_dict(states[name])
+
+
+def save_progress(path, parts, **progress):
+    """Keep the parts of an unfinished run, and its progress, behind a checksum.
+
+    A disk that is full does not end the run.
+    """
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save({**progress, **{name: state_of(part) for name, part in parts.items()}}, buffer)
+    data = buffer.getvalue()
     try:
-        write_file(path + ".resume.pt", hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
+        write_file(path + ".resume.pt", hashlib.sha256(data).digest() + data)
     except OSError as error:
         say(f"{path}.resume.pt was not saved: {error.strerror}; the run goes on")
 
 
-def load_progress(path, device, say):
-    """What a run had saved when it was killed, or None, saying why if there is a file."""
+def load_progress(path, parts, device):
+    """Give the parts the states that they had when the run was killed.
+
+    Returns the progress; None, and the parts as they were, if there is nothing that can be used.
+    """
+    before = copy.deepcopy({name: state_of(part) for name, part in parts.items()})
     try:
         with open(path + ".resume.pt", "rb") as f:
             digest, data = f.read(32), f.read()
         if hashlib.sha256(data).digest() != digest:
             raise ValueError
-        return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        saved = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        set_states(parts, saved)
+        return {name: saved[name] for name in ("step", "curves", "seconds")}
     except FileNotFoundError:
         return None
     except Exception:     # there is no telling how a damaged file will fail
-        say(f"{path}.resume.pt is damaged; the run starts from the beginning")
+        set_states(parts, before)
+        remove(path + ".resume.pt")
+        say(f"{path}.resume.pt is damaged or of another version; the run starts from the beginning")
         return None
 
 
@@ -257,82 +305,3 @@ def remove(*paths):
             os.remove(path)
         except OSError:
             pass
-
-
-def claim(path):
-    """Take a run: a file that stays locked until it is closed or the process ends. None: it is taken.
-
-    Processes that share a grid, also on other machines with the same folder, make each run once.
-    """
-    try:
-        import fcntl
-    except ImportError:                                      # Windows: one process makes the whole grid
-        return open(os.devnull)
-    lock = os.fdopen(os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644))
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock
-    except BlockingIOError:
-        lock.close()
-        return None
-    except OSError:                                          # a file system without locks
-        return lock
-
-
-# ---- the runs of a command -----------------------------------------------------------------------
-
-def prepare_folder(out):
-    """Make the folder of results. Raises ValueError, in one sentence, if it cannot be written to."""
-    try:
-        os.makedirs(out, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise ValueError(f"--out is {out!r}, but it cannot be written to: {error.strerror}") from None
-
-
-def to_make(configs, out, overwrite, say):
-    """Yield (config, path, title, runs left of its shape) for the runs that are still to be made.
-
-    Processes started together by torchrun share the runs, and so do commands started one after another:
-    each takes the next run that none has taken. A run whose process died is taken by another.
-    """
-    paths = [os.path.join(out, run_name(config)) for config in configs]
-    first = os.environ.get("RANK", "0") == "0"
-    if overwrite:
-        if first:                                            # forget the old results before anyone begins
-            remove(*[path + ending for path in paths for ending in (".json", ".resume.pt")])
-        if "RANK" in os.environ:
-            dist.init_process_group("gloo")
-            dist.barrier()
-            dist.destroy_process_group()
-
-    def title(number):
-        return f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
-
-    waiting = list(enumerate(zip(configs, paths), 1))
-    for number, (_, path) in waiting:
-        if is_finished(path) and first:
-            say(f"{title(number)}{path}.json is finished; --overwrite repeats it")
-    while waiting:
-        taken = []
-        for number, (config, path) in waiting:
-            if is_finished(path):
-                continue
-            lock = claim(path)
-            if lock is None:
-                taken.append((number, (config, path)))
-                continue
-            with lock:
-                if not is_finished(path):
-                    yield config, path, title(number), runs_left(config, configs[number:])
-                remove(path + ".lock")
-        if len(taken) == len(waiting):
-            time.sleep(1)
-        waiting = taken
-
-
-def runs_left(config, later):
-    """How many of the later runs have the shape of this one, and so its compiled step."""
-    shape = [config[flag] for flag in ("model", "K", "d", "L")]
-    share = int(os.environ.get("WORLD_SIZE", "1"))
-    return sum(shape == [other[flag] for flag in ("model", "K", "d", "L")] for other in later) // share

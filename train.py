@@ -1,15 +1,14 @@
 """Train a model on a task, test it against context length, and write the result as JSON.
 
     python train.py --model rope --M 4 --tau 1
-    python train.py --model rope mamba --M 4 16 --seed 0 1 2      all combinations, one run after another
-    torchrun --nproc-per-node 8 train.py --model mamba --seed 0 1 2 3 4 5 6 7     the same, eight at a time
+    python train.py --model rope mamba --M 4 16 --seed 0 1 2     all combinations, one after another
+    torchrun --nproc-per-node 8 train.py --seed 0 1 2 3 4 5 6 7          the same, eight at a time
 
-A run writes OUT/NAME.json, the result, and OUT/NAME.pt, the model. Give the same command again to continue
-after it was killed; finished runs are not repeated unless --overwrite says so.
+A run writes OUT/NAME.json, the result, and OUT/NAME.pt, the model. Give the same command again to
+continue after it was killed; finished runs are not repeated unless --overwrite says so.
 """
 
 import argparse
-import itertools
 import math
 import os
 import sys
@@ -22,66 +21,66 @@ from tqdm import tqdm
 
 import gpu
 import runs
-from data import TASKS, recall_batch, show, stream
-from eval import evaluate, lengths_to_test, print_table, some_lengths
+from data import TASKS, stream
+from eval import accuracy_now, evaluate, lengths_to_test, show_result
+from grid import configs_of, prepare_folder, to_make
 from hybrid import FAMILY, MODELS, state_bytes
 
 WARMUP = 400             # steps in which the learning rate rises
 BETAS = (0.9, 0.98)      # of AdamW
 CLIP = 0.2               # largest norm of the gradient
 POINTS = 200             # tests during a run of --steps
-TEST_SEQUENCES = 512     # of such a test
-TEST_TOKENS = 2**18      # of them that are in the model together
 SOLVED_ACCURACY = 0.99   # a task is solved when so many tests in a row were at least so accurate
 SOLVED_TESTS = 10
-COOLDOWN_STEPS = 1000    # the last steps, in which the learning rate falls: so many (at most a quarter of
-COOLDOWN_SHARE = 1 / 5   # the run), or this share of the run, if that is more
+COOLDOWN_STEPS = 1000    # last steps, in which the learning rate falls: so many, at most a quarter,
+COOLDOWN_SHARE = 1 / 5   # or this share of the run, if that is more
 EVAL_SEQUENCES = 1024    # of each length, after training
 SAVE_SECONDS = 5         # between saves of an unfinished run
 SAY_SECONDS = 30         # between lines of progress where there is no terminal
+BAR = "{desc} {percentage:.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}"
 STATE_TOKENS = 64, 4096  # context lengths at which a result says how many bytes the state has
-ONE_THREAD_D = 16        # up to this width a second thread gains nothing, and costs much on a busy CPU
+ONE_THREAD_D = 16        # up to this width two threads are no faster, and far slower on a busy CPU
 
 
 def parse(argv):
     parser = runs.short_errors(argparse.ArgumentParser(
         description="Train a model on a task and test it against context length.",
         epilog="Flags marked * take several values and run all combinations of them."))
-    several = dict(nargs="+", action="extend", metavar="N")
-    group = parser.add_argument_group("the model")
-    group.add_argument("--model", nargs="+", action="extend", metavar="NAME",
-                       help=f"* {', '.join([*MODELS, *FAMILY])}, or a stack such as mamba+attention "
-                            "(default: rope)")
-    group.add_argument("--d", type=int, **several, help="* width (default: 8)")
-    group.add_argument("--n-heads", type=int, metavar="N", help="heads of an attention layer (default: 1)")
-    group.add_argument("--d-state", type=int, metavar="N", help="states per channel of Mamba (default: 16)")
-    group.add_argument("--learn-embedding", action="store_true", help="train the embedding table too")
+    one, several = dict(metavar="N"), dict(type=int, nargs="+", action="extend", metavar="N")
+    add = parser.add_argument_group("the model").add_argument
+    names = ", ".join([*MODELS, *FAMILY])
+    add("--model", nargs="+", action="extend", metavar="NAME",
+        help=f"* {names}, or a stack such as mamba+attention (default: rope)")
+    add("--d", **several, help="* width (default: 8)")
+    add("--n-heads", type=int, **one, help="heads of an attention layer (default: 1)")
+    add("--d-state", type=int, **one, help="states per channel of Mamba (default: 16)")
+    add("--learn-embedding", action="store_true", help="train the embedding table too")
 
-    group = parser.add_argument_group("the task")
-    group.add_argument("--task", choices=TASKS, help="default: recall")
-    group.add_argument("--M", type=int, **several, help="* number of possible queries (default: 1)")
-    group.add_argument("--tau", type=int, **several, help="* tokens from query to value (default: 1)")
-    group.add_argument("--K", type=int, **several, help="* size of the vocabulary (default: 16)")
-    group.add_argument("--L", type=int, **several, help="* context length in training (default: 64)")
-    group.add_argument("--train-lengths", choices=["fixed", "uniform"],
-                       help="train at length L, or at a random length up to L (default: fixed)")
+    add = parser.add_argument_group("the task").add_argument
+    add("--task", choices=TASKS, help="default: recall")
+    add("--M", **several, help="* number of possible queries (default: 1)")
+    add("--tau", **several, help="* tokens from query to value (default: 1)")
+    add("--K", **several, help="* size of the vocabulary (default: 16)")
+    add("--L", **several, help="* context length in training (default: 64)")
+    add("--train-lengths", choices=["fixed", "uniform"],
+        help="train at length L, or at a random length up to L (default: fixed)")
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--seed", type=int, **several, help="* of weights and data (default: 0)")
-    group.add_argument("--steps", type=int, metavar="N", help="most training steps (default: 20000)")
-    group.add_argument("--batch-size", type=int, metavar="N", help="sequences per step (default: 64)")
-    group.add_argument("--lr", type=float, metavar="X",
-                       help="highest learning rate (default: 0.008, above d = 16 0.128 / d)")
-    group.add_argument("--weight-decay", type=float, metavar="X", help="of AdamW (default: 0)")
-    group.add_argument("--stop-early", action=argparse.BooleanOptionalAction, default=True,
-                       help="cool down and stop once the task is solved (default: on)")
+    add = parser.add_argument_group("training").add_argument
+    add("--seed", **several, help="* of weights and data (default: 0)")
+    add("--steps", type=int, **one, help="most training steps (default: 20000)")
+    add("--batch-size", type=int, **one, help="sequences per step (default: 64)")
+    add("--lr", type=float, metavar="X",
+        help="highest learning rate (default: 0.008, above d = 16 0.128 / d)")
+    add("--weight-decay", type=float, metavar="X", help="of AdamW (default: 0)")
+    add("--stop-early", action=argparse.BooleanOptionalAction, default=True,
+        help="cool down and stop once the task is solved (default: on)")
 
-    group = parser.add_argument_group("the machine")
-    group.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best one here)")
-    group.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
-                       help="torch.compile on CUDA; auto: when it ends the work sooner (default: auto)")
-    group.add_argument("--out", default="results", metavar="DIR", help="folder of results (default: results)")
-    group.add_argument("--overwrite", action="store_true", help="repeat runs that are finished")
+    add = parser.add_argument_group("the machine").add_argument
+    add("--device", help="cuda, cuda:1, mps or cpu (default: the best one here)")
+    add("--compile", choices=["auto", "on", "off"], default="auto",
+        help="torch.compile on CUDA; auto: when it ends the work sooner (default: auto)")
+    add("--out", default="results", metavar="DIR", help="folder of results (default: results)")
+    add("--overwrite", action="store_true", help="repeat runs that are finished")
     parser.set_defaults(**runs.DEFAULTS)
     args = parser.parse_args(argv)
     for flag, value in dict(model="rope", M=1, tau=1, K=16, d=8, L=64, seed=0).items():
@@ -89,23 +88,11 @@ def parse(argv):
     return parser, args
 
 
-def grid(args, device):
-    """The configs of all combinations of the flags, checked. Raises ValueError, in one sentence."""
-    configs = []
-    for values in itertools.product(*(getattr(args, flag) for flag in runs.GRID)):
-        config = {**vars(args), **dict(zip(runs.GRID, values)), "device": str(device)}
-        if config["lr"] is None:
-            config["lr"] = runs.default_lr(max(1, config["d"]))
-        runs.check(config)
-        configs.append(config)
-    return configs
-
-
 def learning_rate(step, last, highest):
     """A linear rise, a plateau, and a linear fall to zero at the step `last`.
 
-    What is hard here is learned all at once, after a wait that is different in every run. A plateau can
-    wait; a schedule that falls from the start decides beforehand how long.
+    What is hard here is learned all at once, after a wait that is different in every run. A plateau
+    can wait; a schedule that falls from the start decides beforehand how long.
     """
     fall = max(COOLDOWN_SHARE * last, min(COOLDOWN_STEPS, last / 4))
     return highest * min(1, (step + 1) / WARMUP, (last - step) / fall)
@@ -128,7 +115,8 @@ def last_step(curves, config):
 
 
 def make_optimizer(model, config, device):
-    """AdamW and the parameters that it trains. Weight decay is for matrices, not for vectors or A_log."""
+    """AdamW and the parameters that it trains. Weight decay is for matrices, not for vectors or
+    A_log."""
     decayed, others = [], []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, p in trained.items():
@@ -136,7 +124,7 @@ def make_optimizer(model, config, device):
     groups = [{"params": decayed, "weight_decay": config["weight_decay"]},
               {"params": others, "weight_decay": 0.0}]
     on_cuda = device.type == "cuda"
-    lr = torch.zeros((), device=device) if on_cuda else 0.0          # a CUDA graph reads it from memory
+    lr = torch.zeros((), device=device) if on_cuda else 0.0      # a CUDA graph reads it from memory
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True, capturable=on_cuda)
     return optimizer, list(trained.values())
 
@@ -149,13 +137,13 @@ def set_learning_rate(optimizer, lr):
             group["lr"] = lr
 
 
-def run(config, path, device, say, title="", runs_left=0):
+def run(config, path, device, title="", runs_left=0):
     """Make one run and write path.pt and path.json; returns the result.
 
-    say: prints a line; title: goes before it; runs_left: how many runs of this shape follow. Raises
+    title: goes before what is printed; runs_left: how many runs of this shape follow. Raises
     FloatingPointError if the loss becomes NaN or infinite, OSError if the result cannot be written.
     """
-    K, M, tau, L, steps, batch_size = (config[k] for k in ("K", "M", "tau", "L", "steps", "batch_size"))
+    K, M, tau, L, steps = (config[flag] for flag in ("K", "M", "tau", "L", "steps"))
     task, uniform = TASKS[config["task"]], config["train_lengths"] == "uniform"
 
     # The model, its optimizer, and a stream of sequences each for training and for tests.
@@ -167,19 +155,11 @@ def run(config, path, device, say, title="", runs_left=0):
     curves, start, seconds = {"step": [], "loss": [], "accuracy": []}, 0, 0.0
 
     # Continue a run that was killed.
-    saved = runs.load_progress(path, device, say)
+    parts = {"model": model, "optimizer": optimizer, "training": training, "testing": testing}
+    saved = runs.load_progress(path, parts, device)
     if saved:
-        try:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            training.set_state(saved["training"].cpu())
-            testing.set_state(saved["testing"].cpu())
-            curves, start, seconds = saved["curves"], saved["step"], saved["seconds"]
-            say(f"{title}continues at step {start:,}: {path}")
-        except (KeyError, TypeError, ValueError, RuntimeError):
-            runs.remove(path + ".resume.pt")
-            say(f"{title}{path}.resume.pt is of another version; the run starts from the beginning")
-            return run(config, path, device, say, title, runs_left)
+        curves, start, seconds = saved["curves"], saved["step"], saved["seconds"]
+        runs.say(f"{title}continues at step {start:,}: {path}")
 
     # One training step. The three functions are an argument because torch.compile may replace them.
     def loss_of(tokens, labels, at):
@@ -187,7 +167,7 @@ def run(config, path, device, say, title="", runs_left=0):
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
     def train_step(draw, loss_of, clip):
-        tokens, labels, at = draw(batch_size, L, K, M, tau, device, training, uniform)
+        tokens, labels, at = draw(config["batch_size"], L, K, M, tau, device, training, uniform)
         loss = loss_of(tokens, labels, at)
         optimizer.zero_grad()
         loss.backward()
@@ -197,14 +177,13 @@ def run(config, path, device, say, title="", runs_left=0):
 
     functions, fast = (task, loss_of, nn.utils.clip_grad_norm_), None
     if device.type == "cuda":
-        fast = gpu.FastStep(train_step, functions, training, config, say)
+        fast = gpu.FastStep(train_step, functions, training, config)
 
     every = max(1, steps // POINTS)
     last = last_step(curves, config)
     began = said = saved_at = time.monotonic()
-    bar = tqdm(total=steps, initial=start, desc=title, unit=" steps", dynamic_ncols=True, leave=False,
-               disable=None, bar_format="{desc} {percentage:.0f}%|{bar}| {n_fmt}/{total_fmt} "
-               "{elapsed}<{remaining}")
+    bar = tqdm(total=steps, initial=start, desc=title, dynamic_ncols=True, leave=False,
+               disable=None, bar_format=BAR)
     step = start
     while step < last:
         # The learning rate, and the step.
@@ -216,9 +195,9 @@ def run(config, path, device, say, title="", runs_left=0):
             continue
 
         # Now and then, a test on fresh sequences: it decides when the run ends.
-        loss, accuracy = loss.item(), test(model, config, testing, device)
+        loss, accuracy = loss.item(), accuracy_now(model, config, testing, device)
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step} of {path}; a lower --lr than "
+            raise FloatingPointError(f"the loss is {loss} at step {step}; a lower --lr than "
                                      f"{config['lr']:g} may help")
         for curve, value in zip(curves.values(), (step, loss, accuracy)):
             curve.append(value)
@@ -231,13 +210,10 @@ def run(config, path, device, say, title="", runs_left=0):
         now = time.monotonic()
         if bar.disable and now - said > SAY_SECONDS:
             said = now
-            say(f"{title}step {step:,} of {steps:,}, accuracy {accuracy:.3f}, loss {loss:.4f}")
+            runs.say(f"{title}step {step:,} of {steps:,}, accuracy {accuracy:.3f}, loss {loss:.4f}")
         if now - saved_at > SAVE_SECONDS and step < last:
             saved_at = now
-            runs.save_progress(path, say, {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "curves": curves,
-                "training": training.get_state(), "testing": testing.get_state(),
-                "step": step, "seconds": seconds + now - began})
+            runs.save_progress(path, parts, step=step, curves=curves, seconds=seconds + now - began)
     bar.close()
     seconds += time.monotonic() - began
 
@@ -254,51 +230,12 @@ def run(config, path, device, say, title="", runs_left=0):
         "seconds": {"train": round(seconds, 3), "eval": round(time.monotonic() - began, 3)}}
     runs.write_json(path + ".json", result)
     runs.remove(path + ".resume.pt")
-    report(model, result, path, device, say, title)
+    ended = f"stopped at step {step:,}, not solved"
+    if solved_at(curves):
+        ended = f"solved at step {solved_at(curves):,}, stopped at {step:,}"
+    runs.say(f"{title}{ended}; wrote {path}.json")
+    show_result(model, result, device, runs.say, sequences=0 if title else 3)
     return result
-
-
-@torch.no_grad()
-def test(model, config, generator, device):
-    """Accuracy on TEST_SEQUENCES fresh sequences of the training length."""
-    K, M, tau, L = (config[k] for k in ("K", "M", "tau", "L"))
-    draw, right = TASKS[config["task"]], []
-    tokens, labels, at = draw(TEST_SEQUENCES, L, K, M, tau, device, generator)
-    with torch.compiler.set_stance("force_eager"):                    # not worth compiling for
-        for part in torch.arange(TEST_SEQUENCES, device=device).split(max(1, TEST_TOKENS // L)):
-            answers = model(tokens[part], None if at is None else at[part]).argmax(-1)
-            right.append(answers == labels[part])
-    return torch.cat(right).float().mean().item()
-
-
-def report(model, result, path, device, say, title):
-    """Print what a finished run found: when it was solved, accuracy by length, three sequences."""
-    config, steps = result["config"], result["train"]["step"]
-    solved = solved_at(result["train"])
-    ended = f"stopped at step {steps[-1]:,}, not solved"
-    if solved:
-        ended = f"solved at step {solved:,}, stopped at {steps[-1]:,}"
-    say(f"{title}{ended}; wrote {path}.json")
-    shown = [n for n in some_lengths(config["L"], config["tau"]) if n in result["eval"]["length"]]
-    accuracy = dict(zip(result["eval"]["length"], result["eval"]["accuracy"]))
-    print_table(shown, [accuracy[n] for n in shown], config["L"], say)
-    if config["task"] == "recall" and not title:
-        tokens, labels = recall_batch(3, config["L"], config["K"], config["M"], config["tau"], device,
-                                      stream(config["seed"], "evaluation", device))
-        with torch.no_grad():
-            answers = model(tokens).argmax(-1)
-        for row, answer, label in zip(tokens, answers.tolist(), labels.tolist()):
-            verdict = "right" if answer == label else f"wrong, the value is {label}"
-            say(f"{show(row, config['tau'])}  ->  {answer}, {verdict}")
-
-
-def say(line):
-    """Print a line above the progress bar. A closed or full stdout ends nothing."""
-    try:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
-    except (OSError, ValueError, AttributeError):
-        sys.stdout = open(os.devnull, "w")
 
 
 def main(argv=None):
@@ -306,28 +243,30 @@ def main(argv=None):
     parser, args = parse(argv)
     try:
         device = runs.pick_device(args.device)
-        if "LOCAL_RANK" in os.environ and device.type == "cuda":     # torchrun started several of us
-            device = runs.pick_device(f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}")
+        if "LOCAL_RANK" in os.environ and device.type == "cuda":     # torchrun started several
+            number = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+            device = runs.pick_device(f"cuda:{number}")
         if device.type == "cuda" and args.compile == "on" and not gpu.has_compiler():
-            raise ValueError("--compile is on, but the package triton, which it needs, is not installed")
-        configs = grid(args, device)
-        runs.prepare_folder(args.out)
+            raise ValueError("--compile is on, but the package triton is not installed")
+        configs = configs_of(args, device)
+        prepare_folder(args.out)
     except ValueError as error:
         parser.error(str(error))
 
-    results, failed, path, threads = [], 0, None, torch.get_num_threads()
+    results, failed, threads = [], 0, torch.get_num_threads()
     if device.type == "cpu" and max(args.d) <= ONE_THREAD_D and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     try:
-        for config, path, title, runs_left in runs.to_make(configs, args.out, args.overwrite, say):
+        for config, path, title, runs_left in to_make(configs, args.out, args.overwrite):
             try:
-                run(config, path, device, say, title, runs_left)
+                run(config, path, device, title, runs_left)
             except (FloatingPointError, OSError) as error:
                 failed += 1
-                runs.remove(*[path + ".resume.pt"] if isinstance(error, FloatingPointError) else [])
-                say(f"{title}{path} failed: {error}")
-        results = [runs.read_result(os.path.join(args.out, runs.run_name(config)) + ".json")
-                   for config in configs]
+                if isinstance(error, FloatingPointError):
+                    runs.remove(path + ".resume.pt")
+                runs.say(f"{title}{path} failed: {error}")
+        names = [os.path.join(args.out, runs.run_name(config)) for config in configs]
+        results = [runs.read_result(name + ".json") for name in names]
     except KeyboardInterrupt:
         print("\nstopped; the same command without --overwrite continues", file=sys.stderr)
         sys.exit(130)

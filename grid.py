@@ -1,0 +1,110 @@
+"""The runs of one command: all combinations of its flags, shared between the processes that have
+it.
+
+Each process takes the next run that none has taken, so eight processes make eight runs at a time:
+`torchrun --nproc-per-node 8 train.py ...`, on one machine or on several with the same folder. A run
+is taken by locking OUT/NAME.lock. The system frees the lock of a process that dies, so its run is
+taken by another, or by the same command given again.
+"""
+
+import itertools
+import os
+import tempfile
+import time
+
+import torch.distributed as dist
+
+from runs import GRID, check, default_lr, is_finished, remove, run_name, say
+
+
+def configs_of(args, device):
+    """The configs of all combinations of the flags, checked. Raises ValueError, in one sentence."""
+    configs = []
+    for values in itertools.product(*(getattr(args, flag) for flag in GRID)):
+        config = {**vars(args), **dict(zip(GRID, values)), "device": str(device)}
+        if config["lr"] is None:
+            config["lr"] = default_lr(max(1, config["d"]))
+        check(config)
+        configs.append(config)
+    return configs
+
+
+def prepare_folder(out):
+    """Make the folder of results. Raises ValueError, in one sentence, if it cannot be written
+    to."""
+    try:
+        os.makedirs(out, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        reason = error.strerror
+        raise ValueError(f"--out is {out!r}, but it cannot be written to: {reason}") from None
+
+
+def claim(path):
+    """Take a run: a file that stays locked until it is closed or the process ends. None: it is
+    taken.
+
+    Processes that share a grid, also on other machines with the same folder, make each run once.
+    """
+    try:
+        import fcntl
+    except ImportError:                          # Windows: one process makes the whole grid
+        return open(os.devnull)
+    lock = os.fdopen(os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        lock.close()
+        return None
+    except OSError:                              # a file system without locks
+        return lock
+
+
+def to_make(configs, out, overwrite):
+    """Yield (config, path, title, runs left of its shape) for the runs that are still to be made.
+
+    Processes started together by torchrun share the runs, and so do commands started one after
+    another: each takes the next run that none has taken. A run whose process died is taken by
+    another.
+    """
+    paths = [os.path.join(out, run_name(config)) for config in configs]
+    first = os.environ.get("RANK", "0") == "0"
+    if overwrite:
+        if first:                                # forget the old results before anyone begins
+            remove(*[path + ending for path in paths for ending in (".json", ".resume.pt")])
+        if "RANK" in os.environ:
+            dist.init_process_group("gloo")
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def title(number):
+        return f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
+
+    waiting = list(enumerate(zip(configs, paths), 1))
+    for number, (_, path) in waiting:
+        if is_finished(path) and first:
+            say(f"{title(number)}{path}.json is finished; --overwrite repeats it")
+    while waiting:
+        taken = []
+        for number, (config, path) in waiting:
+            if is_finished(path):
+                continue
+            lock = claim(path)
+            if lock is None:
+                taken.append((number, (config, path)))
+                continue
+            with lock:
+                if not is_finished(path):
+                    yield config, path, title(number), runs_left(config, configs[number:])
+                remove(path + ".lock")
+        if len(taken) == len(waiting):
+            time.sleep(1)
+        waiting = taken
+
+
+def runs_left(config, later):
+    """How many of the later runs have the shape of this one, and so its compiled step."""
+    flags = ("task", "model", "K", "d", "L")
+    same = [other for other in later if all(other[flag] == config[flag] for flag in flags)]
+    return len(same) // int(os.environ.get("WORLD_SIZE", "1"))
