@@ -1,306 +1,335 @@
-"""How fast it is, on the machine it is on: the scan in all its forms, a training step of each model, and what length costs.
+"""How fast it is on this machine: a training step, the scan in all its forms, and what length
+costs.
 
-    python bench.py                       a training step of the six models, and the scan in all its forms
-    python bench.py --tables length       what length costs; takes longer, and so does the next
-    python bench.py --tables family       a training step, parameters and state of all models at d 16
+    python bench.py                             a training step of the six models, and the scan
+    python bench.py --tables step --model jamba mamba2+mlp        other models
+    python bench.py --tables scan --dtype bfloat16                the scan in half precision
+    python bench.py --tables length --out length.json             what a longer context costs
+    python bench.py --draw length.json                            its figure, length.png
 
-Beside the scan stand mamba2.py's in heads of 64 channels, mambapy's pscan, and mamba_ssm's kernel with the transposed copies that
-it needs here, the last two if they can be imported. On CUDA scans and training steps are recorded as a graph and replayed, so
-that what the host needs to launch them is left out, as it is in train.py; ten scans are one replay. Ten training steps in a row
-are timed together, as they follow each other in a run (in the table length each by itself). Times are medians of several calls
-after a few that do not count, from 2^18 tokens on of one call. Memory is counted on CUDA, beyond what the program held before.
-With --out the numbers are written as JSON too.
-
-Imports data, eval, hybrid, mamba, mamba2, runs and train.
+Peers are timed beside ours, in the same run, where they can be imported: mambapy's parallel scan,
+and on CUDA the kernels of mamba_ssm for Mamba and Mamba-2. On CUDA every time is that of a CUDA
+graph, so the time to launch kernels is left out, as it is in training. Times are medians; memory is
+the most that is held during a call, beyond what the program held before, and is counted on CUDA
+only.
 """
 
 import argparse
-import functools
 import gc
+import json
 import math
 import os
 import statistics
 import time
 
 import torch
+import torch.nn.functional as F
 
+import gpu
 import mamba
-import train
-from data import recall_batch
-from eval import PIECE
-from hybrid import FAMILY, MODELS, build_model
+import runs
+from data import recall, recall_batch
+from eval import SEGMENT
 from family.mamba2 import ssd
-from runs import pick_device, short_errors, write_json
+from hybrid import MODELS, state_bytes
+from train import make_optimizer
 
 SHAPES = {  # (b, L, D, N)
     "cpu": [(64, 64, 16, 16), (64, 64, 128, 16), (8, 1024, 128, 16)],
     "cuda": [(64, 64, 16, 16), (64, 64, 128, 16), (64, 256, 128, 16), (8, 2048, 1536, 16)]}
-FAMILY_TOKENS = 64, 4096
-FEWEST_TOKENS = 2**10
-MOST_TOKENS = {  # each length is four times the one before; on CUDA each is compiled anew, so there are fewer models
-    "cpu": {name: 2**16 if name == "mamba" else 2**14 for name in MODELS},
-    "cuda": {"rope": 2**16, "hybrid-a": 2**16, "mamba": 2**20}}
+LENGTHS = {"cpu": [2**10, 2**12, 2**14], "cuda": [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]}
+LONGEST = {"mamba": 2**20}   # others stop at 2^16, where a training step of attention takes seconds
+COSTS = {"train us/token": "training, μs per token", "prefill us/token": "prefill, μs per token",
+         "decode ms": "decode step, ms", "state bytes": "state, bytes"}
 
+
+# ---- measuring -----------------------------------------------------------------------------------
 
 def sync(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def timed(call, device, repeats=9, graph=True, warm=2, in_a_row=1):
-    """Milliseconds of call(): median, lowest, highest. The first `warm` calls, which may compile, are left out."""
-    def calls():
-        for _ in range(in_a_row):
-            call()
-    for _ in range(warm):
+def captured(call, device):
+    """A call, on CUDA as a graph. Three calls come before it: they may compile."""
+    for _ in range(3):
         call()
-    if device.type == "cuda" and graph:
-        cuda_graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(cuda_graph):
-            calls()
-        calls = cuda_graph.replay
-        calls()                                                # the first replay loads the graph
+    if device.type != "cuda":
+        return call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    graph.replay()                                           # the first replay loads the graph
+    return graph.replay
+
+
+def timed(call, device, repeats=9, in_a_row=10):
+    """Milliseconds of call(): median, lowest, highest of the repeats."""
     took = []
     for _ in range(repeats):
         sync(device)
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record(), calls(), end.record(), sync(device)
-            took.append(start.elapsed_time(end) / in_a_row)
-        else:
-            start = time.perf_counter()
-            calls()
-            took.append(1e3 * (time.perf_counter() - start) / in_a_row)
+        start = time.perf_counter()
+        for _ in range(in_a_row):
+            call()
+        sync(device)
+        took.append(1e3 * (time.perf_counter() - start) / in_a_row)
     return statistics.median(took), min(took), max(took)
 
 
-def fill_workspaces(device):
-    """Make the library of matrix products take what it keeps for each stream and thread, before memory is counted."""
-    v = torch.ones(8, 8, device=device, requires_grad=True)
-    timed(lambda: torch.autograd.grad((v @ v).sum(), v), device)
-
-
-def bytes_held(device):
-    """What the program holds on the device; None where torch does not count it."""
-    gc.collect()
-    return torch.cuda.memory_allocated() if device.type == "cuda" else None
-
-
-def peak_megabytes(call, device, before):
-    """The most memory that is held during call(), beyond the bytes held before there was anything that it needs."""
-    if before is None:
+def peak_megabytes(call, inputs, device):
+    """The most memory held during call(), its inputs included; None on a CPU."""
+    if device.type != "cuda":
         return None
-    gc.collect(), torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
-    call(), sync(device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() - sum(v.nbytes for v in inputs)
+    call()
+    sync(device)
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-# ---- the scan ----
-
-def mambapy_scan():
-    """mambapy's parallel scan with what stands around it there: it scans a and b of shape (b, L, D, N)."""
-    from mambapy.pscan import pscan
-
-    def scan(x, dt, A, B, C):
-        h = pscan(torch.exp(dt[..., None] * A), (dt * x)[..., None] * B[:, :, None])   # (b, L, D, N)
-        return (h @ C[..., None])[..., 0]
-    return scan
+def first_call(call, device):
+    """Seconds of the first call, which may compile."""
+    start = time.perf_counter()
+    call()
+    sync(device)
+    return time.perf_counter() - start
 
 
-def official_scan():
-    """mamba_ssm's CUDA kernel, which takes (b, D, L)."""
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    return lambda x, dt, A, B, C: selective_scan_fn(x.mT, dt.mT, A, B.mT, C.mT).mT
-
-
-def scans(device, shape):
-    """name -> scan(x, dt, A, B, C) -> y, or the reason why there is none."""
-    on_cpu = device.type == "cpu"
-    ours = {"recurrence": mamba.selective_scan_ref, "chunked": mamba.ChunkedScan.apply,
-            "parallel": functools.partial(mamba.parallel_scan, off=on_cpu)}
-    found = {name: lambda *inputs, scan=scan: scan(*inputs, None)[0] for name, scan in ours.items()}
-    if math.prod(shape) > 2**22:
-        found["recurrence"] = "too slow here"
-    chunks = lambda *inputs: ssd(*inputs)[0]
-    found["mamba-2"] = chunks if on_cpu else train.compiled(chunks)
-    for name, get in [("mambapy", mambapy_scan), ("mamba_ssm", official_scan)]:
-        try:
-            found[name] = "CUDA only" if on_cpu and name == "mamba_ssm" else get()
-        except ImportError:
-            found[name] = "not installed"
+def table(title, rows):
+    """Print rows, dicts with the same keys, as they come; returns them as a list."""
+    print(f"\n{title}")
+    found = []
+    for row in rows:
+        words = []
+        for key, value in row.items():
+            text = "-" if value is None else str(value)
+            if isinstance(value, float):
+                text = f"{value:.3f}" if value < 100 else f"{value:.0f}"
+            words.append((f"{key:>{max(8, len(key))}}", f"{text:>{max(8, len(key))}}"))
+        if not found:
+            print("  ".join(key for key, _ in words))
+        print("  ".join(text for _, text in words), flush=True)
+        found.append(row)
     return found
 
 
-def operands(device, b, L, D, N, in_heads=False):
-    """x, dt (b, L, D), A (D, N), B, C (b, L, N), or the same for Mamba-2's scan in heads of P channels, 64 as a rule."""
+# ---- the scan ------------------------------------------------------------------------------------
+
+def mambapy_scan(x, dt, A, B, C):
+    """mambapy's parallel scan, with what it leaves to its caller: it scans a and b (b, L, D, N)."""
+    from mambapy.pscan import pscan
+    h = pscan(torch.exp(dt[..., None] * A), (dt * x)[..., None] * B[:, :, None])      # (b, L, D, N)
+    return (h @ C[..., None])[..., 0]
+
+
+def official_scan(x, dt, A, B, C):
+    """The CUDA kernel of mamba_ssm, which takes (b, D, L)."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    return selective_scan_fn(x.mT, dt.mT, A, B.mT, C.mT).mT
+
+
+def official_ssd(x, dt, A, B, C):
+    """The Triton kernels of mamba_ssm for Mamba-2."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256)
+
+
+def y_of(scan):
+    return lambda *inputs: scan(*inputs)[0]
+
+
+def forms(device):
+    """The scans to time: name -> scan(x, dt, A, B, C) -> y."""
+    ours = {"ours": y_of(mamba.selective_scan), "mambapy": mambapy_scan}
+    if device.type == "cpu":
+        return {**ours, "ours 2": y_of(ssd)}
+    return {**ours, "mamba_ssm": official_scan, "mamba_ssm 2": official_ssd,
+            "ours 2": gpu.compile_each_shape(y_of(ssd), {})}
+
+
+def operands(device, name, shape, dtype):
+    """x, dt (b, L, D), A (D, N), B, C (b, L, N); for Mamba-2 ("2") in heads of 64 channels."""
+    b, L, D, N = shape
     x, dt = torch.randn(b, L, D, device=device), torch.rand(b, L, D, device=device)
-    A, B, C = -torch.rand(D, N, device=device) * N, *(torch.randn(b, L, N, device=device) for _ in "BC")
-    if in_heads:
+    A, B, C = -N * torch.rand(D, N, device=device), *torch.randn(2, b, L, N, device=device)
+    if name.endswith("2"):
         P = math.gcd(D, 64)
-        x, dt, A, B, C = x.unflatten(-1, (-1, P)), dt[..., ::P].contiguous(), A[::P, 0].contiguous(), B[:, :, None], C[:, :, None]
+        x, dt, A = x.unflatten(-1, (-1, P)), dt[..., ::P].contiguous(), A[::P, 0].contiguous()
+        B, C = B[:, :, None], C[:, :, None]
+    elif name == "mamba_ssm":
+        x, dt, B, C = (v.mT.contiguous().mT for v in (x, dt, B, C))      # its own layout
+    x, dt, B, C = (v.to(dtype) for v in (x, dt, B, C))
     return [v.requires_grad_() for v in (x, dt, A, B, C)]
 
 
-def scan_row(name, scan, shape, device):
-    """What one form costs. A function of its own, or what one row leaves behind would count as held before the next."""
-    before = bytes_held(device)
-    inputs = operands(device, *shape, in_heads=name == "mamba-2")
+def scan_row(name, scan, shape, device, dtype):
+    """What one form costs, forward and backward."""
+    inputs = operands(device, name, shape, dtype)
     dy = torch.randn_like(inputs[0])
-    call = lambda: torch.autograd.grad(scan(*inputs), inputs, dy)
-    row, began = {"shape": list(shape), "form": name}, time.time()
-    call(), sync(device)
-    row["first_call_s"] = time.time() - began
-    row["ms"], row["ms_lowest"], row["ms_highest"] = timed(call, device, in_a_row=10 if device.type == "cuda" else 1)
-    row["megabytes"] = peak_megabytes(call, device, before)
-    return row
+
+    def call():
+        return torch.autograd.grad(scan(*inputs), inputs, dy)
+
+    row = {"b, L, D, N": "{} {} {} {}".format(*shape), "form": name}
+    seconds = first_call(call, device)
+    row["ms"], row["lowest"], row["highest"] = timed(captured(call, device), device)
+    return {**row, "MB": peak_megabytes(call, [*inputs, dy], device), "first s": seconds}
 
 
-def scan_table(device):
-    counted = device.type == "cuda"
-    print("The scan, forward and backward, float32: milliseconds (lowest to highest)" + ", peak memory" * counted)
-    rows = []
+def scan_rows(device, args):
     for shape in SHAPES[device.type]:
-        for name, scan in scans(device, shape).items():
-            print(f"  {str(shape):20} {name:11}", end=" ", flush=True)
-            if isinstance(scan, str):
-                print(scan)
+        for name, scan in forms(device).items():
+            try:
+                yield scan_row(name, scan, shape, device, getattr(torch, args.dtype))
+            except ImportError:
+                pass
+
+
+# ---- a training step, and what length costs ------------------------------------------------------
+
+def training_step(model, config, device):
+    """The step of train.py as a call without arguments; on CUDA as config["compile"] says."""
+    optimizer, trained = make_optimizer(model, config, device)
+    generator = torch.Generator(device)
+
+    def loss_of(tokens, labels):
+        return F.cross_entropy(model(tokens), labels)
+
+    def step(draw, loss_of, clip):
+        tokens, labels, _ = draw(config["batch_size"], config["L"], device=device,
+                                 generator=generator)
+        loss = loss_of(tokens, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        clip(trained, 0.2)
+        optimizer.step()
+        return loss.detach()
+
+    functions = recall, loss_of, torch.nn.utils.clip_grad_norm_
+    if device.type == "cuda":
+        return gpu.FastStep(step, functions, generator, config)
+    return lambda: step(*functions)
+
+
+def config_for(name, **changes):
+    return {**runs.DEFAULTS, "model": name, "K": 16, "d": 8, "L": 64, "M": 1, "tau": 1, "seed": 0,
+            "lr": 1e-3, "compile": "off", **changes}
+
+
+def step_rows(device, args):
+    for name in args.model:
+        for mode in ["off", "on"] if device.type == "cuda" else ["off"]:
+            config = config_for(name, d=args.d, compile=mode)
+            model = runs.model_from(config).to(device)
+            step = training_step(model, config, device)
+            row = {"model": f"{name:>14}", "compiled": mode}
+            seconds = first_call(lambda: [step() for _ in range(4)], device)
+            row["ms"], row["lowest"], row["highest"] = timed(step, device)
+            row.update({"first s": seconds, "params": model.n_params()})
+            yield {**row, **{f"state {n}": state_bytes(model, n) for n in (64, 4096)}}
+
+
+@torch.no_grad()
+def prefill(model, tokens):
+    """The states of a model after tokens (1, L)."""
+    states = None
+    for segment in tokens.split(SEGMENT, dim=1):
+        _, states = model.run_layers(segment, states)
+    return states
+
+
+@torch.no_grad()
+def decode(model, token, states):
+    return model.head(model.run_layers(token, states)[0])
+
+
+def length_rows(device, args):
+    for name in args.model:
+        for L in LENGTHS[device.type]:
+            if L > LONGEST.get(name, 2**16):
                 continue
-            row = scan_row(name, scan, shape, device)
-            memory = f"{row['megabytes']:7.0f} MB" if counted else ""
-            print(f"{row['ms']:9.3f} ({row['ms_lowest']:.3f} to {row['ms_highest']:.3f}){memory}"
-                  f"    first call {row['first_call_s']:.1f} s", flush=True)
-            rows.append(row)
-    return rows
+            config = config_for(name, d=64, L=L - 1, batch_size=1)
+            model = runs.model_from(config).to(device)
+            tokens = recall_batch(1, L - 1, device=device)[0]                         # (1, L)
+            step = training_step(model, config, device)
+            for _ in range(4):
+                step()
+            often = 3 if L <= 2**16 else 1
+            train_ms, _, _ = timed(step, device, often, 1)
+            read_ms, _, _ = timed(lambda: prefill(model, tokens), device, often, 1)
+            states = prefill(model, tokens)
+            call = captured(lambda: decode(model, tokens[:, -1:], states), device)
+            yield {"model": f"{name:>14}", "length": L, "train us/token": 1e3 * train_ms / L,
+                   "prefill us/token": 1e3 * read_ms / L, "decode ms": timed(call, device)[0],
+                   "state bytes": state_bytes(model, L)}
+            del step, call
 
 
-# ---- a training step ----
-
-def config_for(model, **changes):
-    """train.py's config for its default flags, but for the changes."""
-    _, args = train.parse([])
-    single = {flag: values[0] for flag, values in vars(args).items() if isinstance(values, list)}
-    config = {**vars(args), **single, "model": model, **changes}
-    return {**config, "lr": train.default_lr(config["d"])}
-
-
-def recorded(step, generator, device):
-    """A training step as train.py takes it after three others."""
-    return train.record(step, generator) if device.type == "cuda" else step
-
-
-def step_row(name, d, device):
-    began = time.time()
-    generator, step = train.prepare(config_for(name, d=d), device)[2:]
-    step(), step(), step(), sync(device)
-    row = {"model": name, "first_call_s": time.time() - began}
-    row["ms"], row["ms_lowest"], row["ms_highest"] = timed(recorded(step, generator, device), device, graph=False, in_a_row=10)
-    print(f"  {name:13} {row['ms']:8.3f} ({row['ms_lowest']:.3f} to {row['ms_highest']:.3f})"
-          f"    first steps {row['first_call_s']:5.1f} s", end="", flush=True)
-    return row
+def draw_lengths(path, out):
+    """The figure of what length costs, from a file that --out wrote."""
+    from matplotlib.figure import Figure
+    with open(path) as f:
+        result = json.load(f)
+    rows = result["length"]
+    fig = Figure(figsize=(10, 7), layout="constrained")
+    for ax, (cost, title) in zip(fig.subplots(2, 2, sharex=True).flat, COSTS.items()):
+        for name in dict.fromkeys(row["model"] for row in rows):
+            x, y = zip(*[(row["length"], row[cost]) for row in rows if row["model"] == name])
+            curve, = ax.plot(x, y, marker="o")
+            ax.annotate(name.strip(), (x[-1], y[-1]), (6, 0), textcoords="offset points",
+                        color=curve.get_color(), va="center")
+        ax.set(title=title, yscale="log")
+        ax.set_xscale("log", base=2)
+        ax.margins(x=0.15)
+    fig.supxlabel("context length, tokens")
+    fig.suptitle(f"What a longer context costs: d = 64, one sequence, {result['env']['device']}")
+    fig.savefig(out, dpi=150)
+    print(out)
 
 
-def step_table(device):
-    print("A training step, K 16, d 8, L 64, batch 64: milliseconds (lowest to highest)")
-    rows = []
-    for name in MODELS:
-        rows.append(step_row(name, 8, device))
-        print()
-    return rows
-
-
-def family_table(device):
-    print("All models, K 16, d 16, L 64, batch 64: milliseconds of a training step (lowest to highest), parameters, and for one\n"
-          f"sequence bytes of state after {' and '.join(map(str, FAMILY_TOKENS))} tokens")
-    rows = []
-    for name in [*MODELS, *FAMILY]:
-        row, model = step_row(name, 16, device), build_model(name, d=16, L=FAMILY_TOKENS[0])
-        row["params"] = model.n_params()
-        model.extend_positions(FAMILY_TOKENS[-1])
-        with torch.no_grad():
-            row["state_bytes"] = [state_bytes(model.run_layers(torch.zeros(1, L, dtype=torch.int64))[1]) for L in FAMILY_TOKENS]
-        print(f"    {row['params']:6} parameters    state {' '.join(f'{n:7}' for n in row['state_bytes'])}", flush=True)
-        rows.append(row)
-    return rows
-
-
-# ---- what length costs ----
-
-def state_bytes(states):
-    """Bytes that a model remembers: of the tensors in the states of its layers."""
-    if torch.is_tensor(states):
-        return states.nbytes
-    return sum(map(state_bytes, states)) if isinstance(states, (tuple, list)) else 0
-
-
-def length_row(name, L, device):
-    """What L tokens cost a model. A function of its own, or what one row leaves behind would count as the next one's memory."""
-    before = bytes_held(device)
-    row, how = {"model": name, "length": L}, dict(graph=False, warm=1, repeats=9 if L < 2**14 else 3 if L < 2**18 else 1)
-    generator, step = train.prepare(config_for(name, d=64, L=L - 1, batch_size=1), device)[2:]
-    step(), step()
-    row["train_megabytes"] = peak_megabytes(step, device, before)
-    row["train_us"] = 1e3 * timed(recorded(step, generator, device), device, **how)[0] / L
-    del step
-    model = build_model(name, d=64, L=L).to(device)
-    tokens = recall_batch(1, L - 1, device=device)[0]                                  # (1, L), the query among them
-
-    def read():
-        states = None
-        for piece in tokens.split(PIECE, dim=1):
-            _, states = model.run_layers(piece, states)
-        return states
-    with torch.no_grad():
-        row["read_megabytes"] = peak_megabytes(read, device, before)
-        row["read_us"] = 1e3 * timed(read, device, **how)[0] / L
-        states = read()
-        row["token_ms"] = timed(lambda: model.run_layers(tokens[:, -1:], states), device, 51, graph=False)[0]
-        row["state_bytes"] = state_bytes(states)
-    return row
-
-
-def length_table(device):
-    print("d 64, one sequence: microseconds a token and peak memory, in training and when read in pieces;\n"
-          "and with so much context, one token more: milliseconds, and bytes of state")
-    rows = []
-    for name, most in MOST_TOKENS[device.type].items():
-        L = FEWEST_TOKENS
-        while L <= most:
-            row = length_row(name, L, device)
-            memory = "  ".join(f"{row[k]:7.0f} MB" if row[k] else "" for k in ("train_megabytes", "read_megabytes"))
-            print(f"  {name:8} {L:8}  train {row['train_us']:8.2f}  read {row['read_us']:8.3f}  {memory}"
-                  f"  one more {row['token_ms']:.3f}  state {row['state_bytes']}", flush=True)
-            rows.append(row)
-            L *= 4
-    return rows
-
-
-TABLES = {  # the step first: what train.compiled sets, torch reads once, before it compiles anything
-    "step": step_table, "scan": scan_table, "length": length_table, "family": family_table}
+TABLES = {  # name: title, rows; the step first, because torch reads some of gpu.py's options once
+    "step": ("A training step, K 16, L 64, batch 64: ms, seconds of the first 4, bytes of state",
+             step_rows),
+    "scan": ("The scan (2: Mamba-2's), forward and backward: ms, seconds of the first call", scan_rows),
+    "length": ("What length costs: d 64, one sequence", length_rows)}
 
 
 def main(argv=None):
-    parser = short_errors(argparse.ArgumentParser(description="Time the scan, the training step and what length costs."))
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=["step", "scan"],
-                        metavar="TABLE", help=f"which of {', '.join(TABLES)} (default: step scan)")
-    parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: the best one here)")
-    parser.add_argument("--out", metavar="FILE.json", help="write the numbers there too")
+    """Print the tables asked for; returns them as {"env": ..., table: list of rows}."""
+    parser = runs.short_errors(argparse.ArgumentParser(
+        description="Time the training step, the scan and what length costs."))
+    add = parser.add_argument
+    add("--tables", nargs="+", choices=TABLES, default=["step", "scan"], help="default: step scan")
+    add("--model", nargs="+", default=list(MODELS), metavar="NAME", help="default: the six models")
+    add("--d", type=int, default=8, metavar="N", help="width in the table step (default: 8)")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the scan's operands")
+    add("--device", help="cuda, cuda:1 or cpu (default: the best one here)")
+    add("--out", metavar="FILE.json", help="write the numbers there too")
+    add("--draw", metavar="FILE.json", help="draw the table length of this file, and time nothing")
     args = parser.parse_args(argv)
     try:
-        device = pick_device(args.device or (None if torch.cuda.is_available() else "cpu"))
+        if args.draw:
+            return draw_lengths(args.draw, os.path.splitext(args.draw)[0] + ".png")
+        device = runs.pick_device(args.device or (None if torch.cuda.is_available() else "cpu"))
         if device.type not in SHAPES:
-            raise ValueError(f"--device is {args.device or device.type!r}, but bench.py times cuda and cpu")
-        if args.out and (os.path.isdir(args.out) or not os.access(os.path.dirname(args.out) or ".", os.W_OK)):
-            raise ValueError(f"--out is {args.out!r}, but it cannot be written to")
-    except ValueError as error:
+            raise ValueError(f"--device is {args.device!r}, but bench.py times cuda and cpu")
+        for name in args.model:
+            runs.check(config_for(name, d=args.d))
+        if args.out is not None:
+            runs.write_json(args.out, {})
+    except (ValueError, OSError, KeyError) as error:
         parser.error(str(error))
     torch.manual_seed(0)
-    env = {"torch": torch.__version__, "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
-           "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
-    print(", ".join(f"{key} {value}" for key, value in env.items()))
-    fill_workspaces(device)
-    tables = {name: table(device) for name, table in TABLES.items() if name in args.tables}
+    result = {"env": {**runs.environment(device), "date": time.strftime("%Y-%m-%d")}}
+    print(", ".join(f"{key} {value}" for key, value in result["env"].items()))
+    for name, (title, rows) in TABLES.items():
+        if name in args.tables:
+            result[name] = table(title, rows(device, args))
     if args.out:
-        write_json(args.out, {"bench": tables, "env": env})
+        runs.write_json(args.out, result)
+    return result
 
 
 if __name__ == "__main__":
