@@ -25,6 +25,7 @@ import torch.nn as nn
 
 from attention import Attention, LearnedPosition
 from data import embedding_table
+from family.conv import ShortConv
 from family.experts import MLP, MixtureOfExperts, NormedMamba
 from family.ladder import LTI, RGLRU, RNN, Retention
 from family.mamba2 import Mamba2
@@ -87,6 +88,8 @@ def build_layer(word, d, L, n_heads, d_state, before):
         return NormedMamba(d, d_state, dt_rank=d)        # at rank 1 a norm would leave only a sign
     if word == "mamba2":
         return Mamba2(d, d_state, headdim=math.gcd(2 * d, 8))
+    if word in ("conv", "conv2", "conv8"):
+        return ShortConv(d, taps=int(word[4:] or 4))
     if word == "lti":
         return LTI(d, d_state)
     if word == "zamba":
@@ -99,7 +102,7 @@ def build_layer(word, d, L, n_heads, d_state, before):
 
 
 WORDS = ["attention", "rope", "position", "window", "grouped", "mamba", "normed-mamba", "mamba2",
-         "lti", "zamba", "zamba2", "zamba2-mini"]       # in build_layer; LAYERS has the others
+         "conv", "conv2", "conv8", "lti", "zamba", "zamba2", "zamba2-mini"]       # in build_layer; LAYERS has the others
 
 
 def layer_words(name):
