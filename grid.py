@@ -2,7 +2,7 @@
 it.
 
 Each process takes the next run that none has taken, so eight processes make eight runs at a time:
-`torchrun --nproc-per-node 8 train.py ...`, on one machine or on several with the same folder. A run
+`torchrun --nproc-per-node 8 -- train.py ...`, on one machine or on several with the same folder. A run
 is taken by locking OUT/NAME.lock. The system frees the lock of a process that dies, so its run is
 taken by another, or by the same command given again.
 """

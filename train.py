@@ -2,7 +2,7 @@
 
     python train.py --model rope --M 4 --tau 1
     python train.py --model rope mamba --M 4 16 --seed 0 1 2     all combinations, one after another
-    torchrun --nproc-per-node 8 train.py --seed 0 1 2 3 4 5 6 7          the same, eight at a time
+    torchrun --nproc-per-node 8 -- train.py --seed 0 1 2 3 4 5 6 7       the same, eight at a time
 
 A run writes OUT/NAME.json, the result, and OUT/NAME.pt, the model. Give the same command again to
 continue after it was killed; finished runs are not repeated unless --overwrite says so.
