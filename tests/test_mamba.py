@@ -11,17 +11,17 @@ import fused_scan
 import mamba
 from conftest import in_pieces, relative
 from fused_scan import parallel_scan
-from mamba import ChunkedScan, Mamba, selective_scan, selective_scan_ref
+from mamba import Mamba, chunked_scan, selective_scan, selective_scan_ref
 
 CHUNK = 8  # steps in a chunk of either scan, once small_chunks has set it
 NAMES = ["y", "last state", "x", "dt", "A", "B", "C", "h"]
 
 
 def parallel(x, dt, A, B, C, h=None):
-    return parallel_scan(x, dt, A, B, C, h, off=True)
+    return parallel_scan(x, dt, A, B, C, h, compiled=False)
 
 
-scans = pytest.mark.parametrize("scan", [ChunkedScan.apply, parallel], ids=["chunked", "parallel"])
+scans = pytest.mark.parametrize("scan", [chunked_scan, parallel], ids=["chunked", "parallel"])
 
 
 @pytest.fixture
@@ -93,9 +93,9 @@ def test_the_fused_operators_are_what_they_are_declared_to_be(b, L, transposed, 
     if transposed:
         x, h = x.mT.contiguous().mT, h.mT.contiguous().mT
     x_k, dt_k, B_k, C_k = (fused_scan.split(v, CHUNK) for v in (x, dt, B, C))
-    torch.library.opcheck(fused_scan._scan, (x_k, dt_k, A, B_k, C_k, h, True))
-    y, last, starts, span = fused_scan._scan(x_k, dt_k, A, B_k, C_k, h, True)
-    torch.library.opcheck(fused_scan._scan_backward, (x_k, dt_k, A, B_k, C_k, starts, span, y, last, True))
+    torch.library.opcheck(fused_scan._scan, (x_k, dt_k, A, B_k, C_k, h, False))
+    y, last, starts, span = fused_scan._scan(x_k, dt_k, A, B_k, C_k, h, False)
+    torch.library.opcheck(fused_scan._scan_backward, (x_k, dt_k, A, B_k, C_k, starts, span, y, last, False))
     assert last.untyped_storage().nbytes() == 8 * last.numel(), "the last state keeps others alive"
     assert parallel(x, dt, A.mT.contiguous().mT, B, C, h)[1].is_contiguous()
 
@@ -179,7 +179,7 @@ def long_run():
     inputs = operands(2**16, b=1, D=2, N=2)
     inputs[1] = inputs[1] / 500                                                    # memory of thousands of steps
     inputs = [v.float().double() for v in inputs]
-    return inputs, everything(ChunkedScan.apply, inputs)
+    return inputs, everything(chunked_scan, inputs)
 
 
 @scans
@@ -223,8 +223,8 @@ def test_keeps_no_state_for_every_step(scan):
 
 def test_selective_scan_is_the_chunked_one_on_the_cpu():
     inputs = operands(20, dtype=torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(selective_scan(*inputs), ChunkedScan.apply(*inputs)))
-    assert all(torch.equal(a, b) for a, b in zip(selective_scan(*inputs[:5]), ChunkedScan.apply(*inputs[:5], None)))
+    assert all(torch.equal(a, b) for a, b in zip(selective_scan(*inputs), chunked_scan(*inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(selective_scan(*inputs[:5]), chunked_scan(*inputs[:5], None)))
 
 
 # ---- the layer ----
