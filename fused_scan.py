@@ -1,21 +1,21 @@
 """The selective scan for a GPU: all chunks at once, in kernels that torch.compile fuses.
 
-mamba.py has the recurrence, and a scan for CPUs that takes one chunk after another. A GPU has room
-for all chunks, but each needs the state with which the one before it ends. The recurrence is linear,
-and that helps: `two_chunks` below is the whole idea. For many chunks:
+mamba.py has the recurrence, and chunked_scan.py takes one chunk of steps after another. A GPU has
+room for all chunks, but each needs the state with which the one before it ends. The recurrence is
+linear, and that helps: `two_chunks` below is the whole idea. For many chunks:
 
-    1. run every chunk from a zero state, which gives its end                  all at once
-    2. start of the next chunk = exp(A sum of dt) start + end                  one after another
-    3. run every chunk again, from its true start                              all at once
+    1. run every chunk from a zero state, which gives its end               all at once
+    2. start of the next chunk = exp(A sum of dt) start + end               one after another
+    3. run every chunk again, from its true start                           all at once
 
-Step 2 is the recurrence again, with one step per chunk. Many chunks form groups, and the three steps
-apply to the chunks of a group as they do to the steps of a chunk. The backward pass is the same with
-g instead of h (mamba.py derives it); a chunk hands a_1 g_1 to the chunk before it.
+Step 2 is the recurrence again, with one step per chunk. Many chunks form groups, to which 1 to 3
+apply in turn. The backward pass is the same with g instead of h (chunked_scan.py derives it), and a
+chunk hands a_1 g_1 to the chunk before it.
 
-Blelloch's scan is the same tree with two branches per node: 2 log2(L) passes that each read and write
-states in memory. Here a node has 8 or 16 branches and its states stay in registers: nothing of shape
-(b, L, D, N) is written, only one state per chunk. For that, steps 1 and 3 both compute every state,
-which costs less than storing and loading it.
+Blelloch's scan is the same tree with two branches per node: 2 log2(L) passes that each read and
+write states in memory. Here a node has 8 or 16 branches and its states stay in registers: only one
+state per chunk is written, never (b, L, D, N). For that, 1 and 3 both compute every state, which
+costs less than storing and loading it.
 
     symbol      shape            meaning
     c, T                         chunks; steps per chunk
@@ -34,6 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chunked_scan import check_shapes
+
 CHUNK_STEPS = 8     # most steps in a chunk; 16 compiles twice as long and is not faster
 GROUP_CHUNKS = 16   # most chunks in a group
 
@@ -49,7 +51,7 @@ def two_chunks(scan, x, dt, A, B, C, h):
 
 
 def split(v, most):
-    """(b, L, ...) -> (b, c, T, ...), T <= most. Padded with zeros: dt = 0 leaves a state as it is."""
+    """(b, L, ...) -> (b, c, T, ...), T <= most, padded with zeros: dt = 0 keeps the state."""
     chunks = -(-v.shape[1] // most)
     missing = -v.shape[1] % chunks       # 17 steps are 3 chunks of 6, not 2 of 8 and one of 1
     if missing:
@@ -60,9 +62,8 @@ def split(v, most):
 # ---- Inside a chunk ------------------------------------------------------------------------------
 #
 # Each function that goes through _kernel becomes one kernel, its loop over steps unrolled (_ends,
-# _group_ends and _total may be two). A kernel sums either over states or over channels, so dx and ddt
-# cannot share one with dB; and dC needs h where dB needs g. Everything is computed in A's dtype,
-# float32 or wider; x, dt, B, C and dy may be narrower.
+# _group_ends and _total may be two). A kernel sums over states or over channels, so dx shares none
+# with dB; and dC needs h where dB needs g. All is computed in A's dtype, float32 or wider.
 
 def _decay(dt, A):
     """exp(dt A) for one step's dt (b, c, D): (b, c, D, N).
@@ -127,7 +128,7 @@ def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carry):
 
 
 def _gradient_B(x, dt, A, B, C, dy, carry):
-    """A sum over channels: (b, c, T, N). B only for its dtype."""
+    """A sum over channels, (b, c, T, N), in the dtype of B."""
     u = dt.to(A.dtype) * x
     dB = []
     for t in reversed(range(x.shape[2])):
@@ -138,7 +139,7 @@ def _gradient_B(x, dt, A, B, C, dy, carry):
 
 
 def _gradient_C(x, dt, A, B, C, dy, h):
-    """A sum over channels: (b, c, T, N). C only for its dtype."""
+    """A sum over channels, (b, c, T, N), in the dtype of C."""
     dC = []
     for t in range(x.shape[2]):
         h = _next_state(h, t, x, dt, A, B)
@@ -153,18 +154,15 @@ def _total(dA):
 
 # ---- Across chunks -------------------------------------------------------------------------------
 #
-# The recurrence over chunks. Backwards, from the last chunk to the first, "ends" are first carries,
-# and a chunk's "start" is the carry that arrives at its last step.
-
-def _in_order(n, backwards):
-    return reversed(range(n)) if backwards else range(n)
-
+# Backwards, from the last chunk to the first, "ends" are first carries, and a chunk's "start" is
+# the carry that arrives at its last step.
 
 def _group_ends(span, A, ends, backwards):
     """Every group's last state from zero (b, groups, D, N), and its span (b, groups, D)."""
     span, ends = split(span, GROUP_CHUNKS), split(ends, GROUP_CHUNKS)    # (b, groups, chunks, ...)
+    order = range(span.shape[2])
     h = 0.0
-    for k in _in_order(span.shape[2], backwards):
+    for k in reversed(order) if backwards else order:
         h = _decay(span[:, :, k], A) * h + ends[:, :, k]
     return h, span.sum(2)
 
@@ -177,8 +175,9 @@ def _group_starts(span, A, ends, h, backwards):
     c = span.shape[1]
     h = torch.zeros_like(ends[:, :1]) if h is None else h
     span, ends = split(span, GROUP_CHUNKS), split(ends, GROUP_CHUNKS)    # (b, groups, chunks, ...)
-    starts = [None] * span.shape[2]
-    for k in _in_order(span.shape[2], backwards):
+    order = range(span.shape[2])
+    starts = [None] * len(order)
+    for k in reversed(order) if backwards else order:
         starts[k] = h
         h = _decay(span[:, :, k], A) * h + ends[:, :, k]
     return torch.stack(starts, dim=2).flatten(1, 2)[:, :c], h
@@ -218,8 +217,6 @@ def _kernel(function, compiled):
 
 
 # ---- The scan ------------------------------------------------------------------------------------
-#
-# An operator of its own: a compiled model calls it as it is, and does not look inside.
 
 @torch.library.custom_op("mamba::scan", mutates_args=())
 def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor | None,
@@ -258,16 +255,14 @@ def _(x, dt, A, B, C, starts, span, dy, dh, compiled):
 
 
 def _save(ctx, inputs, output):
-    x, dt, A, B, C, h, ctx.compiled = inputs
-    y, last, starts, span = output
+    *arguments, h, ctx.compiled = inputs
     ctx.from_zero = h is None
     ctx.set_materialize_grads(False)       # no zeros for results that have no gradient
-    ctx.save_for_backward(x, dt, A, B, C, starts, span)
+    ctx.save_for_backward(*arguments, *output[2:])
 
 
 def _backward(ctx, dy, dh, d_starts, d_span):
-    if dy is None:
-        dy = torch.zeros_like(ctx.saved_tensors[0])
+    dy = torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy
     *gradients, dh = _scan_backward(*ctx.saved_tensors, dy, dh, ctx.compiled)
     return *gradients, None if ctx.from_zero else dh, None
 
@@ -291,12 +286,14 @@ def compiled_scan(on):
 def parallel_scan(x, dt, A, B, C, h=None, compiled=None):
     """mamba.selective_scan_ref: the same arguments and results. A and h at least float32.
 
-    compiled: whether torch.compile makes the kernels, which takes half a minute per shape. None: on
-    CUDA when gradients are wanted, unless within compiled_scan(False). Tests and streaming meet many
-    shapes, few times each.
+    compiled: whether torch.compile makes the kernels, half a minute per shape. None: on CUDA when
+    gradients are wanted, unless within compiled_scan(False); tests and streaming meet many shapes.
     """
     if compiled is None:
         compiled = x.is_cuda and _compile_kernels and torch.is_grad_enabled()
+    check_shapes(x, dt, A, B, C, h)
+    if x.numel() == 0:
+        return x.clone(), A.new_zeros(x.shape[0], *A.shape) if h is None else h
     # Cut outside of the scan's kernels: padding inside them made their loads twice as slow.
     x_k, dt_k, B_k, C_k = (split(v, CHUNK_STEPS) for v in (x, dt, B, C))     # (b, c, T, D or N)
     y_k, h, _, _ = _scan(x_k, dt_k, A.contiguous(), B_k, C_k, h, compiled)
