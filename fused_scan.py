@@ -14,8 +14,7 @@ chunk hands a_1 g_1 to the chunk before it.
 
 Blelloch's scan is the same tree with two branches per node: 2 log2(L) passes that each read and
 write states in memory. Here a node has 8 or 16 branches and its states stay in registers: only one
-state per chunk is written, never (b, L, D, N). For that, 1 and 3 both compute every state, which
-costs less than storing and loading it.
+state per chunk is written. For that, 1 and 3 both compute every state, which is cheap.
 
     symbol      shape            meaning
     c, T                         chunks; steps per chunk
@@ -38,6 +37,7 @@ from chunked_scan import check_shapes
 
 CHUNK_STEPS = 8     # most steps in a chunk; 16 compiles twice as long and is not faster
 GROUP_CHUNKS = 16   # most chunks in a group
+_compile_kernels = True                 # see compiled_scan
 
 
 def two_chunks(scan, x, dt, A, B, C, h):
@@ -262,14 +262,14 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dh, d_starts, d_span):
+    if torch.is_grad_enabled():            # create_graph
+        raise RuntimeError("the fused scan has no second derivative; selective_scan_ref has one")
     dy = torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy
     *gradients, dh = _scan_backward(*ctx.saved_tensors, dy, dh, ctx.compiled)
     return *gradients, None if ctx.from_zero else dh, None
 
 
 _scan.register_autograd(_backward, setup_context=_save)
-
-_compile_kernels = True
 
 
 @contextlib.contextmanager
@@ -296,5 +296,5 @@ def parallel_scan(x, dt, A, B, C, h=None, compiled=None):
         return x.clone(), A.new_zeros(x.shape[0], *A.shape) if h is None else h
     # Cut outside of the scan's kernels: padding inside them made their loads twice as slow.
     x_k, dt_k, B_k, C_k = (split(v, CHUNK_STEPS) for v in (x, dt, B, C))     # (b, c, T, D or N)
-    y_k, h, _, _ = _scan(x_k, dt_k, A.contiguous(), B_k, C_k, h, compiled)
-    return y_k.flatten(1, 2)[:, :x.shape[1]], h
+    y, h, _, _ = _scan(x_k, dt_k, A.contiguous(), B_k, C_k, h, compiled)
+    return y.flatten(1, 2)[:, :x.shape[1]], h

@@ -141,9 +141,9 @@ class Mamba(nn.Module):
         self.conv1d = DepthwiseConv1d(d_inner, d_conv)
         self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d_inner)
-        # A = -1, ..., -N in each channel (S4D-Real, Gu et al. 2022, arXiv 2206.11893): N time scales,
-        # from 1 / dt down to 1 / (N dt) steps. The logarithm is trained, so A stays negative and the
-        # state cannot explode.
+        # A = -1, ..., -N in each channel (S4D-Real, Gu et al. 2022, arXiv 2206.11893): its N time
+        # scales are 1 / dt down to 1 / (N dt) steps. The logarithm is trained, so that A stays
+        # negative and the state cannot explode.
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
@@ -197,7 +197,7 @@ def selective_scan(x, dt, A, B, C, h=None):
     A = A.to(dtype)
     h = None if h is None else h.to(dtype)
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if x.shape[1] == 1 or transformed:
+    if x.shape[1] == 1 or x.numel() == 0 or transformed:
         scan = selective_scan_ref
     elif x.is_cuda:
         return parallel_scan(x, dt, A, B, C, h)      # its kernels convert to A's dtype themselves
