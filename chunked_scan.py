@@ -66,8 +66,8 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
     x, dt, A, B, C = _broadcast(x, dt, A, B, C)
     u = dt * x
     y = torch.empty_like(x[:, 0])
-    # exp below -87 gives denormal floats, which CPUs compute 10 to 50 times slower: clamping makes a
-    # trained model twice as fast. A GPU does not need it, and its host would have to wait.
+    # exp below -87 gives denormal floats, which CPUs compute 10 to 50 times slower: clamped, a
+    # trained model runs twice as fast. A GPU does not need it, and its host would have to wait.
     clamp = not x.is_cuda and bool(dt.max() * A.min() < -80)
     a, hs = x.new_empty(2, T, *A.shape)                  # used by every chunk: saves page faults
     a_t, h_t = a.unbind(), hs.unbind()                   # once: it is a tenth of a short scan

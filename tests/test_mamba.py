@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import chunked_scan as chunked_module
 import fused_scan
 from chunked_scan import chunked_scan
 from conftest import relative
-from fused_scan import parallel_scan
+from fused_scan import parallel_scan, two_chunks
 from mamba import decode, selective_scan, selective_scan_ref
 
 CHUNK = 8  # steps in a chunk of either scan, under the fixture small_chunks
@@ -26,7 +25,7 @@ all_forms = pytest.mark.parametrize(
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(chunked_module, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("chunked_scan.CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(fused_scan, "CHUNK_STEPS", CHUNK)
     monkeypatch.setattr(fused_scan, "GROUP_CHUNKS", 4)
 
@@ -40,12 +39,9 @@ def operands(L, b=2, D=3, N=4, h=True, dtype=torch.float64, seed=0):
 
 
 def everything(scan, inputs, dtype=None, device=None):
-    """y, the last state, and the gradients of a weighted sum of both with respect to every input."""
-    leaves = []
-    for v in inputs:
-        if v is not None:
-            v = v.detach().to(device=device, dtype=dtype).requires_grad_()
-        leaves.append(v)
+    """y, the last state, and the gradients of a weighted sum of both for every input there is."""
+    here = dict(device=device, dtype=dtype)
+    leaves = [v if v is None else v.detach().to(**here).requires_grad_() for v in inputs]
     y, last = scan(*leaves)
     weights = torch.Generator().manual_seed(1)
     dy, dh = (torch.randn(v.shape, generator=weights, dtype=torch.float64).to(v) for v in (y, last))
@@ -84,9 +80,8 @@ def test_recurrence_equals_numpy_loop(with_h):
 
 def test_two_chunks_equal_the_recurrence():
     inputs = operands(10)
-    for found, expected in zip(fused_scan.two_chunks(selective_scan_ref, *inputs),
-                               selective_scan_ref(*inputs)):
-        assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+    found, expected = two_chunks(selective_scan_ref, *inputs), selective_scan_ref(*inputs)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(found, expected))
 
 
 # ---- the fast scans equal the recurrence ----
@@ -102,8 +97,9 @@ def test_equals_recurrence(scan, L, with_h, small_chunks):
 
 @scans
 @pytest.mark.parametrize("L", [1, 16, 100])
-def test_equals_recurrence_with_the_real_chunks(scan, L):
-    inputs = operands(L, b=3, D=5, N=2)
+@pytest.mark.parametrize("b, D, N", [(3, 5, 2), (1, 1, 1)])
+def test_equals_recurrence_with_the_real_chunks(scan, b, L, D, N):
+    inputs = operands(L, b, D, N)
     assert_close(everything(scan, inputs), everything(selective_scan_ref, inputs), 1e-12, 1e-12)
 
 
@@ -121,14 +117,8 @@ def test_gradient_of_one_of_the_two_results(scan, used, small_chunks):
     for function in scan, selective_scan_ref:
         inputs = [v.requires_grad_() for v in operands(2 * CHUNK + 1)]
         loss = function(*inputs)[used].square().sum()
-        gradients.append(torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True))
+        gradients.append(torch.autograd.grad(loss, inputs, materialize_grads=True))
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*gradients))
-
-
-@scans
-def test_sizes_of_one(scan, small_chunks):
-    inputs = operands(CHUNK + 2, b=1, D=1, N=1)
-    assert_close(everything(scan, inputs), everything(selective_scan_ref, inputs), 1e-12, 1e-12)
 
 
 @scans
@@ -180,7 +170,7 @@ def test_long(scan, long_run):
     assert_close(everything(scan, inputs, torch.float32), expected)
 
 
-@pytest.mark.parametrize("scan", [selective_scan, parallel_scan], ids=["selective_scan", "parallel"])
+@pytest.mark.parametrize("scan", [selective_scan, parallel_scan], ids=["chosen", "parallel"])
 def test_bfloat16_inputs_and_float32_state(scan, small_chunks):
     x, dt, A, B, C, h = (v.float() for v in operands(2 * CHUNK))
     inputs = [x.bfloat16(), dt.bfloat16(), A, B.bfloat16(), C.bfloat16(), h]
@@ -188,7 +178,7 @@ def test_bfloat16_inputs_and_float32_state(scan, small_chunks):
     exact = everything(selective_scan_ref, [v.double() for v in inputs])
     assert {found[name].dtype for name in ("y", "x", "dt", "B", "C")} == {torch.bfloat16}
     assert {found[name].dtype for name in ("last state", "A", "h")} == {torch.float32}
-    # The last state is stored in float32; what is stored in bfloat16 is off by up to 2^-9 of itself.
+    # The last state is stored in float32. What is stored in bfloat16 is off by up to 2^-9.
     assert_close({"last state": found["last state"]}, {"last state": exact["last state"]})
     assert_close(found, exact, outputs=1e-2, gradients=1e-2)
 
@@ -196,7 +186,7 @@ def test_bfloat16_inputs_and_float32_state(scan, small_chunks):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scan", [selective_scan, decode], ids=["one call", "decode steps"])
 def test_half_precision_adds_up_in_float32(scan, dtype):
-    """The sum of 4,096 small inputs that decay slowly: 1.0007. A half-precision state gives 0.26."""
+    """4,096 small inputs that decay slowly add up to 1.0007, in a bfloat16 state to 0.26."""
     one = torch.ones(1, 4096, 1, dtype=dtype)
     y, last = scan(one, 0.002 * one, -torch.ones(1, 1, dtype=dtype), one, one)
     assert y.dtype == dtype and last.dtype == torch.float32
@@ -258,16 +248,16 @@ def test_keeps_no_state_for_every_step(scan):
         return v
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda v: v):
         scan(*(v.requires_grad_() for v in operands(L, b=1, D=D, N=N, dtype=torch.float32)))
-    assert kept
-    assert sum(kept.values()) < 4 * L * D * N / 4
+    assert 0 < sum(kept.values()) < 4 * L * D * N / 4
 
 
 @scans
 def test_states_are_freed_by_the_backward_pass(scan, small_chunks):
-    """A loss that is kept, for a curve, keeps only what its graph leads to: arguments and gradients."""
+    """A loss that is kept, for a curve, keeps no more than the arguments and their gradients."""
     def live_bytes():
         gc.collect()
-        storages = [v.untyped_storage() for v in gc.get_objects() if isinstance(v, torch.Tensor)]
+        tensors = [v for v in gc.get_objects() if issubclass(type(v), torch.Tensor)]
+        storages = [v.untyped_storage() for v in tensors]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     before = live_bytes()
@@ -295,7 +285,7 @@ def test_refuses_shapes_that_would_broadcast(scan, name, shape):
 @pytest.mark.parametrize("with_h", [False, True])
 @pytest.mark.parametrize("b, L", [(2, 0), (0, 5), (0, 0), (0, 1)])
 def test_nothing_to_read(scan, b, L, with_h):
-    inputs = operands(L, b=b, h=with_h)
+    inputs = operands(L, b, h=with_h)
     y, last = scan(*inputs)
     assert y.shape == (b, L, 3)
     assert torch.equal(last, inputs[5] if with_h else torch.zeros(b, 3, 4, dtype=torch.float64))
@@ -304,9 +294,7 @@ def test_nothing_to_read(scan, b, L, with_h):
 @scans
 def test_refuses_a_second_derivative(scan):
     """It would be wrong: the buffers in which a chunk is computed are no part of the graph."""
-    x, dt, A, B, C, h = operands(5)
-    x.requires_grad_(), A.requires_grad_()
+    x, *others = operands(5)
+    y, _ = scan(x.requires_grad_(), *others)
     with pytest.raises(RuntimeError, match="second derivative"):
-        y, _ = scan(x, dt, A, B, C, h)
-        gradient, = torch.autograd.grad(y.sum(), x, create_graph=True)
-        torch.autograd.grad(y.square().sum() + gradient.square().sum(), A)
+        torch.autograd.grad(y.sum(), x, create_graph=True)

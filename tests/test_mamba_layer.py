@@ -23,7 +23,8 @@ def layer_and_input(L, **options):
 
 
 def gradients_of(y, layer, dy=None):
-    return torch.autograd.grad(y, list(layer.parameters()), torch.ones_like(y) if dy is None else dy)
+    dy = torch.ones_like(y) if dy is None else dy
+    return torch.autograd.grad(y, list(layer.parameters()), dy)
 
 
 def all_close(a, b, atol=1e-12):
@@ -68,7 +69,8 @@ def plain_mamba(layer, x):
     return ((y + layer.D * x) * F.silu(z)) @ layer.out_proj.weight.T
 
 
-@pytest.mark.parametrize("options", [{}, dict(d_state=3, d_conv=2, expand=3, dt_rank=2), dict(d_conv=7)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(d_state=3, d_conv=2, expand=3, dt_rank=2), dict(d_conv=7)])
 @pytest.mark.parametrize("L", [1, 2, 20])
 def test_layer_equals_plain_mamba(L, options):
     layer, x = layer_and_input(L, **options)
@@ -159,7 +161,7 @@ def test_pruning_and_weight_norm_of_the_convolution():
     parametrizations.weight_norm(layer.conv1d)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
     assert torch.allclose(layer(x)[0], y)
-    for _ in range(2):                                   # a second step needs a weight computed anew
+    for _ in range(2):                                   # each step needs a weight computed anew
         layer(x)[0].square().sum().backward()
         optimizer.step()
     assert layer.conv1d.parametrizations.weight.original0.grad.abs().max() > 0
@@ -177,7 +179,8 @@ def test_fullgraph_compile(L):
     """One graph, forwards and backwards, from the start and from a state."""
     layer, x = layer_and_input(L)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")
-    _, state = layer(x)
+    with torch.no_grad():
+        _, state = layer(x)
     for s in (None, state):
         y, expected = compiled(x, s)[0], layer(x, s)[0]
         assert torch.allclose(y, expected)
@@ -229,8 +232,8 @@ def test_vmap_and_forward_mode():
         assert torch.allclose(forward_ad.unpack_dual(y).tangent, tangent)
 
 
-@pytest.mark.parametrize("b, L, transposed",
-                         [(1, 1, False), (2, CHUNK, True), (1, CHUNK * CHUNK + 1, False), (2, 37, True)])
+@pytest.mark.parametrize("b, L, transposed", [
+    (1, 1, False), (2, CHUNK, True), (1, CHUNK * CHUNK + 1, False), (2, 37, True)])
 def test_operators_are_what_they_are_declared_to_be(b, L, transposed, small_chunks):  # noqa: F811
     x, dt, A, B, C, h = operands(L, b=b)
     if transposed:
