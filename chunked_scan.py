@@ -89,7 +89,7 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
 @torch.library.custom_op("mamba::chunked_scan_backward", mutates_args=())
 def _backward(
         x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, T: int,
-        dy: Tensor, dh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        dy: Tensor, dh: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> the gradients of x, dt, A, B, C and h."""
     x, dt, A, B, C = _broadcast(x, dt, A, B, C)
     u = dt * x
@@ -97,7 +97,8 @@ def _backward(
     du, ddt = torch.empty_like(x[:, 0]), torch.empty_like(x[:, 0])       # (L, b, D)
     dB, dC = torch.empty_like(B[..., 0]), torch.empty_like(C[..., 0])    # (L, N, b)
     dA = x.new_zeros(T, *A.shape)                                        # (T, N, b, D)
-    later = dh.contiguous()          # (N, b, D), a_{t+1} g_{t+1}: the gradient from later chunks
+    # a_{t+1} g_{t+1} (N, b, D), the gradient from later chunks:
+    later = torch.zeros_like(starts[0]) if dh is None else dh.contiguous()
     a, g = x.new_empty(2, T, *A.shape)
     hs = x.new_empty(T + 1, *A.shape)                                    # a row more, for h_{t-1}
     a_t, g_t, h_t = a.unbind(), g.unbind(), hs[1:].unbind()
@@ -134,18 +135,20 @@ def _(x, dt, A, B, C, h, T):
 
 @_backward.register_fake
 def _(x, dt, A, B, C, starts, T, dy, dh):
-    dA = A.new_empty(A.mT.shape).mT
-    return *(v.new_empty(v.shape) for v in (x, dt)), dA, *(v.new_empty(v.shape) for v in (B, C, dh))
+    dA, dh = A.new_empty(A.mT.shape).mT, starts.new_empty(starts.shape[1:])
+    return *(v.new_empty(v.shape) for v in (x, dt)), dA, *(v.new_empty(v.shape) for v in (B, C)), dh
 
 
 def _save(ctx, inputs, output):
     x, dt, A, B, C, h, ctx.T = inputs
+    ctx.set_materialize_grads(False)           # no zeros for results that have no gradient
     ctx.save_for_backward(x, dt, A, B, C, output[2])
 
 
 def _gradients(ctx, dy, dh, d_starts):
     if torch.is_grad_enabled():      # create_graph: what follows would be missing from the graph
         raise RuntimeError("the chunked scan has no second derivative; selective_scan_ref has one")
+    dy = torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy
     return *_backward(*ctx.saved_tensors, ctx.T, dy, dh), None
 
 
