@@ -104,7 +104,7 @@ def causal_conv(x, conv1d, window=None):
     L, before = x.shape[1], conv1d.kernel_size[0] - 1
     x = F.pad(x, (0, 0, before, 0)) if window is None else torch.cat([window.mT, x], dim=1)
     start = conv1d.padding[0]                                            # the module's own padding
-    y = conv1d(x.mT)[:, :, start:start + L].mT                           # (b, L, D)
+    y = conv1d(x.mT)[:, :, start:start + L].mT.contiguous()              # (b, L, D)
     return y, x[:, L:].mT.clone()                                        # a view would keep all x
 
 
@@ -188,9 +188,9 @@ class Mamba(nn.Module):
 def selective_scan(x, dt, A, B, C, h=None):
     """selective_scan_ref made fast: same arguments, same results, same gradients, to rounding.
 
-    States and sums are at least float32, whatever the arguments are; y has the dtype of x.
-    Second derivatives, vmap and forward-mode derivatives: only selective_scan_ref has them, which
-    takes over by itself under torch.func and forward-mode AD.
+    States and sums are float32 or wider, whatever the arguments are; y has the dtype of x.
+    Under torch.func (vmap, grad, jvp) and forward-mode AD it is selective_scan_ref itself, the only
+    form that supports them. The fast forms have no second derivative.
     """
     dtype = torch.promote_types(A.dtype, torch.float32)
     A = A.to(dtype)
@@ -227,7 +227,7 @@ def compare_forms(b=8, L=256, D=32, N=16):
 
     def run(scan, dtype=torch.float32):
         """-> y and the last state, the gradients of x, dt, A, B and C, and both times in ms."""
-        inputs = [v.to(dtype).requires_grad_() for v in (x, dt, A, B, C)]
+        inputs = [v.detach().to(dtype).requires_grad_() for v in (x, dt, A, B, C)]
         began = time.perf_counter()
         y, h = scan(*inputs)
         middle = time.perf_counter()
@@ -249,7 +249,6 @@ def compare_forms(b=8, L=256, D=32, N=16):
         print(f"{name:<28}{forward:>7.1f} ms{backward:>8.1f} ms"
               f"{largest_difference(outputs, exact_outputs):>13.1e}"
               f"{largest_difference(gradients, exact_gradients):>13.1e}")
-
 
     layer, tokens = Mamba(D // 2), torch.randn(b, L, D // 2)
     whole, _ = layer(tokens)
