@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, prune
 import chunked_scan as chunked_module
 import fused_scan
 from conftest import in_pieces
-from mamba import DepthwiseConv1d, Mamba, causal_conv, selective_scan_ref
+from mamba import DepthwiseConv1d, Mamba, causal_conv, compare_forms, selective_scan_ref
 from test_mamba import CHUNK, operands, small_chunks  # noqa: F401
 
 
@@ -250,3 +250,35 @@ def test_operators_are_what_they_are_declared_to_be(b, L, transposed, small_chun
     torch.library.opcheck(chunked_module._forward, (x, dt, A, B, C, h, CHUNK))
     y, last, starts = chunked_module._forward(x, dt, A, B, C, h, CHUNK)
     torch.library.opcheck(chunked_module._backward, (x, dt, A, B, C, starts, CHUNK, y, last))
+
+
+def test_kernels_are_compiled_only_for_training_on_cuda(monkeypatch):
+    asked = []
+
+    def scan(x, dt, A, B, C, h, compiled):
+        asked.append((x.is_cuda, compiled))
+        return x, h, None, None
+    monkeypatch.setattr(fused_scan, "_scan", scan)
+
+    def ask(device):
+        inputs = [torch.empty(v.shape, device=device) for v in operands(5)]
+        fused_scan.parallel_scan(*inputs)
+
+    with FakeTensorMode():
+        ask("cuda")
+        with fused_scan.compiled_scan(False):
+            ask("cuda")
+        ask("cuda")
+        with torch.no_grad():
+            ask("cuda")
+        ask("cpu")
+    assert asked == [(True, True), (True, False), (True, True), (True, False), (False, False)]
+
+
+def test_what_the_script_prints(capsys):
+    compare_forms(b=2, L=20, D=4, N=3)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines if " ms" in line]
+    assert len(rows) == 4
+    assert all(float(number) < 1e-4 for row in rows for number in row[-2:])
