@@ -6,7 +6,7 @@ a = exp(dt A), the inputs u = dt x and the sums over states can be computed for 
 call. So cut time into chunks of T steps that fit into the cache, and keep only each chunk's first
 state.
 
-The gradient. dx is the gradient of the loss with respect to x, dB of B and so on, and g_t of h_t.
+The gradient. dx is the gradient of the loss with respect to x, and so on; g_t is that of h_t.
 
 1.  h_t is used twice, by y_t and by h_{t+1}. So g obeys the same recurrence, backwards in time:
         g_t = C_t dy_t + a_{t+1} g_{t+1}
@@ -57,7 +57,7 @@ def _recur(a, b, h):
     return h
 
 
-# These are operators, so torch.compile and torch.export call them and do not unroll their loops.
+# Both passes are operators: torch.compile and torch.export call them and do not unroll their loops.
 
 @torch.library.custom_op("mamba::chunked_scan", mutates_args=())
 def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
