@@ -52,7 +52,7 @@ def two_chunks(scan, x, dt, A, B, C, h):
 
 def split(v, most):
     """(b, L, ...) -> (b, c, T, ...), T <= most, padded with zeros: dt = 0 keeps the state."""
-    chunks = -(-v.shape[1] // most)
+    chunks = max(1, -(-v.shape[1] // most))
     missing = -v.shape[1] % chunks       # 17 steps are 3 chunks of 6, not 2 of 8 and one of 1
     if missing:
         v = F.pad(v, (0, 0) * (v.dim() - 2) + (0, missing))
