@@ -1,17 +1,17 @@
-"""Figures and tables of results, from the JSON files that train.py and eval.py write. Needs no torch.
+"""Figures and tables of results, from the JSON files that train.py and eval.py write. No torch.
 
-    python plot.py results/*.json                   accuracy against context length and training step
-    python plot.py results/*.json --panels d M      a panel for each d and M (default: for each M)
-    python plot.py results/*.json --panels model    a panel for each model, a curve for each M
-    python plot.py results/*.json --against lr      accuracy at the training length against any flag
-    python plot.py results/*.json --against model   a row for each model: at L, and the lowest to 3L
-    python plot.py results/*.json --against state   accuracy against bytes of state
-    python plot.py results/*.json --table           a Markdown table, printed
-    python plot.py results/*.json --table 16 64     the same with the accuracy at these lengths
+    python plot.py results/*.json                  accuracy against context length and training step
+    python plot.py results/*.json --panels d M     a panel for each d and M (default: for each M)
+    python plot.py results/*.json --panels model   a panel for each model, a curve for each M
+    python plot.py results/*.json --against lr     accuracy at the training length against any flag
+    python plot.py results/*.json --against model  a row for each model: at L, and the lowest to 3L
+    python plot.py results/*.json --against state  accuracy against bytes of state
+    python plot.py results/*.json --table          a Markdown table, printed
+    python plot.py results/*.json --table 16 64    the same with the accuracy at these lengths
 
-Runs of one task (tau, K, d, L, M) share a figure. The seeds of a curve differ in nothing but the seed: any
-other flag that differs, such as --lr, is part of the curve's name. Published numbers
-(report/published/*.json) are drawn as hollow points beside the runs of their task.
+Runs of one task (tau, K, d, L, M) share a figure. The seeds of a curve differ in the seed alone: any
+other flag that differs, such as --lr, is part of the curve's name. Numbers in report/published/ are
+drawn as hollow points beside the runs of their task.
 """
 
 import argparse
@@ -30,44 +30,41 @@ from summary import (MODELS, TASK, caption, finding, group, median, middle, name
                      state_finding, table, text)
 
 MOST_PANELS = 40
-# The colours of Okabe and Ito, which colour-blind readers can tell apart, then others for the family.
+# The colours of Okabe and Ito, which colour-blind readers can tell apart, then others.
 COLOURS = dict(zip(MODELS, [
     "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999", "#666666", "#8C6D31",
     "#5C4A1F", "#A50F15", "#1B7837", "#54278F", "#01665E", "#35978F", "#756BB1", "#9E9AC8"]))
 UNNAMED = ["black", "#E31A1C", "#6A3D9A", "#33A02C", "#B15928", "#1F78B4", "#FF7F00"]  # for stacks
-DASHES = ["-", (0, (7, 2)), (0, (4.5, 4.5)), (0, (1.5, 3))]  # through the gaps one sees the curves below
+DASHES = ["-", (0, (7, 2)), (0, (4.5, 4.5)), (0, (1.5, 3))]        # gaps show the curves below
 RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 GREY = "0.35"
-LOOK = {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
-        "text.parse_math": False, "text.usetex": False}      # names in files are plain text
+LOOK = {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.edgecolor": GREY,
+        "axes.spines.right": False, "xtick.color": GREY, "ytick.color": GREY,
+        "text.parse_math": False, "text.usetex": False}            # names in files are plain text
 
-
-# ---- marks and labels ----
 
 def looks(cells, flag, unnamed=()):
     """{curve: (colour, dashes)} of a figure whose curves are the values of `flag`.
 
-    A model has the same colour in every figure, and its variants have other dashes. unnamed: the models
-    without a name, in the order in which they take their colours.
+    A model has the same colour in every figure; its variants have other dashes. unnamed: stacks.
     """
     curves = list(dict.fromkeys(curve for _, curve, _ in cells))
     bases = list(dict.fromkeys(base for base, _ in curves))
     found = {}
     for base, extra in curves:
-        variant = sum(other == base for other, _ in found)
+        dashes = sum(other == base for other, _ in found)
         if flag != "model":
             colour = matplotlib.colormaps["viridis"](0.9 * bases.index(base) / len(bases))
         elif base in COLOURS:
-            colour, variant = COLOURS[base], variant + max(0, MODELS.index(base) - 2)
+            colour, dashes = COLOURS[base], dashes + max(0, MODELS.index(base) - 2)
         else:
             colour = UNNAMED[list(unnamed).index(base) % len(UNNAMED)]
-        found[base, extra] = colour, DASHES[variant % len(DASHES)]
+        found[base, extra] = colour, DASHES[dashes % len(DASHES)]
     return found
 
 
 def spread(heights, low, high):
-    """Heights of labels that do not touch, near those wanted, which fall from the first to the last."""
+    """Heights of labels that do not touch, near those wanted, which fall from first to last."""
     gap, placed = min(0.065, (high - low) / max(1, len(heights))), []
     for y in heights:
         placed.append(min(y, placed[-1] - gap if placed else high))
@@ -77,11 +74,9 @@ def spread(heights, low, high):
 
 
 def label_ends(ax, ends):
-    """Name the curves at the right of the axes. ends: [(x, y, name, (colour, dashes)), ...], equals in the
-    order of their labels."""
-    ends = sorted(ends, key=lambda end: -round(end[1], 2))
-    right = ax.get_xlim()[1]
-    key = 1.1 if ax.get_gridspec().ncols == 1 else 1.18
+    """Name the curves at the right of the axes. ends: [(x, y, name, (colour, dashes)), ...]."""
+    ends = sorted(ends, key=lambda end: -round(end[1], 2))         # equals stay in their order
+    right, key = ax.get_xlim()[1], 1.1 if ax.get_gridspec().ncols == 1 else 1.18
     heights = spread([y for _, y, _, _ in ends], ax.get_ylim()[0] + 0.04, 1.01)
     for (x, y, name, (colour, dashes)), height in zip(ends, heights):
         beside = dict(color=colour, clip_on=False, transform=ax.get_yaxis_transform())
@@ -91,18 +86,23 @@ def label_ends(ax, ends):
         ax.text(key + 0.02, height, name, va="center_baseline", **beside)
 
 
-def mark_chance(ax, config):
-    """A dotted line at the accuracy of a guess."""
-    K = config["K"]
+def mark(ax, config, kind):
+    """A dotted line at the accuracy of a guess, and a dashed one at the training length."""
+    K, L, small = config["K"], config["L"], dict(textcoords="offset points", color=GREY, fontsize=9)
     answers = {"mqar": K // 2, "copy": max(1, K - 2), "parity": 2}.get(config["task"], K)
     ax.axhline(1 / answers, color=GREY, lw=1, ls=":")
-    ax.annotate(f"chance 1/{answers}", (1, 1 / answers), (-2, -3), ax.get_yaxis_transform(), ha="right",
-                va="top", color=GREY, fontsize=9, textcoords="offset points")
+    ax.annotate(f"chance 1/{answers}", (1, 1 / answers), (-2, -3), ax.get_yaxis_transform(),
+                ha="right", va="top", **small)
     ax.set(ylim=(min(0, 1 / answers - 0.09), 1.05), ylabel="accuracy")
+    if kind == "length":
+        words = "trained at" if config["train_lengths"] == "fixed" else "trained up to"
+        ax.axvline(L, color=GREY, lw=1, ls="--")
+        ax.annotate(f"{words} {L}", (L, 1), (0, 2), ax.get_xaxis_transform(), ha="center", **small)
 
 
 def scale_x(ax, kind, low, high, L):
     """Limits and ticks of an axis of training steps, context lengths, or bytes of state."""
+    ax.set_xlabel("context length")
     if kind == "training":
         ax.set(xscale="log", xlabel="training step")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -118,129 +118,112 @@ def scale_x(ax, kind, low, high, L):
     ax.set_xlim(low, high if high > low else 2 * low)
 
 
-# ---- the kinds of panels ----
-
-def draw_curves(ax, curves, look, flag, kind, published):
+def draw_curves(ax, curves, look, flag, kind):
     """Accuracy against context length or training step: each seed thin, their median thick."""
-    config = next(iter(curves.values()))[0]["config"]
-    mark_chance(ax, config)
-    if kind == "length":
-        words = "trained at" if config["train_lengths"] == "fixed" else "trained up to"
-        ax.axvline(config["L"], color=GREY, lw=1, ls="--")
-        ax.annotate(f"{words} {config['L']}", (config["L"], 1), (0, 2), ax.get_xaxis_transform(),
-                    ha="center", color=GREY, fontsize=9, textcoords="offset points")
-        ax.set_xlabel("context length")
     ends = []
     for (curve, _), runs in curves.items():
         colour, dashes = look[curve]
         for run in runs:
-            ax.plot(*run[kind], color=colour, lw=0.6, alpha=0.6, zorder=2, clip_on=False)
+            ax.plot(*run[kind], color=colour, lw=0.6, alpha=0.6, clip_on=False, zorder=2)
         x, y = median(runs, kind)
-        few = len(x) == 1 or kind == "length" and len(x) < 30
-        ax.plot(x, y, color=colour, ls=dashes, lw=2, marker="o" if few else None, ms=5, clip_on=False, zorder=3)
+        few = len(x) == 1 or kind == "length" and len(x) < 30      # points: say where they are
+        ax.plot(x, y, color=colour, ls=dashes, lw=2, marker="o" if few else None, ms=5,
+                clip_on=False, zorder=3)
         name, steps = name_of(flag, curve), middle(runs, "steps")
         if kind == "training":
             name += ": never" if steps == np.inf else f": {steps:,.0f}"
         if len(x):
             ends.append((steps if kind == "training" else 0, (x[-1], y[-1], name, look[curve])))
-    label_ends(ax, [end for _, end in sorted(ends, key=lambda end: end[0])])       # the fastest first
-    for source in published:
-        for name, (x, y) in source["curves"].items():
-            if flag == "model" or name == config["model"]:
-                ax.plot(x, y, color=COLOURS.get(name, GREY), ls="", marker="o", mfc="white", ms=6,
-                        clip_on=False, zorder=4)
+    label_ends(ax, [end for _, end in sorted(ends, key=lambda end: end[0])])   # the fastest first
 
 
 def draw_points(ax, curves, look, flag, position):
     """Accuracy at the training length: a small dot for each seed, a large one for their median.
 
-    position(curve, x, runs): where some seeds stand on the x axis, whose limits are set.
+    position(curve, x, runs): where some seeds are on the x axis.
     """
-    mark_chance(ax, next(iter(curves.values()))[0]["config"])
-    ax.set_ylabel("accuracy at the training length")
     lines = {}
     for (curve, x), runs in curves.items():
         at = position(curve, x, runs)
-        ax.plot([at] * len(runs), [run["at"] for run in runs], ls="", marker=".", color=look[curve][0],
-                alpha=0.6, clip_on=False)
+        ax.plot([at] * len(runs), [run["at"] for run in runs], ls="", marker=".", alpha=0.6,
+                color=look[curve][0], clip_on=False)
         lines.setdefault(curve, []).append((at, middle(runs, "at")))
     for curve, line in lines.items():
         colour, dashes = look[curve]
-        ax.plot(*zip(*sorted(line)), color=colour, ls=dashes, lw=2, marker="o", ms=6, clip_on=False)
+        ax.plot(*zip(*sorted(line)), color=colour, ls=dashes, lw=2, marker="o", clip_on=False)
     label_ends(ax, [(*max(line), name_of(flag, curve), look[curve]) for curve, line in lines.items()])
 
 
 def draw_rows(ax, curves, look):
-    """A row for each model: a dot at the training length, a diamond for the lowest from there to 3L."""
+    """A row for each model: a dot at the training length, a diamond for the lowest from L to 3L."""
     for (curve, _), runs in curves.items():
         row, colour = list(look).index(curve), look[curve][0]
-        for what, y, marker, face in ("at", row - 0.17, "o", colour), ("lowest", row + 0.17, "D", "white"):
-            ax.plot([run[what] for run in runs], [y] * len(runs), ls="", marker="|", ms=7, color=colour)
-            ax.plot(middle(runs, what), y, ls="", marker=marker, ms=7, color=colour, mfc=face, clip_on=False)
+        for what, y, mark, face in ("at", row - 0.17, "o", colour), ("lowest", row + 0.17, "D", "w"):
+            style = dict(ls="", ms=7, color=colour, mfc=face, clip_on=False)
+            ax.plot([run[what] for run in runs], [y] * len(runs), marker="|", **style)
+            ax.plot(middle(runs, what), y, marker=mark, **style)
     ax.axvline(1 / next(iter(curves.values()))[0]["config"]["K"], color=GREY, lw=1, ls=":")
     ax.set_yticks(range(len(look)), [name_of("model", curve) for curve in look])
-    ax.set(xlim=(0, 1), ylim=(len(look) - 0.4, -0.6), axisbelow=True,
-           xlabel="accuracy", xticks=[0, 0.5, 1])
+    ax.set(xlim=(0, 1), xticks=[0, 0.5, 1], ylim=(len(look) - 0.4, -0.6), xlabel="accuracy")
     ax.grid(axis="y", color="0.92")
+    ax.set_axisbelow(True)
 
-
-# ---- figures ----
 
 def draw(kind, cells, panels, curve, across=(), unnamed=(), published=()):
-    """The figure of the cells that `group` made. kind: length, training, against, state or model.
+    """The figure of what `group` put together. kind: length, training, against, state or model.
 
     Raises ValueError, in one sentence, if it has too many panels.
     """
-    places = list(dict.fromkeys(panel for panel, _, _ in cells))
-    if kind == "state":
-        places = [(*panel, tokens) for panel in places for tokens in (64, 4096)]
-    n = len(places)
-    if n > MOST_PANELS:
-        raise ValueError(f"a figure of {n} panels is left out, because {MOST_PANELS} are the most")
-    columns = min(n, 2 if kind == "state" else 3 if n in (5, 6) else 4)
-    rows = -(-n // columns)
+    places = [(panel, tokens) for panel in dict.fromkeys(panel for panel, _, _ in cells)
+              for tokens in ((64, 4096) if kind == "state" else (None,))]
+    if len(places) > MOST_PANELS:
+        raise ValueError(f"left out: a figure of {len(places)} panels, {MOST_PANELS} are the most")
+    columns = 2 if kind == "state" else 3 if len(places) in (3, 5, 6) else min(4, len(places))
+    rows = -(-len(places) // columns)
     look = looks(cells, curve, unnamed)
     height = 0.42 * len(look) + 0.8 if kind == "model" else 3.8
     fig = Figure(figsize=(max(8, 3.8 * columns), height * rows + 1.2), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False).ravel()
-    for ax in axes[n:]:
+    for ax in axes[len(places):]:
         ax.set_axis_off()
 
     runs = [run for seeds in cells.values() for run in seeds]
-    if kind == "state":
-        xs = [size * air for run in runs for size in run["state"].values() for air in (0.7, 1.4)]
-    elif kind in ("length", "training"):
+    if kind in ("length", "training"):
         xs = np.concatenate([run[kind][0] for run in runs])
+    elif kind == "state":
+        xs = [size * air for run in runs for size in run["state"].values() for air in (0.7, 1.4)]
     else:
         xs = sorted({x for _, _, x in cells}, key=rank)
     sources = {}
-    for ax, place in zip(axes, places):
-        panel = place[:-1] if kind == "state" else place
+    for ax, (panel, tokens) in zip(axes, places):
         shown = {(c, x): seeds for (p, c, x), seeds in cells.items() if p == panel}
         config = next(iter(shown.values()))[0]["config"]
-        title = [text(value) if flag == "model" else f"{flag} = {text(value)}"
-                 for flag, value in zip(panels, panel)]
+        title = ", ".join(text(value) if flag == "model" else f"{flag} = {text(value)}"
+                          for flag, value in zip(panels, panel))
+        ax.set_title(title if len(places) > 1 else "", pad=18 if kind == "length" else 6)
         if kind == "model":
             draw_rows(ax, shown, look)
-        elif kind == "state":
-            scale_x(ax, kind, min(xs), max(xs), config["L"])
-            draw_points(ax, shown, look, curve, lambda c, x, seeds: seeds[0]["state"][place[-1]])
-            ax.set_xlabel(f"bytes of state after {place[-1]:,} tokens, for each d")
-        elif kind == "against":
+            continue
+        mark(ax, config, kind)
+        if kind == "against":
             aside = {c: 0.04 * (i - (len(look) - 1) / 2) for i, c in enumerate(look)}
-            ax.set_xlim(-0.4, len(xs) - 0.6)
-            draw_points(ax, shown, look, curve, lambda c, x, seeds: xs.index(x) + aside[c])
+            ax.set(xlim=(-0.4, len(xs) - 0.6), xlabel=across[0], ylabel="accuracy at L")
             ax.set_xticks(range(len(xs)), [text(x[0]) for x in xs])
-            ax.set_xlabel(across[0])
-        else:
-            here = [source for source in published if source["task"].items() <= config.items()]
-            here = here if kind == "length" else []
-            sources.update(dict.fromkeys(source["published"] for source in here))
-            scale_x(ax, kind, min(xs), max(xs), config["L"])
-            draw_curves(ax, shown, look, curve, kind, here)
-        if n > 1:
-            ax.set_title(", ".join(title), pad=18 if kind == "length" else 6)
-
+            draw_points(ax, shown, look, curve, lambda c, x, seeds: xs.index(x) + aside[c])
+            continue
+        scale_x(ax, kind, min(xs), max(xs), config["L"])
+        if kind == "state":
+            ax.set(xlabel=f"bytes of state after {tokens:,} tokens", ylabel="accuracy at L")
+            draw_points(ax, shown, look, curve, lambda c, x, seeds: seeds[0]["state"][tokens])
+            continue
+        draw_curves(ax, shown, look, curve, kind)
+        for source in published if kind == "length" else ():
+            if source["task"].items() <= config.items():
+                sources[source["published"]] = True
+                names = source["curves"] if curve == "model" else {config["model"]} & {*source["curves"]}
+                for name in names:
+                    ax.plot(*source["curves"][name], color=COLOURS.get(name, GREY), ls="", marker="o",
+                            mfc="white", ms=6, clip_on=False, zorder=4)
     flags, wide = (*panels, curve, *across), fig.get_figwidth()
     words = state_finding(cells) if kind == "state" else finding(cells, flags, kind)
     below = caption(cells, flags, kind) + "".join(f"; hollow points: {source}" for source in sources)
@@ -264,18 +247,17 @@ def write(fig, path):
             os.remove(temporary)
 
 
-def file_name(kind, cells, panels, against, name, number):
-    """The name of a figure: what it shows, or --name, the second one with a number."""
-    if name:
-        return name + ("_training" if kind == "training" else "") + (f"_{number + 1}" if number else "") + ".png"
-    parts = [f"against_{against}" if against else kind]
-    if panels not in (("M",), ()):
-        parts.append("by_" + "-".join(panels))
+def file_name(kind, cells, args, number):
+    """The name of a figure: what it shows, or --name; the second one of that name has a number."""
+    if args.name:
+        kind = "_training" if kind == "training" else ""
+        return f"{args.name}{kind}{f'_{number}' if number > 1 else ''}.png"
+    parts = [f"against_{args.against}" if args.against else kind]
+    parts += [f"by_{'-'.join(args.panels)}"] if args.panels != ["M"] else []
     for flag in TASK:
-        found = sorted({run["config"][flag] for runs in cells.values() for run in runs})
-        said = "-".join(map(str, found)) if len(found) < 6 else f"{found[0]}to{found[-1]}"
-        parts.append(flag + said if flag != "task" else said)
-    return "_".join(text(part) for part in parts if part != "recall").replace(os.sep, "-") + ".png"
+        found = sorted({str(run["config"][flag]) for runs in cells.values() for run in runs}, key=len)
+        parts.append(flag + ("-".join(found) if len(found) < 6 else f"{found[0]}to{found[-1]}"))
+    return text("_".join(parts).replace("taskrecall_", "").replace(os.sep, "-"), 200) + ".png"
 
 
 def print_now(words):
@@ -291,66 +273,65 @@ def complain(sentence):
 
 
 def main(argv=None):
-    """Draw the figures that argv asks for and return their paths. Ends the interpreter only for a wrong
-    argv: with status 2 and one sentence, as argparse does."""
+    """Draw what argv asks for, and return the paths of the figures. Wrong arguments, and files of which
+    nothing can be drawn, end the interpreter with status 2 and one sentence."""
     parser = argparse.ArgumentParser("plot.py", allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.error = lambda message: parser.exit(2, f"plot.py: {text(message, 1000)}\n")
     parser.add_argument("results", nargs="+", metavar="RUN.json", help="results of train.py")
-    parser.add_argument("--panels", nargs="+", metavar="FLAG", default=["M"],
+    parser.add_argument("--panels", nargs="+", default=["M"], metavar="FLAG",
                         help="flags of train.py whose values have a panel each (default: M)")
     parser.add_argument("--against", metavar="FLAG",
                         help="draw accuracy at the training length against a flag, model, or state")
     parser.add_argument("--table", nargs="*", type=int, metavar="LENGTH",
-                        help="print a Markdown table, of the accuracy at these lengths if there are any")
-    parser.add_argument("--name", help="what the files are called (default: by what they show)")
-    parser.add_argument("--out", default="figures", metavar="DIR", help="folder (default: figures)")
+                        help="print a Markdown table, with the accuracy at these lengths if any")
+    parser.add_argument("--name", help="name of the figure's file (default: what it shows)")
+    parser.add_argument("--out", default="figures", metavar="DIR", help="(default: figures)")
     args = parser.parse_args(argv)
+    args.panels = [flag.replace("-", "_") for flag in args.panels]
+    args.against = args.against and args.against.replace("-", "_")
     runs, published = read(args.results, complain)
-    if not runs:
-        parser.error("no result of train.py is left to draw")
-    if args.table is not None:
-        print_now(table(runs, args.table, published))
+    if args.table is not None and runs:
+        print_now(table(runs, args.table))
         return []
-    panels = tuple(flag.replace("-", "_") for flag in args.panels)
-    against = args.against and args.against.replace("-", "_")
-    known = set().union(*(run["config"] for run in runs))
-    for flag in {*panels, against} - known - {"model", "state", None}:
-        parser.error(f"no run has the flag {flag!r}; they have {', '.join(sorted(known))}")
-    across = {None: (), "model": (), "state": ("d",)}.get(against, (against,))
-    panels = tuple(flag for flag in panels if flag not in across and flag != against)
+
+    known = {"model", "state", None}.union(*(run["config"] for run in runs))
+    for flag in {*args.panels, args.against} - known if runs else ():
+        parser.error(f"{flag!r} is no flag of these runs: {', '.join(sorted(known - {None}))}")
+    across = {None: (), "model": (), "state": ("d",)}.get(args.against, (args.against,))
+    panels = tuple(flag for flag in args.panels if flag not in (args.against, *across))
     curve = next(flag for flag in ("model", "M", *TASK) if flag not in (*panels, *across))
-    free = {*panels, curve, *across}
-    if against == "model":
-        free.add("d")                                        # one figure for models of all widths
+    fixed = [flag for flag in TASK if flag not in (*panels, curve, *across)]
+    kinds = ["length", "training"]
+    if args.against:
+        kinds = [args.against if args.against in ("model", "state") else "against"]
+        fit = [run for run in runs if run["at"] >= 0 and (args.against != "state" or run["state"])]
+        for path in sorted({run["path"] for run in runs} - {run["path"] for run in fit}):
+            complain(f"left out: {path} was not tested at L, or has no bytes of state")
+        runs = fit
+    if args.against == "model" and "d" in fixed:                   # widths are part of the names
+        fixed.remove("d")
         for run in runs:
             run["off"]["d"] = run["config"]["d"]
-    kinds = ["length", "training"]
-    if against:
-        kinds = [against if against in ("model", "state") else "against"]
-        unfit = [run for run in runs if np.isnan(run["at"]) or against == "state" and not run["state"]]
-        for run in unfit:
-            complain(f"{run['path']} is left out: not tested at its training length, or no bytes of state")
-        runs = [run for run in runs if run not in unfit]
 
     unnamed = sorted({run["config"]["model"] for run in runs} - set(MODELS))
     written = []
-    with matplotlib.rc_context(LOOK):
-        for number, cells in enumerate(group(runs, [f for f in TASK if f not in free], panels, curve, across)):
-            for kind in kinds:
-                try:
+    for cells in group(runs, fixed, panels, curve, across):
+        for kind in kinds:
+            try:
+                with matplotlib.rc_context(LOOK):
                     fig = draw(kind, cells, panels, curve, across, unnamed, published)
-                    path = os.path.join(args.out, file_name(kind, cells, panels, against, args.name, number))
+                    path = os.path.join(args.out, file_name(kind, cells, args, len(written) // len(kinds) + 1))
                     os.makedirs(args.out, exist_ok=True)
                     write(fig, path)
-                except ValueError as error:
-                    complain(str(error))
-                    continue
-                except OSError as error:
-                    parser.error(f"--out is {args.out!r}, but it cannot be written to: {error.strerror}")
-                written.append(path)
-                print_now(path)
+            except ValueError as error:
+                complain(str(error))
+                continue
+            except OSError as error:
+                parser.error(f"--out is {args.out!r}, but it cannot be written to: {error.strerror}")
+            written.append(path)
+            print_now(path)
     if not written:
-        parser.error("nothing could be drawn")
+        parser.error("there is nothing to draw")
     return written
 
 
