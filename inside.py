@@ -161,10 +161,12 @@ def images(layer, found):
     dt, left = layer["dt"][rows], layer["left"][rows]
     step = dict(norm=LogNorm(1e-3, 3, clip=True))
     count = count_keepers(dt, q, v)
-    keep = f"\n{count} of {len(dt)} channels write at v (Δ > {WRITES})\nand idle elsewhere (Δ < 1e-6)"
+    keep = f"\n{count} of {len(dt)} channels write at v (Δ > 0.1)\nand idle elsewhere (Δ < 1e-6)"
     keep = "" if count is None else keep
-    return [(f"step size Δ, widest range on top\npale: passes by, dark: resets{keep}", dt, "Δ", step),
-            ("share of each token left at the end\npale: forgotten, dark: kept", left, "left", share),
+    return [(f"step size Δ, widest range on top\npale: passes by, dark: resets{keep}",
+             dt, "Δ", step),
+            ("share of each token left at the end\npale: forgotten, dark: kept",
+             left, "left", share),
             ("weight of each token at the end:\nΔ times the share left", dt * left, "weight", step)]
 
 
@@ -222,8 +224,8 @@ def draw(found):
 
 
 def main(argv=None):
-    """Draw a figure for each checkpoint in argv and return their paths. What is no checkpoint is left
-    out with a sentence; if nothing is left, or argv is wrong, that ends with status 2."""
+    """Draw a figure for each checkpoint in argv -> their paths. What is no checkpoint is left out with
+    a sentence. SystemExit, status 2, if nothing is left or argv is wrong."""
     about = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser("inside.py", allow_abbrev=False, description=about)
     parser.error = lambda message: parser.exit(2, f"inside.py: {text(message, 1000)}\n")

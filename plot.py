@@ -6,12 +6,10 @@
     python plot.py results/*.json --against lr     accuracy at the training length against any flag
     python plot.py results/*.json --against model  a row for each model: at L, and the lowest to 3L
     python plot.py results/*.json --against state  accuracy against bytes of state
-    python plot.py results/*.json --table          a Markdown table, printed
-    python plot.py results/*.json --table 16 64    the same with the accuracy at these lengths
+    python plot.py results/*.json --table [16 64]  a Markdown table, printed [accuracy at these lengths]
 
-Runs of one task (tau, K, d, L, M) share a figure. The seeds of a curve differ in the seed alone: any
-other flag that differs, such as --lr, is part of the curve's name. Numbers in report/published/ are
-drawn as hollow points beside the runs of their task.
+The seeds of a curve differ in the seed alone: any other flag that differs, such as --lr, is part of
+the curve's name. Numbers of report/published/ are hollow points beside the runs of their task.
 """
 
 import argparse
@@ -26,39 +24,33 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
 
-from summary import (MODELS, TASK, caption, finding, group, median, middle, name_of, rank, read,
-                     state_finding, table, text)
+from summary import (MODELS, TASK, caption, file_name, finding, group, median, middle, name_of,
+                     rank, read, table, text)
 
 MOST_PANELS = 40
-# The colours of Okabe and Ito, which colour-blind readers can tell apart, then others.
-COLOURS = dict(zip(MODELS, [
-    "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999", "#666666", "#8C6D31",
-    "#5C4A1F", "#A50F15", "#1B7837", "#54278F", "#01665E", "#35978F", "#756BB1", "#9E9AC8"]))
-UNNAMED = ["black", "#E31A1C", "#6A3D9A", "#33A02C", "#B15928", "#1F78B4", "#FF7F00"]  # for stacks
-DASHES = ["-", (0, (7, 2)), (0, (4.5, 4.5)), (0, (1.5, 3))]        # gaps show the curves below
-RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-GREY = "0.35"
+COLOURS = dict(zip(MODELS, [  # first those of Okabe and Ito, which the colour-blind can tell apart
+    "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999", "#666666",
+    "#8C6D31", "#5C4A1F", "#A50F15", "#1B7837", "#54278F", "#01665E", "#35978F", "#756BB1",
+    "#9E9AC8"]))
+UNNAMED = ["black", "#E31A1C", "#6A3D9A", "#33A02C", "#B15928", "#1F78B4", "#FF7F00"]  # of stacks
+DASHES = ["-", (0, (7, 2)), (0, (4.5, 4.5)), (0, (1.5, 3))]  # gaps show the curves below
+GREY, RAISED = "0.35", str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 LOOK = {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.edgecolor": GREY,
         "axes.spines.right": False, "xtick.color": GREY, "ytick.color": GREY,
-        "text.parse_math": False, "text.usetex": False}            # names in files are plain text
+        "text.parse_math": False, "text.usetex": False}      # names in files are plain text
 
 
-def looks(cells, flag, unnamed=()):
-    """{curve: (colour, dashes)} of a figure whose curves are the values of `flag`.
-
-    A model has the same colour in every figure; its variants have other dashes. unnamed: stacks.
-    """
-    curves = list(dict.fromkeys(curve for _, curve, _ in cells))
-    bases = list(dict.fromkeys(base for base, _ in curves))
-    found = {}
-    for base, extra in curves:
+def looks(cells, flag, stacks=()):
+    """{curve: (colour, dashes)}: a model has its colour everywhere, its variants other dashes."""
+    found, bases = {}, list(dict.fromkeys(base for _, (base, _), _ in cells))
+    for base, extra in dict.fromkeys(curve for _, curve, _ in cells):
         dashes = sum(other == base for other, _ in found)
         if flag != "model":
             colour = matplotlib.colormaps["viridis"](0.9 * bases.index(base) / len(bases))
         elif base in COLOURS:
             colour, dashes = COLOURS[base], dashes + max(0, MODELS.index(base) - 2)
         else:
-            colour = UNNAMED[list(unnamed).index(base) % len(UNNAMED)]
+            colour = UNNAMED[list(stacks).index(base) % len(UNNAMED)]
         found[base, extra] = colour, DASHES[dashes % len(DASHES)]
     return found
 
@@ -102,9 +94,9 @@ def mark(ax, config, kind):
 
 def scale_x(ax, kind, low, high, L):
     """Limits and ticks of an axis of training steps, context lengths, or bytes of state."""
-    ax.set_xlabel("context length")
+    ax.set_xlabel("training step" if kind == "training" else "context length")
     if kind == "training":
-        ax.set(xscale="log", xlabel="training step")
+        ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x < 1000 else f"{x / 1000:g}k")
     elif kind == "state" or high > 8 * L:
@@ -138,10 +130,7 @@ def draw_curves(ax, curves, look, flag, kind):
 
 
 def draw_points(ax, curves, look, flag, position):
-    """Accuracy at the training length: a small dot for each seed, a large one for their median.
-
-    position(curve, x, runs): where some seeds are on the x axis.
-    """
+    """Accuracy at L, each seed small, their median large. position(curve, x, runs): on the x axis."""
     lines = {}
     for (curve, x), runs in curves.items():
         at = position(curve, x, runs)
@@ -151,53 +140,46 @@ def draw_points(ax, curves, look, flag, position):
     for curve, line in lines.items():
         colour, dashes = look[curve]
         ax.plot(*zip(*sorted(line)), color=colour, ls=dashes, lw=2, marker="o", clip_on=False)
-    label_ends(ax, [(*max(line), name_of(flag, curve), look[curve]) for curve, line in lines.items()])
+    label_ends(ax, [(*max(line), name_of(flag, c), look[c]) for c, line in lines.items()])
 
 
 def draw_rows(ax, curves, look):
-    """A row for each model: a dot at the training length, a diamond for the lowest from L to 3L."""
+    """A row for each model: a dot for the accuracy at L, a diamond for the lowest from L to 3L."""
     for (curve, _), runs in curves.items():
         row, colour = list(look).index(curve), look[curve][0]
-        for what, y, mark, face in ("at", row - 0.17, "o", colour), ("lowest", row + 0.17, "D", "w"):
+        for what, y, dot, face in ("at", row - 0.17, "o", colour), ("lowest", row + 0.17, "D", "w"):
             style = dict(ls="", ms=7, color=colour, mfc=face, clip_on=False)
             ax.plot([run[what] for run in runs], [y] * len(runs), marker="|", **style)
-            ax.plot(middle(runs, what), y, marker=mark, **style)
+            ax.plot(middle(runs, what), y, marker=dot, **style)
     ax.axvline(1 / next(iter(curves.values()))[0]["config"]["K"], color=GREY, lw=1, ls=":")
     ax.set_yticks(range(len(look)), [name_of("model", curve) for curve in look])
     ax.set(xlim=(0, 1), xticks=[0, 0.5, 1], ylim=(len(look) - 0.4, -0.6), xlabel="accuracy")
-    ax.grid(axis="y", color="0.92")
-    ax.set_axisbelow(True)
+    ax.grid(axis="y", color="0.92", zorder=-1)
 
 
-def draw(kind, cells, panels, curve, across=(), unnamed=(), published=()):
-    """The figure of what `group` put together. kind: length, training, against, state or model.
-
-    Raises ValueError, in one sentence, if it has too many panels.
-    """
+def draw(kind, cells, panels, curve, across=(), stacks=(), published=()):
+    """The figure of a `group`, of the kind length, training, against, state or model."""
     places = [(panel, tokens) for panel in dict.fromkeys(panel for panel, _, _ in cells)
               for tokens in ((64, 4096) if kind == "state" else (None,))]
     if len(places) > MOST_PANELS:
         raise ValueError(f"left out: a figure of {len(places)} panels, {MOST_PANELS} are the most")
     columns = 2 if kind == "state" else 3 if len(places) in (3, 5, 6) else min(4, len(places))
-    rows = -(-len(places) // columns)
-    look = looks(cells, curve, unnamed)
+    look, rows = looks(cells, curve, stacks), -(-len(places) // columns)
     height = 0.42 * len(look) + 0.8 if kind == "model" else 3.8
     fig = Figure(figsize=(max(8, 3.8 * columns), height * rows + 1.2), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes[len(places):]:
         ax.set_axis_off()
 
-    runs = [run for seeds in cells.values() for run in seeds]
+    runs, sources = [run for seeds in cells.values() for run in seeds], {}
+    xs = sorted({x for _, _, x in cells}, key=rank)
     if kind in ("length", "training"):
         xs = np.concatenate([run[kind][0] for run in runs])
-    elif kind == "state":
+    if kind == "state":
         xs = [size * air for run in runs for size in run["state"].values() for air in (0.7, 1.4)]
-    else:
-        xs = sorted({x for _, _, x in cells}, key=rank)
-    sources = {}
     for ax, (panel, tokens) in zip(axes, places):
         shown = {(c, x): seeds for (p, c, x), seeds in cells.items() if p == panel}
-        config = next(iter(shown.values()))[0]["config"]
+        config = next(run["config"] for seeds in shown.values() for run in seeds)
         title = ", ".join(text(value) if flag == "model" else f"{flag} = {text(value)}"
                           for flag, value in zip(panels, panel))
         ax.set_title(title if len(places) > 1 else "", pad=18 if kind == "length" else 6)
@@ -218,23 +200,23 @@ def draw(kind, cells, panels, curve, across=(), unnamed=(), published=()):
             continue
         draw_curves(ax, shown, look, curve, kind)
         for source in published if kind == "length" else ():
-            if source["task"].items() <= config.items():
-                sources[source["published"]] = True
-                names = source["curves"] if curve == "model" else {config["model"]} & {*source["curves"]}
-                for name in names:
-                    ax.plot(*source["curves"][name], color=COLOURS.get(name, GREY), ls="", marker="o",
-                            mfc="white", ms=6, clip_on=False, zorder=4)
+            same = source["task"].items() <= config.items()
+            for name, (x, y) in source["curves"].items() if same else ():
+                sources[f"; hollow points: {source['published']}"] = True
+                if curve == "model" or name == config["model"]:
+                    ax.plot(x, y, color=COLOURS.get(name, GREY), ls="", marker="o", mfc="white",
+                            ms=6, clip_on=False, zorder=4)
     flags, wide = (*panels, curve, *across), fig.get_figwidth()
-    words = state_finding(cells) if kind == "state" else finding(cells, flags, kind)
-    below = caption(cells, flags, kind) + "".join(f"; hollow points: {source}" for source in sources)
+    words = textwrap.fill(finding(cells, flags, kind), int(10 * wide))
+    fig.suptitle(words, fontsize=13, x=0.02, ha="left")
+    below = caption(cells, flags, kind) + "".join(sources)
     below = "\n".join(textwrap.fill(line, int(15 * wide)) for line in below.split("\n"))
-    fig.suptitle(textwrap.fill(words, int(10 * wide)), fontsize=13, x=0.02, ha="left")
     fig.supxlabel(below, fontsize=9, color=GREY, x=0.02, ha="left")
     return fig
 
 
 def write(fig, path):
-    """Write a PNG: at any moment there is the old file or the new one, whole, and nothing beside it."""
+    """Write a PNG: at any moment there is the old file or the new one, whole, and no other."""
     image = io.BytesIO()
     fig.savefig(image, format="png", dpi=150)
     temporary = f"{path}.{secrets.token_hex(8)}.tmp"
@@ -245,19 +227,6 @@ def write(fig, path):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-
-
-def file_name(kind, cells, args, number):
-    """The name of a figure: what it shows, or --name; the second one of that name has a number."""
-    if args.name:
-        kind = "_training" if kind == "training" else ""
-        return f"{args.name}{kind}{f'_{number}' if number > 1 else ''}.png"
-    parts = [f"against_{args.against}" if args.against else kind]
-    parts += [f"by_{'-'.join(args.panels)}"] if args.panels != ["M"] else []
-    for flag in TASK:
-        found = sorted({str(run["config"][flag]) for runs in cells.values() for run in runs}, key=len)
-        parts.append(flag + ("-".join(found) if len(found) < 6 else f"{found[0]}to{found[-1]}"))
-    return text("_".join(parts).replace("taskrecall_", "").replace(os.sep, "-"), 200) + ".png"
 
 
 def print_now(words):
@@ -273,18 +242,17 @@ def complain(sentence):
 
 
 def main(argv=None):
-    """Draw what argv asks for, and return the paths of the figures. Wrong arguments, and files of which
-    nothing can be drawn, end the interpreter with status 2 and one sentence."""
-    parser = argparse.ArgumentParser("plot.py", allow_abbrev=False, description=__doc__.split("\n")[0])
+    """Draw what argv asks for -> paths of the figures. SystemExit, status 2, if that is nothing."""
+    parser = argparse.ArgumentParser("plot.py", allow_abbrev=False,
+                                     description="Draw the results of train.py.")
     parser.error = lambda message: parser.exit(2, f"plot.py: {text(message, 1000)}\n")
     parser.add_argument("results", nargs="+", metavar="RUN.json", help="results of train.py")
     parser.add_argument("--panels", nargs="+", default=["M"], metavar="FLAG",
                         help="flags of train.py whose values have a panel each (default: M)")
-    parser.add_argument("--against", metavar="FLAG",
-                        help="draw accuracy at the training length against a flag, model, or state")
+    parser.add_argument("--against", metavar="FLAG", help="a flag of train.py, model, or state")
     parser.add_argument("--table", nargs="*", type=int, metavar="LENGTH",
                         help="print a Markdown table, with the accuracy at these lengths if any")
-    parser.add_argument("--name", help="name of the figure's file (default: what it shows)")
+    parser.add_argument("--name", help="name of a figure's file (default: what it shows)")
     parser.add_argument("--out", default="figures", metavar="DIR", help="(default: figures)")
     args = parser.parse_args(argv)
     args.panels = [flag.replace("-", "_") for flag in args.panels]
@@ -294,9 +262,9 @@ def main(argv=None):
         print_now(table(runs, args.table))
         return []
 
-    known = {"model", "state", None}.union(*(run["config"] for run in runs))
-    for flag in {*args.panels, args.against} - known if runs else ():
-        parser.error(f"{flag!r} is no flag of these runs: {', '.join(sorted(known - {None}))}")
+    known = {"state"}.union(*(run["config"] for run in runs))
+    for flag in {*args.panels, args.against or "state"} - known if runs else ():
+        parser.error(f"{flag!r} is no flag of these runs: {', '.join(sorted(known))}")
     across = {None: (), "model": (), "state": ("d",)}.get(args.against, (args.against,))
     panels = tuple(flag for flag in args.panels if flag not in (args.against, *across))
     curve = next(flag for flag in ("model", "M", *TASK) if flag not in (*panels, *across))
@@ -304,32 +272,32 @@ def main(argv=None):
     kinds = ["length", "training"]
     if args.against:
         kinds = [args.against if args.against in ("model", "state") else "against"]
-        fit = [run for run in runs if run["at"] >= 0 and (args.against != "state" or run["state"])]
-        for path in sorted({run["path"] for run in runs} - {run["path"] for run in fit}):
-            complain(f"left out: {path} was not tested at L, or has no bytes of state")
-        runs = fit
-    if args.against == "model" and "d" in fixed:                   # widths are part of the names
+        for run in runs:
+            if np.isnan(run["at"]) or kinds == ["state"] and not run["state"]:
+                complain(f"left out: {run['path']} was not tested at L, or has no bytes of state")
+        runs = [run for run in runs if run["at"] >= 0 and (run["state"] or kinds != ["state"])]
+    if args.against == "model" and "d" in fixed:
         fixed.remove("d")
         for run in runs:
-            run["off"]["d"] = run["config"]["d"]
+            run["off"]["d"] = run["config"]["d"]             # part of the names
 
-    unnamed = sorted({run["config"]["model"] for run in runs} - set(MODELS))
-    written = []
+    stacks, written = sorted({run["config"]["model"] for run in runs} - set(MODELS)), []
     for cells in group(runs, fixed, panels, curve, across):
         for kind in kinds:
+            path = os.path.join(args.out, file_name(kind, cells, args))
             try:
+                if path in written:
+                    raise ValueError(f"left out: a second figure of the name {path}")
                 with matplotlib.rc_context(LOOK):
-                    fig = draw(kind, cells, panels, curve, across, unnamed, published)
-                    path = os.path.join(args.out, file_name(kind, cells, args, len(written) // len(kinds) + 1))
+                    fig = draw(kind, cells, panels, curve, across, stacks, published)
                     os.makedirs(args.out, exist_ok=True)
                     write(fig, path)
+                written.append(path)
+                print_now(path)
             except ValueError as error:
                 complain(str(error))
-                continue
             except OSError as error:
-                parser.error(f"--out is {args.out!r}, but it cannot be written to: {error.strerror}")
-            written.append(path)
-            print_now(path)
+                parser.error(f"--out is {args.out!r}, but it cannot be written: {error.strerror}")
     if not written:
         parser.error("there is nothing to draw")
     return written

@@ -20,16 +20,13 @@ TEST_BATCH = 512  # sequences of a test during training, as in train.py
 SOLVED = 0.99     # the accuracy to which steps are counted
 KEPT = 0.95       # a model that stays above it beyond L does not fade
 
-
-# ---- reading ----
-
 def load(path):
-    """Read a result of train.py -> a run; or published numbers. Raises ValueError for other files.
+    """Read a result of train.py -> a run; or published numbers. ValueError for other files.
 
     A run has "path", "config" with defaults for flags that the file lacks, "off" (flags off their
-    defaults, without those of TASK), curves "length" and "training" (x, accuracy), "at" and "lowest"
-    (accuracy at L, the lowest from L to 3L; NaN if not tested), "steps" (the first with a test at
-    0.99, or infinite), "state" ({tokens: bytes} or None), "sequences" (of each test, an array).
+    defaults, without those of TASK), curves "length" and "training" (x, accuracy), "at" and
+    "lowest" (accuracy at L, the lowest from L to 3L; NaN if not tested), "steps" (the first with a
+    test at 0.99, or infinite), "state" ({tokens: bytes} or None), "sequences" (of each test).
     """
     try:
         with open(path, encoding="utf-8") as f:
@@ -104,9 +101,6 @@ def read(paths, complain):
         runs.setdefault(key, found)
     return list(runs.values()), published
 
-
-# ---- which runs belong together ----
-
 def rank(value):
     """A sort key: numbers by size, models in the order of MODELS, everything else by name."""
     if isinstance(value, tuple):
@@ -152,8 +146,8 @@ def middle(runs, what):
 
 
 def median(runs, kind):
-    """The median of some seeds -> x, y. kind: "length", where all were tested, or "training", where a
-    seed that has stopped keeps its last accuracy."""
+    """The median of some seeds -> x, y. kind: "length", where all were tested, or "training", where
+    a seed that has stopped keeps its last accuracy."""
     x = np.unique(np.concatenate([run[kind][0] for run in runs]))
     if kind == "length":
         x = x[[all(n in run[kind][0] for run in runs) for n in x]]
@@ -197,7 +191,7 @@ def verdict(runs, kind):
         return "good" if middle(runs, "steps") < np.inf else "bad"
     if np.isnan(at + lowest):
         return None
-    if kind == "against":
+    if kind in ("against", "state"):
         return "good" if at >= SOLVED else "bad"
     return "stay" if lowest >= KEPT else "fade" if at >= KEPT else "miss"
 
@@ -205,8 +199,7 @@ def verdict(runs, kind):
 def finding(cells, flags, kind):
     """A figure's title: the verdict on each model, and in which settings, if not in all of them.
 
-    flags: what the values in a cell are, those of its panel, its curve and its x. kind: "length",
-    "model", "training" or "against".
+    flags: what the values in a cell are, those of its panel, its curve and its x. kind: of `draw`.
     """
     rows = [(*panel, base, *x) for panel, (base, _), x in cells]
     shown = [i for i, flag in enumerate(flags)
@@ -236,20 +229,8 @@ def finding(cells, flags, kind):
     return title if title.startswith(tuple(everywhere)) else title[:1].upper() + title[1:]
 
 
-def state_finding(cells):
-    """The title of --against state: the smallest state with which a model's median is at 0.99."""
-    smallest = {}
-    for (_, curve, _), runs in cells.items():
-        if middle(runs, "at") >= SOLVED:
-            name, state = name_of("model", curve), tuple(runs[0]["state"].values())
-            smallest[name] = min(smallest.get(name, state), state)
-    sizes = [f"{name} {' → '.join(f'{n / 1024:.3g}' for n in sorted(set(state)))} KiB"
-             for name, state in smallest.items()]
-    return f"State needed for {SOLVED}, after 64 → 4,096 tokens: {listed(sizes)}"
-
-
 def caption(cells, flags, kind):
-    """The settings behind all panels, and what the marks mean. flags: those that the figure shows."""
+    """The settings behind all panels, and what the marks mean. flags: those the figure shows."""
     runs = [run for seeds in cells.values() for run in seeds]
     config = {flag: sorted({run["config"][flag] for run in runs}, key=rank)
               for flag in (*TASK, "batch_size")}
@@ -273,6 +254,19 @@ def caption(cells, flags, kind):
     if kind == "model":
         marks.append("dots: at L, diamonds: the lowest from L to 3L, dotted: chance")
     return f"task {text(', '.join(config['task']))}: {', '.join(words)}\n{'; '.join(marks)}"
+
+def file_name(kind, cells, args):
+    """The name of a figure: what it shows, or --name."""
+    if args.name:
+        return args.name + ("_training" if kind == "training" else "") + ".png"
+    parts = [f"against_{args.against}" if args.against else kind]
+    parts += [f"by_{'-'.join(args.panels)}"] if args.panels != ["M"] else []
+    for flag in TASK:
+        found = sorted({run["config"][flag] for runs in cells.values() for run in runs})
+        found = found if len(found) < 6 else [found[0], "to", found[-1]]
+        parts.append(flag + "-".join(map(str, found)))
+    return text("_".join(parts).replace("taskrecall_", "").replace(os.sep, "-"), 200) + ".png"
+
 
 def table(runs, lengths=None):
     """A Markdown table with a row for each setting, as a string.
