@@ -224,8 +224,8 @@ def draw(found):
 
 
 def main(argv=None):
-    """Draw a figure for each checkpoint in argv -> their paths. What is no checkpoint is left out with
-    a sentence. SystemExit, status 2, if nothing is left or argv is wrong."""
+    """Draw a figure for each checkpoint in argv -> their paths. What is no checkpoint is left out
+    with a sentence. SystemExit, status 2, if nothing is left or argv is wrong."""
     about = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser("inside.py", allow_abbrev=False, description=about)
     parser.error = lambda message: parser.exit(2, f"inside.py: {text(message, 1000)}\n")

@@ -6,7 +6,7 @@
     python plot.py results/*.json --against lr     accuracy at the training length against any flag
     python plot.py results/*.json --against model  a row for each model: at L, and the lowest to 3L
     python plot.py results/*.json --against state  accuracy against bytes of state
-    python plot.py results/*.json --table [16 64]  a Markdown table, printed [accuracy at these lengths]
+    python plot.py results/*.json --table [16 64]  a Markdown table [of the accuracy at 16 and 64]
 
 The seeds of a curve differ in the seed alone: any other flag that differs, such as --lr, is part of
 the curve's name. Numbers of report/published/ are hollow points beside the runs of their task.
@@ -27,7 +27,7 @@ from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
 from summary import (MODELS, TASK, caption, file_name, finding, group, median, middle, name_of,
                      rank, read, table, text)
 
-MOST_PANELS = 40
+MOST_PANELS = 40  # of a figure
 COLOURS = dict(zip(MODELS, [  # first those of Okabe and Ito, which the colour-blind can tell apart
     "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999", "#666666",
     "#8C6D31", "#5C4A1F", "#A50F15", "#1B7837", "#54278F", "#01665E", "#35978F", "#756BB1",
@@ -130,7 +130,7 @@ def draw_curves(ax, curves, look, flag, kind):
 
 
 def draw_points(ax, curves, look, flag, position):
-    """Accuracy at L, each seed small, their median large. position(curve, x, runs): on the x axis."""
+    """Accuracy at L, each seed small, their median large. position(curve, x, runs): its x."""
     lines = {}
     for (curve, x), runs in curves.items():
         at = position(curve, x, runs)
@@ -165,12 +165,9 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=()):
         raise ValueError(f"left out: a figure of {len(places)} panels, {MOST_PANELS} are the most")
     columns = 2 if kind == "state" else 3 if len(places) in (3, 5, 6) else min(4, len(places))
     look, rows = looks(cells, curve, stacks), -(-len(places) // columns)
-    height = 0.42 * len(look) + 0.8 if kind == "model" else 3.8
-    fig = Figure(figsize=(max(8, 3.8 * columns), height * rows + 1.2), layout="constrained")
-    axes = fig.subplots(rows, columns, squeeze=False).ravel()
-    for ax in axes[len(places):]:
-        ax.set_axis_off()
-
+    height = 1.2 + rows * (0.42 * len(look) + 0.8 if kind == "model" else 3.8)
+    fig = Figure(figsize=(max(8, 3.8 * columns), height), layout="constrained")
+    axes = [fig.add_subplot(rows, columns, 1 + i) for i in range(len(places))]
     runs, sources = [run for seeds in cells.values() for run in seeds], {}
     xs = sorted({x for _, _, x in cells}, key=rank)
     if kind in ("length", "training"):
@@ -209,9 +206,9 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=()):
     flags, wide = (*panels, curve, *across), fig.get_figwidth()
     words = textwrap.fill(finding(cells, flags, kind), int(10 * wide))
     fig.suptitle(words, fontsize=13, x=0.02, ha="left")
-    below = caption(cells, flags, kind) + "".join(sources)
-    below = "\n".join(textwrap.fill(line, int(15 * wide)) for line in below.split("\n"))
-    fig.supxlabel(below, fontsize=9, color=GREY, x=0.02, ha="left")
+    lines = (caption(cells, flags, kind) + "".join(sources)).split("\n")
+    words = "\n".join(textwrap.fill(line, int(15 * wide)) for line in lines)
+    fig.supxlabel(words, fontsize=9, color=GREY, x=0.02, ha="left")
     return fig
 
 
@@ -243,15 +240,13 @@ def complain(sentence):
 
 def main(argv=None):
     """Draw what argv asks for -> paths of the figures. SystemExit, status 2, if that is nothing."""
-    parser = argparse.ArgumentParser("plot.py", allow_abbrev=False,
-                                     description="Draw the results of train.py.")
+    parser = argparse.ArgumentParser("plot.py", allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"plot.py: {text(message, 1000)}\n")
     parser.add_argument("results", nargs="+", metavar="RUN.json", help="results of train.py")
-    parser.add_argument("--panels", nargs="+", default=["M"], metavar="FLAG",
-                        help="flags of train.py whose values have a panel each (default: M)")
+    parser.add_argument("--panels", nargs="+", default=["M"], metavar="FLAG", help="(default: M)")
     parser.add_argument("--against", metavar="FLAG", help="a flag of train.py, model, or state")
-    parser.add_argument("--table", nargs="*", type=int, metavar="LENGTH",
-                        help="print a Markdown table, with the accuracy at these lengths if any")
+    parser.add_argument("--table", nargs="*", type=int, metavar="LENGTH", help="print a table")
     parser.add_argument("--name", help="name of a figure's file (default: what it shows)")
     parser.add_argument("--out", default="figures", metavar="DIR", help="(default: figures)")
     args = parser.parse_args(argv)
@@ -261,7 +256,6 @@ def main(argv=None):
     if args.table is not None and runs:
         print_now(table(runs, args.table))
         return []
-
     known = {"state"}.union(*(run["config"] for run in runs))
     for flag in {*args.panels, args.against or "state"} - known if runs else ():
         parser.error(f"{flag!r} is no flag of these runs: {', '.join(sorted(known))}")
@@ -269,9 +263,9 @@ def main(argv=None):
     panels = tuple(flag for flag in args.panels if flag not in (args.against, *across))
     curve = next(flag for flag in ("model", "M", *TASK) if flag not in (*panels, *across))
     fixed = [flag for flag in TASK if flag not in (*panels, curve, *across)]
-    kinds = ["length", "training"]
+    kinds = {None: ["length", "training"], "model": ["model"], "state": ["state"]}
+    kinds = kinds.get(args.against, ["against"])
     if args.against:
-        kinds = [args.against if args.against in ("model", "state") else "against"]
         for run in runs:
             if np.isnan(run["at"]) or kinds == ["state"] and not run["state"]:
                 complain(f"left out: {run['path']} was not tested at L, or has no bytes of state")
@@ -280,7 +274,6 @@ def main(argv=None):
         fixed.remove("d")
         for run in runs:
             run["off"]["d"] = run["config"]["d"]             # part of the names
-
     stacks, written = sorted({run["config"]["model"] for run in runs} - set(MODELS)), []
     for cells in group(runs, fixed, panels, curve, across):
         for kind in kinds:
