@@ -210,12 +210,13 @@ def finding(cells, flags, kind):
         place = [f"{flags[i]} = {text(row[i])}" for i in shown]
         everywhere.setdefault(name, []).append(place)
         found.setdefault(verdict(runs, kind), {}).setdefault(name, []).append(place)
-    L = numbered(runs[0]["config"]["L"] for runs in cells.values())
-    parts = []
+    L, parts = numbered(runs[0]["config"]["L"] for runs in cells.values()), []
+    after = "" if kind == "training" else f" after {L} tokens"
+    always = " in every panel" if kind == "model" else ""
     for key, phrase in {
-            "stay": f"{{}} stay{{}} above {KEPT} beyond {L} tokens", "fade": "{} fade{}",
+            "stay": f"{{}} stay{{}} above {KEPT} beyond {L} tokens{always}", "fade": "{} fade{}",
             "miss": f"below {KEPT} at {L} already: {{}}",
-            "good": f"at {SOLVED} after {L} tokens: {{}}", "bad": f"below {SOLVED}: {{}}"}.items():
+            "good": f"at {SOLVED}{after}: {{}}", "bad": f"below {SOLVED}: {{}}"}.items():
         names = []
         for name, places in found.get(key, {}).items():
             some = "; ".join(", ".join(place) for place in places)
