@@ -36,7 +36,7 @@ UNNAMED = ["black", "#E31A1C", "#6A3D9A", "#33A02C", "#B15928", "#1F78B4", "#FF7
 DASHES = ["-", (0, (7, 2)), (0, (4.5, 4.5)), (0, (1.5, 3))]  # gaps show the curves below
 GREY, RAISED = "0.35", str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 LOOK = {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.edgecolor": GREY,
-        "axes.spines.right": False, "xtick.color": GREY, "ytick.color": GREY,
+        "axes.spines.right": False, "xtick.color": GREY, "ytick.color": GREY, "xtick.labelsize": 9,
         "text.parse_math": False, "text.usetex": False}      # names in files are plain text
 
 
@@ -163,10 +163,10 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=()):
               for tokens in ((64, 4096) if kind == "state" else (None,))]
     if len(places) > MOST_PANELS:
         raise ValueError(f"left out: a figure of {len(places)} panels, {MOST_PANELS} are the most")
-    columns = 2 if kind == "state" else 3 if len(places) in (3, 5, 6) else min(4, len(places))
+    columns = 2 if kind == "state" or len(places) == 4 else min(3 + len(places) // 10, len(places))
     look, rows = looks(cells, curve, stacks), -(-len(places) // columns)
     height = 1.2 + rows * (0.42 * len(look) + 0.8 if kind == "model" else 3.8)
-    fig = Figure(figsize=(max(8, 3.8 * columns), height), layout="constrained")
+    fig = Figure(figsize=(max(8, 4.6 * columns), height), layout="constrained")
     axes = [fig.add_subplot(rows, columns, 1 + i) for i in range(len(places))]
     runs, sources = [run for seeds in cells.values() for run in seeds], {}
     xs = sorted({x for _, _, x in cells}, key=rank)

@@ -227,7 +227,8 @@ def finding(cells, flags, kind):
         if names and (kind != "model" or key == "stay"):
             parts.append(phrase.format(listed(names), "s" if len(names) == 1 else ""))
     title = "; ".join(parts)
-    return title if title.startswith(tuple(everywhere)) else title[:1].upper() + title[1:]
+    name_first = title.replace("\u00a0", " ").startswith(tuple(everywhere))
+    return title if name_first else title[:1].upper() + title[1:]
 
 
 def caption(cells, flags, kind):

@@ -147,8 +147,9 @@ def test_runs_that_differ_in_any_flag_are_not_pooled(tmp_path, figures):
 
 
 def test_against_a_flag(tmp_path, figures):
-    paths = [write(tmp_path, "mamba", d=8, seed=s, at=a) for s, a in enumerate((0.2, 0.3, 0.9))]
-    paths += [write(tmp_path, "mamba", d=64, seed=s, at=a) for s, a in enumerate((1.0, 0.8, 1.0))]
+    paths = [write(tmp_path, "mamba", d=d, seed=seed, at=at, beyond=0.1)
+             for d, seeds in ((8, (0.2, 0.3, 0.9)), (64, (1.0, 0.8, 1.0)))
+             for seed, at in enumerate(seeds)]
     paths += [write(tmp_path, "rope", d=8), write(tmp_path, "rope", lengths=[9], d=64)]
     fig, = figures(*paths, "--against", "d").values()
     ax, = fig.axes
@@ -253,11 +254,10 @@ def test_many_panels(tmp_path, capsys):
 
 def test_main_leaves_nothing_behind(tmp_path, capsys, refuses, monkeypatch):
     path, out = write(tmp_path / "in"), tmp_path / "out"
-    before = dict(matplotlib.rcParams)
     written = plot.main([path, "--out", str(out), "--name", "mine"])
     assert written == [str(out / "mine.png"), str(out / "mine_training.png")]
     assert capsys.readouterr().out.split() == written
-    assert dict(matplotlib.rcParams) == before
+    assert all(matplotlib.rcParams[key] == matplotlib.rcParamsDefault[key] for key in plot.LOOK)
     assert sorted(os.listdir(out)) == ["mine.png", "mine_training.png"]
     old = (out / "mine.png").read_bytes()
     assert old.startswith(b"\x89PNG") and (out / "mine.png").stat().st_mode & 0o044
