@@ -114,8 +114,8 @@ def look(path):
     Returns {"config", "tokens" (L + 1,), "q" and "v" (their indices in the context, in its middle),
     "label", "answer", "layers" as in look_into}.
     """
-    model, result = load_run(path)
-    config = result["config"]
+    model, config = load_run(path)
+    config = config.get("config", config)
     K, M, tau = config["K"], config["M"], config["tau"]
     if config.get("task", "recall") != "recall":
         raise ValueError(f"{path} is of the task {config['task']}, and only recall is drawn")

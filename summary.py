@@ -214,7 +214,7 @@ def finding(cells, flags, kind):
     after = "" if kind == "training" else f" after {L} tokens"
     always = " in every panel" if kind == "model" else ""
     for key, phrase in {
-            "stay": f"{{}} stay{{}} above {KEPT} beyond {L} tokens{always}", "fade": "{} fade{}",
+            "stay": f"{{}} stay{{}} above {KEPT} beyond {L} tokens{always}", "fade": f"{{}} fade{{}} beyond {L}",
             "miss": f"below {KEPT} at {L} already: {{}}",
             "good": f"at {SOLVED}{after}: {{}}", "bad": f"below {SOLVED}: {{}}"}.items():
         names = []

@@ -85,7 +85,7 @@ def test_accuracy_against_length(tmp_path, figures):
     assert list(x) == list(range(2, 193)) and y[0] == 0.98 and y[-1] == 0.5
     assert sorted(seed[0] for seed in thin(ax)) == [0.5, 0.97, 0.98, 1.0, 1.0]  # every seed
     assert fig.get_suptitle().replace("\n", " ") == (
-        "mamba stays above 0.95 beyond 64 tokens; rope fades; below 0.95 at 64 already: hybrid-a")
+        "mamba stays above 0.95 beyond 64 tokens; rope fades beyond 64; below 0.95 at 64 already: hybrid-a")
     words = fig.get_supxlabel().replace("\n", " ")
     assert "task recall: tau = 1, K = 16, d = 8, L = 64, M = 1" in words
     assert "seeds 0, 1, 2" in words and "mamba has seeds 0 only" in words and "1,024" in words
@@ -109,6 +109,15 @@ def test_accuracy_against_step(tmp_path, figures):
     words = fig.get_supxlabel().replace("\n", " ")
     assert "batch size 64, tests of 512" in words
     assert fig.get_suptitle().replace("\n", " ") == "At 0.99: rope and mamba; below 0.99: nope"
+
+
+def test_long_contexts(tmp_path, figures):
+    path = write(tmp_path, "mamba", L=256, lengths=[2**n for n in range(6, 21)], beyond=0.1)
+    fig = figures(path)["length_tau1_K16_d8_L256_M1.png"]
+    ax, = fig.axes
+    assert ax.get_xscale() == "log" and ax.get_xlim() == (64, 2**20)
+    assert "2²⁰" in [t.get_text() for t in ax.get_xticklabels()]
+    assert fig.get_suptitle() == "mamba fades beyond 256"                          # beyond 3L, but it does
 
 
 def test_panels(tmp_path, figures, refuses):

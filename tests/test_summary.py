@@ -51,7 +51,7 @@ CHANGES = [("config", "K", "16"), ("config", "L", 0), ("config", "M", 10**400),
 
 def test_what_is_no_result_is_left_out(tmp_path, figures, capsys, refuses):
     good = write(tmp_path, "mamba")
-    bad = [str(tmp_path / "missing.json"), str(tmp_path)]
+    bad = [str(tmp_path / "missing.json"), str(tmp_path), write(tmp_path, lengths=[64, 32])]
     for n, content in enumerate(BAD):
         (tmp_path / f"bad{n}.json").write_text(content)
         bad.append(str(tmp_path / f"bad{n}.json"))
