@@ -212,9 +212,9 @@ def finding(cells, flags, kind):
         found.setdefault(verdict(runs, kind), {}).setdefault(name, []).append(place)
     L, parts = numbered(runs[0]["config"]["L"] for runs in cells.values()), []
     after = "" if kind == "training" else f" after {L} tokens"
-    always = " in every panel" if kind == "model" else ""
+    stay = f"above {KEPT} beyond {L} tokens" + (" in every panel" if kind == "model" else "")
     for key, phrase in {
-            "stay": f"{{}} stay{{}} above {KEPT} beyond {L} tokens{always}", "fade": f"{{}} fade{{}} beyond {L}",
+            "stay": f"{{}} stay{{}} {stay}", "fade": f"{{}} fade{{}} beyond {L}",
             "miss": f"below {KEPT} at {L} already: {{}}",
             "good": f"at {SOLVED}{after}: {{}}", "bad": f"below {SOLVED}: {{}}"}.items():
         names = []

@@ -85,7 +85,8 @@ def test_accuracy_against_length(tmp_path, figures):
     assert list(x) == list(range(2, 193)) and y[0] == 0.98 and y[-1] == 0.5
     assert sorted(seed[0] for seed in thin(ax)) == [0.5, 0.97, 0.98, 1.0, 1.0]  # every seed
     assert fig.get_suptitle().replace("\n", " ") == (
-        "mamba stays above 0.95 beyond 64 tokens; rope fades beyond 64; below 0.95 at 64 already: hybrid-a")
+        "mamba stays above 0.95 beyond 64 tokens; rope fades beyond 64; "
+        "below 0.95 at 64 already: hybrid-a")
     words = fig.get_supxlabel().replace("\n", " ")
     assert "task recall: tau = 1, K = 16, d = 8, L = 64, M = 1" in words
     assert "seeds 0, 1, 2" in words and "mamba has seeds 0 only" in words and "1,024" in words
@@ -117,7 +118,7 @@ def test_long_contexts(tmp_path, figures):
     ax, = fig.axes
     assert ax.get_xscale() == "log" and ax.get_xlim() == (64, 2**20)
     assert "2²⁰" in [t.get_text() for t in ax.get_xticklabels()]
-    assert fig.get_suptitle() == "mamba fades beyond 256"                          # beyond 3L, but it does
+    assert fig.get_suptitle() == "mamba fades beyond 256"              # beyond 3L, but it does
 
 
 def test_panels(tmp_path, figures, refuses):
