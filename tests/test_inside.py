@@ -130,6 +130,7 @@ def test_the_figure_of_mamba_keeps_channels_together():
     said = "1 of 2 channels write at v (Δ > 0.1)\nand idle elsewhere (Δ < 1e-6)"
     assert said in axes[0].get_title()
     assert [ax.get_ylabel() for ax in axes] == ["2 channels"] * 3
+    assert axes[-1].get_xlabel() == "token, mixed by the convolution with the 3 before it"
 
 
 @pytest.mark.parametrize("flags", [

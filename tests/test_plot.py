@@ -269,6 +269,9 @@ def test_main_leaves_nothing_behind(tmp_path, capsys, refuses, monkeypatch):
     assert capsys.readouterr().out.split() == written
     assert all(matplotlib.rcParams[key] == matplotlib.rcParamsDefault[key] for key in plot.LOOK)
     assert sorted(os.listdir(out)) == ["mine.png", "mine_training.png"]
+    other = write(tmp_path / "in", tau=5)                               # a second task, same name
+    assert plot.main([path, other, "--out", str(out), "--name", "mine"]) == written
+    assert "a second figure of the name" in capsys.readouterr().err
     old = (out / "mine.png").read_bytes()
     assert old.startswith(b"\x89PNG") and (out / "mine.png").stat().st_mode & 0o044
     assert "--out" in refuses(plot.main, [path, "--out", path])
