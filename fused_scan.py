@@ -1,6 +1,6 @@
 """The selective scan for a GPU: all chunks at once, in kernels that torch.compile fuses.
 
-mamba.py has the recurrence, and chunked_scan.py takes one chunk of steps after another. A GPU has
+mamba.py has the recurrence, and a scan that takes one chunk after another. A GPU has
 room for all chunks, but each needs the state with which the one before it ends. The recurrence is
 linear, and that helps: `two_chunks` below is the whole idea. For many chunks:
 
@@ -9,7 +9,7 @@ linear, and that helps: `two_chunks` below is the whole idea. For many chunks:
     3. run every chunk again, from its true start                           all at once
 
 Step 2 is the recurrence again, with one step per chunk. Many chunks form groups, to which 1 to 3
-apply in turn. The backward pass is the same with g instead of h (chunked_scan.py derives it), and a
+apply in turn. The backward pass is the same with g instead of h (mamba.py derives it), and a
 chunk hands a_1 g_1 to the chunk before it.
 
 Blelloch's scan is the same tree with two branches per node: 2 log2(L) passes that each read and
@@ -33,11 +33,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chunked_scan import check_shapes
-
 CHUNK_STEPS = 8     # most steps in a chunk; 16 compiles twice as long and is not faster
 GROUP_CHUNKS = 16   # most chunks in a group
 _compile_kernels = True                 # see compiled_scan
+
+
+def check_shapes(x, dt, A, B, C, h):
+    """Raise ValueError unless all shapes fit. Broadcast arguments would get wrong gradients."""
+    (b, L, D), N = x.shape, A.shape[-1]
+    right = {"dt": (b, L, D), "A": (D, N), "B": (b, L, N), "C": (b, L, N), "h": (b, D, N)}
+    for (name, shape), v in zip(right.items(), (dt, A, B, C, h)):
+        if v is not None and v.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(v.shape)}, but beside x {tuple(x.shape)} "
+                             f"and A {tuple(A.shape)} it must be {shape}")
 
 
 def two_chunks(scan, x, dt, A, B, C, h):

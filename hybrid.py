@@ -105,16 +105,21 @@ WORDS = ["attention", "rope", "position", "window", "grouped", "mamba", "normed-
          "conv", "conv2", "conv8", "lti", "zamba", "zamba2", "zamba2-mini"]       # in build_layer; LAYERS has the others
 
 
+MOST_LAYERS = 256
+
+
 def layer_words(name):
     """A model's name or stack -> the words of its layers, "2xmamba" as two. Raises ValueError."""
     words = []
     for part in {**MODELS, **FAMILY}.get(name, name).split("+"):
-        count, word = re.fullmatch(r"(?:(\d+)x)?(.*)", part).groups()
+        count, word = re.fullmatch(r"(?:(\d+)x)?(.*)", part, re.DOTALL).groups()
         if word not in (*WORDS, *LAYERS) or count == "0":
             raise ValueError(
                 f"--model is {name!r}, but it must be one of {', '.join([*MODELS, *FAMILY])}, or "
                 f"layers joined by +, as in 2xmamba+mlp, of {', '.join([*WORDS, *LAYERS])}")
-        words += [word] * int(count or 1)
+        words += [word] * min(int(count or 1), MOST_LAYERS + 1)
+        if len(words) > MOST_LAYERS:
+            raise ValueError(f"--model is {name!r}, but a stack has at most {MOST_LAYERS} layers")
     return words
 
 
@@ -123,6 +128,8 @@ def build_model(name, K=16, d=8, L=64, n_heads=1, d_state=16, learn_embedding=Fa
 
     Raises ValueError for an unknown name, or an option that a layer cannot have.
     """
+    if min(K, d, L, n_heads, d_state) < 1:
+        raise ValueError("K, d, L, n_heads and d_state must be at least 1")
     layers = []
     for word in layer_words(name):
         layers.append(build_layer(word, d, L, n_heads, d_state, layers))
@@ -143,8 +150,9 @@ class RMSNorm(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias * torch.randn(d))
 
     def forward(self, x):
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps)
-        x = x * scale * self.weight
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))     # squares overflow in float16
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(wide.dtype).eps)
+        x = (wide * scale).to(x.dtype) * self.weight
         return x if self.bias is None else x + self.bias
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fused_scan
-from chunked_scan import chunked_scan
+from mamba import chunked_scan
 from conftest import relative
 from fused_scan import parallel_scan, two_chunks
 from mamba import decode, selective_scan, selective_scan_ref
@@ -25,7 +25,7 @@ all_forms = pytest.mark.parametrize(
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr("chunked_scan.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("mamba.CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(fused_scan, "CHUNK_STEPS", CHUNK)
     monkeypatch.setattr(fused_scan, "GROUP_CHUNKS", 4)
 

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
 
-import chunked_scan as chunked_module
+import mamba as chunked_module
 import fused_scan
 from conftest import in_pieces
 from mamba import DepthwiseConv1d, Mamba, causal_conv, compare_forms, selective_scan_ref
