@@ -23,11 +23,12 @@ import re
 import torch
 import torch.nn as nn
 
-from attention import Attention, LearnedPosition
+from attention import Attention, LearnedPosition, SlidingWindow
 from data import embedding_table
-from family.conv import ShortConv
+from family.decay_attention import DecayAttention
+from family.deltanet import GatedDeltaNet
 from family.experts import MLP, MixtureOfExperts, NormedMamba
-from family.ladder import LTI, RGLRU, RNN, Retention
+from family.ladder import LTI, RGLRU, RNN, Retention, ShortConv
 from family.mamba2 import Mamba2
 from family.zamba import SharedBlock, SharedUse
 from mamba import Mamba
@@ -47,6 +48,10 @@ FAMILY = {  # each with the order of layers that it is known for, not its size
     # De et al. 2024, arXiv 2402.19427
     "griffin": "rglru+mlp+rglru+mlp+window+mlp",
     "mamba2": "2xmamba2",
+    "deltanet": "2xdeltanet",
+    "gated-deltanet": "2xgated-deltanet",
+    "alibi": "2xalibi",
+    "forgetting": "2xforgetting",
     # Ren et al. 2024, arXiv 2406.07522
     "samba": "mamba+mlp+window+mlp",
     # Waleffe et al. 2024, arXiv 2406.07887
@@ -79,7 +84,7 @@ def build_layer(word, d, L, n_heads, d_state, before):
     if word == "position":
         return LearnedPosition(d, positions=3 * L + 1)
     if word == "window":
-        return Attention(d, n_heads, "rope", recency, window=max(2, L // 4))
+        return SlidingWindow(d, n_heads, window=max(2, L // 4), recency=recency)
     if word == "grouped":
         return Attention(d, n_heads=4, kv_heads=2)
     if word == "mamba":
@@ -89,7 +94,11 @@ def build_layer(word, d, L, n_heads, d_state, before):
     if word == "mamba2":
         return Mamba2(d, d_state, headdim=math.gcd(2 * d, 8))
     if word in ("conv", "conv2", "conv8"):
-        return ShortConv(d, taps=int(word[4:] or 4))
+        return ShortConv(d, d_conv=int(word[4:] or 4))
+    if word in ("deltanet", "gated-deltanet"):
+        return GatedDeltaNet(d, n_heads, d_state, gated=word == "gated-deltanet")
+    if word in ("alibi", "forgetting"):
+        return DecayAttention(d, n_heads, word)
     if word == "lti":
         return LTI(d, d_state)
     if word == "zamba":
@@ -102,7 +111,8 @@ def build_layer(word, d, L, n_heads, d_state, before):
 
 
 WORDS = ["attention", "rope", "position", "window", "grouped", "mamba", "normed-mamba", "mamba2",
-         "conv", "conv2", "conv8", "lti", "zamba", "zamba2", "zamba2-mini"]       # in build_layer; LAYERS has the others
+         "deltanet", "gated-deltanet", "alibi", "forgetting", "conv", "conv2", "conv8", "lti",
+         "zamba", "zamba2", "zamba2-mini"]       # in build_layer; LAYERS has the others
 
 
 MOST_LAYERS = 256

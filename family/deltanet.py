@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fused_scan import split
-from mamba import causal_conv
+from mamba import DepthwiseConv1d, causal_conv
 
 
 def delta_rule_ref(q, k, v, beta, log_a, S=None):
@@ -89,7 +89,7 @@ class GatedDeltaNet(nn.Module):
         self.qkv = nn.Linear(d_model, sum(self.sizes), bias=False)
         self.b_proj = nn.Linear(d_model, n_heads, bias=False)
         if conv is not None:
-            self.conv1d = nn.Conv1d(sum(self.sizes), sum(self.sizes), conv, groups=sum(self.sizes))
+            self.conv1d = DepthwiseConv1d(sum(self.sizes), conv)
         if gated:
             self.a_proj = nn.Linear(d_model, n_heads, bias=False)
             self.g_proj = nn.Linear(d_model, channels, bias=False)

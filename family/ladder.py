@@ -27,20 +27,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from family.mamba2 import ssd
-from mamba import causal_conv, selective_scan
+from mamba import DepthwiseConv1d, causal_conv, selective_scan
 
 
 class ShortConv(nn.Module):
-    """A causal convolution of d_conv taps in each channel, nothing else: y_t = b + sum_k w_k
-    x_{t-k}.
+    """A causal convolution in each channel and nothing else: y_t = bias + sum over k of w_k x_{t-k}.
 
-    Mamba, Mamba-2 and most of their successors have one inside; alone it shows what the state adds.
-    As a layer of its own: "Canon" layers (Allen-Zhu 2025, "Physics of Language Models: Part 4.1").
+    Mamba and most of its successors have one inside. Alone, in front of attention, it shows what
+    the state adds: it reaches d_conv - 1 tokens back, so a value that comes later than that after
+    its query is out of reach. As a layer of its own: "Canon" (Allen-Zhu 2025, arXiv 2512.17351).
     """
 
     def __init__(self, d_model, d_conv=4):
         super().__init__()
-        self.conv1d = nn.Conv1d(d_model, d_model, d_conv, groups=d_model)
+        self.conv1d = DepthwiseConv1d(d_model, d_conv)
 
     def forward(self, x, state=None):
         """x (b, L, d), state (b, d, d_conv - 1), the last inputs -> y (b, L, d), the next state."""
@@ -203,7 +203,7 @@ class RGLRU(nn.Module):
     def __init__(self, d_model, d_conv=4):
         super().__init__()
         self.in_proj = nn.Linear(d_model, 2 * d_model)
-        self.conv1d = nn.Conv1d(d_model, d_model, d_conv, groups=d_model)
+        self.conv1d = DepthwiseConv1d(d_model, d_conv)
         self.gates = nn.Linear(d_model, 2 * d_model)
         a = torch.empty(d_model).uniform_(0.9, 0.999)    # where a^8 starts (section 2.4)
         self.a_logit = nn.Parameter(torch.logit(a ** (1 / self.POWER)))

@@ -40,7 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fused_scan import split
-from mamba import causal_conv
+from mamba import DepthwiseConv1d, causal_conv
 
 
 def ssd_ref(x, dt, A, B, C, h=None):
@@ -99,7 +99,7 @@ class Mamba2(nn.Module):
                              f"into a multiple of {ngroups} heads")
         channels = d_inner + 2 * ngroups * d_state                       # x, B and C
         self.in_proj = nn.Linear(d_model, d_inner + channels + self.nheads, bias=False)
-        self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels, padding=d_conv - 1)
+        self.conv1d = DepthwiseConv1d(channels, d_conv)
         # dt starts between 0.001 and 0.1, uniform on a log scale; the bias is the inverse of
         # softplus.
         dt = torch.exp(torch.empty(self.nheads).uniform_(math.log(1e-3), math.log(1e-1)))
