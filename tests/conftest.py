@@ -15,7 +15,7 @@ import runs
 import train
 
 torch.set_num_threads(1)
-TINY = "--d 8 --L 8 --steps 20 --batch-size 4 --device cpu".split()
+TINY = {"--d": 8, "--L": 8, "--steps": 20, "--batch-size": 4, "--device": "cpu"}
 collect_ignore = [] if torch.cuda.is_available() else ["test_cuda.py"]
 
 
@@ -46,10 +46,13 @@ def in_segments(layer, x, sizes, state=None):
 in_pieces = in_segments
 
 
-def shrink_tests():
-    """Fewer test sequences, during training and after it: a tiny run then takes a moment."""
-    evaluation.TEST_SEQUENCES = 32
-    train.EVAL_SEQUENCES = 16
+def tiny(*flags):
+    """The flags of a run that takes a moment, and these, which come before TINY's."""
+    flags = [str(word) for word in flags]
+    for flag, value in TINY.items():
+        if flag not in flags:
+            flags += [flag, str(value)]
+    return flags
 
 
 @pytest.fixture
@@ -60,7 +63,7 @@ def train_tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "commit", lambda: "unknown")
 
     def call(*flags, out=tmp_path / "out"):
-        return train.main([*TINY, *map(str, flags), "--out", str(out)])
+        return train.main(tiny(*flags, "--out", out))
     return call
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import eval as evaluation
 import train
-from conftest import TINY, assert_uniform
+from conftest import assert_uniform, tiny
 from data import stream
 from eval import accuracy_by_length, accuracy_one_by_one, groups, merged
 from hybrid import build_model
@@ -263,8 +263,8 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "TEST_SEQUENCES", 32)
         patch.setattr(train, "EVAL_SEQUENCES", 16)
-        train.main([*TINY, "--model", "learned", "hybrid-b", "--M", "2", "--tau", "2", "--steps",
-                    "2", "--out", str(folder)])
+        train.main(tiny("--model", "learned", "hybrid-b", "--M", 2, "--tau", 2, "--steps", 2,
+                        "--out", folder))
     return folder
 
 
