@@ -1,16 +1,16 @@
-"""The models: shapes, causality, reading in pieces, and how another layer is added."""
+"""The models: words, shapes, causality, segments, and how a layer is added."""
 
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import hybrid
-from conftest import in_pieces, relative
+from conftest import in_segments, relative
 from data import embedding_table
-from hybrid import FAMILY, MODELS, Model, build_model
+from hybrid import FAMILY, LAYERS, MODELS, WORDS, RMSNorm, build_model, layer_words, state_bytes
 
-SIX = ["nope", "learned", "rope", "mamba", "hybrid-a", "hybrid-b"]
-NAMES = SIX + list(FAMILY)
+NAMES = [*MODELS, *FAMILY]
 
 
 def model_and_tokens(name, B=3, length=13, **options):
@@ -18,52 +18,124 @@ def model_and_tokens(name, B=3, length=13, **options):
     return build_model(name, L=8, **options).double(), torch.randint(16, (B, length))
 
 
-def test_the_six_models():
-    assert list(MODELS) == SIX
+# ---- names and words -----------------------------------------------------------------------------
 
+@pytest.mark.parametrize("name, words", [
+    ("nope", "attention attention"), ("learned", "position attention attention"),
+    ("rope", "rope rope"), ("mamba", "mamba mamba"), ("hybrid-a", "mamba attention"),
+    ("hybrid-b", "mamba attention mamba"), ("1xmamba", "mamba"), ("mamba+mlp", "mamba mlp"),
+    ("3xmamba+attention+2xmlp", "mamba mamba mamba attention mlp mlp"),
+    ("12xrnn", " ".join(["rnn"] * 12))])
+def test_words(name, words):
+    assert layer_words(name) == words.split()
+
+
+def test_words_make_layers():
+    layers = build_model("position+attention+rope+window+grouped+mamba+normed-mamba", d=16).layers
+    names = [type(layer).__name__ for layer in layers]
+    assert names == ["LearnedPosition", *["Attention"] * 4, "Mamba", "NormedMamba"]
+    _, none, rope, window, grouped, *_ = layers
+    assert [layer.position for layer in (none, rope, window, grouped)] == [
+        "none", "rope", "rope", "none"]
+    assert [layer.window for layer in (none, rope, window, grouped)] == [None, None, 16, None]
+    assert (grouped.n_heads, grouped.kv_heads) == (4, 2)
+
+
+def test_the_family():
+    """Each has the order of layers that it is known for."""
+    kinds = {name: [type(layer).__name__ for layer in build_model(name, d=16).layers]
+             for name in FAMILY}
+    for name, kind in dict(rnn="RNN", lti="LTI", retention="Retention", mamba2="Mamba2").items():
+        assert kinds[name] == [kind] * 2
+    assert kinds["griffin"] == ["RGLRU", "MLP"] * 2 + ["Attention", "MLP"]
+    assert kinds["samba"] == ["Mamba", "MLP", "Attention", "MLP"]
+    assert kinds["mamba2-hybrid"] == ["Mamba2", "MLP"] * 2 + ["Attention", "MLP", "Mamba2", "MLP"]
+    mixers, others = kinds["jamba"][::2], kinds["jamba"][1::2]
+    assert mixers == ["NormedMamba"] * 4 + ["Attention"] + ["NormedMamba"] * 3
+    assert others == ["MLP", "MixtureOfExperts"] * 4
+    assert kinds["zamba"] == ["Mamba", "Mamba", "SharedUse"] * 2
+    assert kinds["zamba2-mini"] == ["Mamba2", "Mamba2", "SharedUse"] * 2
+    assert kinds["zamba2"] == ["Mamba2", "Mamba2", "SharedUse"] * 3
+
+
+@pytest.mark.parametrize("name", [
+    "gpt", "hybrid-c", "", "0xmamba", "xmamba", "mamba+", "+mamba", "mamba*2", "Mamba",
+    "mamba + mlp", "-1xmamba", "rope\n"])
+def test_unknown_words(name):
+    with pytest.raises(ValueError) as error:
+        build_model(name)
+    sentence = str(error.value)
+    assert sentence.startswith(f"--model is {name!r}, ") and "\n" not in sentence
+    for known in [*MODELS, *FAMILY, *LAYERS, *WORDS]:
+        assert known in sentence
+
+
+def test_every_word_builds_a_layer_that_gets_gradients():
+    for word in [*WORDS, *LAYERS]:
+        stack = f"2xmamba2+{word}+rnn" if word.startswith("zamba") else f"{word}+rnn"
+        model = build_model(stack, d=8)
+        model(torch.randint(16, (2, 9))).square().sum().backward()
+        for name, p in model.named_parameters():
+            assert not p.requires_grad or p.grad is not None, (word, name)
+
+
+# ---- what every model must do --------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", NAMES)
-def test_forward_gives_logits(name):
+def test_forward_answers_the_last_token(name):
     model, tokens = model_and_tokens(name)
     logits = model(tokens)
     assert logits.shape == (3, 16) and logits.isfinite().all()
-    x, states = model.stream(tokens)
-    assert relative(model.head(x[:, -1]), logits) < 1e-5 and len(states) == len(model.layers)
-    last, same_states = model.stream(tokens, only_last=True)
-    assert relative(last, x[:, -1:]) < 1e-5 and last.shape == (3, 1, x.shape[2])
-    for a, b in zip(states, same_states):
-        assert all(map(torch.equal, a, b)) if isinstance(a, tuple) else torch.equal(a, b) if torch.is_tensor(a) else a == b
+    x, states = model.run_layers(tokens)
+    assert x.shape == (3, 13, 8) and len(states) == len(model.layers)
+    assert torch.allclose(model.head(x[:, -1]), logits, atol=1e-12)
+    last, _ = model.run_layers(tokens, last_only=True)
+    assert last.shape == (3, 1, 8) and torch.allclose(last, x[:, -1:], atol=1e-12)
 
 
-@pytest.mark.parametrize("name, layers", [
-    ("nope", ["none", "none"]), ("learned", ["table", "none", "none"]), ("rope", ["rope", "rope"]), ("mamba", ["Mamba", "Mamba"]),
-    ("hybrid-a", ["Mamba", "none"]), ("hybrid-b", ["Mamba", "none", "Mamba"])])
-def test_layers(name, layers):
-    model, _ = model_and_tokens(name)
-    kinds = ["table" if hasattr(layer, "table") else getattr(layer, "position", type(layer).__name__) for layer in model.layers]
-    assert kinds == layers
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_answers_the_tokens_that_are_asked_for(name):
+    model, tokens = model_and_tokens(name)
+    at = torch.tensor([12, 0, 5])
+    logits = model(tokens, at)
+    for b, end in enumerate(at):
+        alone = model(tokens[b:b + 1, :end + 1])[0]
+        assert torch.allclose(logits[b], alone, atol=1e-12)
+    several = torch.tensor([[12, 3], [0, 12], [5, 5]])
+    answers = model(tokens, several)
+    assert answers.shape == (3, 2, 16)
+    for q in range(2):
+        assert torch.allclose(answers[:, q], model(tokens, several[:, q]), atol=1e-12)
 
 
-def test_relatives():
-    """What makes each of them itself, beside the order of its letters."""
-    kinds = {name: [type(layer).__name__ for layer in build_model(name, d=16).layers] for name in FAMILY}
-    assert kinds["rnn"] == ["RNN"] * 2 and kinds["lti"] == ["LTI"] * 2 and kinds["retention"] == ["Retention"] * 2
-    assert kinds["griffin"] == ["RGLRU", "MLP"] * 2 + ["Attention", "MLP"] and kinds["mamba2"] == ["Mamba2"] * 2
-    assert kinds["samba"] == ["Mamba", "MLP", "Attention", "MLP"]
-    assert kinds["zamba"] == ["Mamba", "Mamba", "SharedUse"] * 2 and kinds["zamba2-mini"] == ["Mamba2", "Mamba2", "SharedUse"] * 2
-    mixers, others = kinds["jamba"][::2], kinds["jamba"][1::2]
-    assert mixers == ["Mamba"] * 4 + ["Attention"] + ["Mamba"] * 3 and others == ["MLP", "MixtureOfExperts"] * 4
+@pytest.mark.parametrize("name", NAMES)
+def test_causal(name):
+    model, tokens = model_and_tokens(name)
+    changed = tokens.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % 16
+    difference = (model.run_layers(tokens)[0] - model.run_layers(changed)[0]).abs().amax((0, 2))
+    assert (difference[:7] < 1e-12).all() and (difference[7:] > 1e-6).all()
 
-    samba, jamba, hybrid8b = (build_model(name, d=16, L=64) for name in ("samba", "jamba", "mamba2-hybrid"))
-    assert samba.layers[2].window == 16 and samba.layers[2].position == "rope"
-    for model in jamba, hybrid8b:
-        attention, = (layer for layer in model.layers if isinstance(layer, hybrid.Attention))
-        assert (attention.n_heads, attention.kv_heads, attention.position, attention.window) == (4, 2, "none", None)
-    assert all(len(layer.inner_norms) == 3 for layer in jamba.layers if isinstance(layer, hybrid.Mamba))
-    for name in FAMILY:
-        model = build_model(name)
-        model(torch.randint(16, (2, 9))).square().sum().backward()
-        assert all(p.grad is not None for p in model.parameters() if p.requires_grad), name
+
+@pytest.mark.parametrize("sizes", [[], [1, 5], [4, 2, 3], [12]])
+@pytest.mark.parametrize("name", NAMES)
+def test_segments_equal_one_call(name, sizes):
+    model, tokens = model_and_tokens(name)
+    x, states = in_segments(model.run_layers, tokens, sizes)
+    whole, last = model.run_layers(tokens)
+    assert torch.allclose(x, whole, atol=1e-12)
+    more = tokens[:, :4]
+    assert torch.allclose(model.run_layers(more, states)[0], model.run_layers(more, last)[0],
+                          atol=1e-12)
+
+
+def test_states_are_not_written_over():
+    """eval.py asks several queries from one state."""
+    for name in NAMES:
+        model, tokens = model_and_tokens(name)
+        _, states = model.run_layers(tokens[:, :9])
+        first = model.run_layers(tokens[:, 9:], states)[0]
+        assert torch.equal(model.run_layers(tokens[:, 9:], states)[0], first), name
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -73,86 +145,45 @@ def test_float32_is_near_float64(name):
     assert relative(model.float()(tokens), exact) < 1e-4
 
 
-def test_inner_norms_see_dt_B_and_C():
-    layer, x = hybrid.Mamba(8, dt_rank=8, inner_norms=True).double(), torch.randn(2, 7, 8).double()
-    before = layer(x)[0]
-    layer.x_proj.weight.data *= 3.0                            # which a norm takes away again
-    assert relative(layer(x)[0], before) < 1e-4
+# ---- norms, embedding, options -------------------------------------------------------------------
+
+def test_norm():
+    x = torch.randn(5, 7, 16)
+    assert torch.allclose(RMSNorm(16)(x), F.rms_norm(x, (16,)), atol=1e-6)
+    norm = RMSNorm(16, bias=0.5)
+    norm.weight.data.fill_(3.0)
+    assert torch.allclose(norm(x), 3 * F.rms_norm(x, (16,)) + norm.bias, atol=1e-5)
+    assert 0.3 < RMSNorm(4096, bias=0.5).bias.std() < 0.6
+    assert RMSNorm(16).bias is None
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_causal(name):
-    model, tokens = model_and_tokens(name)
-    changed = tokens.clone()
-    changed[:, 7:] = (changed[:, 7:] + 1) % 16
-    difference = (model.stream(tokens)[0] - model.stream(changed)[0]).abs().amax((0, 2))
-    assert (difference[:7] < 1e-12).all() and (difference[7:] > 1e-6).all()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norm_in_half_precision(dtype):
+    """The mean square is added up in float32, whatever comes in."""
+    norm = RMSNorm(4).to(dtype)
+    x = torch.tensor([300.0, -300.0, 300.0, 300.0], dtype=dtype)
+    assert torch.equal(norm(x), torch.tensor([1.0, -1.0, 1.0, 1.0], dtype=dtype))
+    small = embedding_table(16, 256).to(dtype)                      # rows of length 1
+    length = RMSNorm(256).to(dtype)(small).float().square().mean(-1).sqrt()
+    assert ((length - 1).abs() < 0.02).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_last_reads_the_shorter_sequence(name):
-    model, tokens = model_and_tokens(name)
-    last = torch.tensor([12, 0, 5])
-    logits = model(tokens, last)
-    for b, end in enumerate(last):
-        assert torch.allclose(logits[b], model(tokens[b:b + 1, :end + 1])[0], atol=1e-12)
+def test_biases_start_at_random_only_beside_attention():
+    def biases(name):
+        return [norm.bias for norm in build_model(name).norms if hasattr(norm, "bias")]
+    for name in ("mamba", "mamba2", "mamba+mlp"):
+        assert any(bias is not None for bias in biases(name))
+        assert all((bias == 0).all() for bias in biases(name) if bias is not None)
+    for name in ("hybrid-a", "hybrid-b", "mamba+rope", "zamba"):
+        started = [bias for bias in biases(name) if bias is not None]
+        assert started and all((bias != 0).all() for bias in started)
+        assert 0.2 < torch.cat(started).std() < 0.9
+    assert biases("nope") == biases("rope") == [None, None]
 
 
-@pytest.mark.parametrize("sizes", [[], [1, 5], [4, 2, 3], [12]])
-@pytest.mark.parametrize("name", NAMES)
-def test_pieces_equal_one_call(name, sizes):
-    model, tokens = model_and_tokens(name)
-    assert torch.allclose(in_pieces(model.stream, tokens, sizes)[0], model.stream(tokens)[0], atol=1e-12)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_select_rows(name):
-    model, tokens = model_and_tokens(name, B=5)
-    rows = torch.tensor([3, 0, 3])
-    _, states = model.stream(tokens[:, :9])
-    x, _ = model.stream(tokens[rows, 9:], model.select(states, rows))
-    assert torch.allclose(x, model.stream(tokens[rows])[0][:, 9:], atol=1e-12)
-
-
-def shapes(model):
-    return {name: p.shape for name, p in model.named_parameters()}
-
-
-def test_pattern_is_a_model():
-    assert shapes(build_model("MAM", d=16)) == shapes(build_model("hybrid-b", d=16))
-    assert shapes(build_model("RMA")) != shapes(build_model("MAM"))
-
-
-def test_learned_table_covers_three_lengths():
-    model = build_model("learned", L=8)
-    assert model(torch.zeros(1, 25, dtype=torch.long)).shape == (1, 16)
-    with pytest.raises(ValueError, match="26 tokens"):
-        model(torch.zeros(1, 26, dtype=torch.long))
-
-
-def test_learned_table_reaches_farther():
-    model, tokens = build_model("learned", L=8), torch.zeros(1, 60, dtype=torch.long)
-    before = model(tokens[:, :25])
-    model.reach(60)
-    assert model(tokens).shape == (1, 16) and torch.equal(model(tokens[:, :25]), before)
-
-
-def test_options_of_mamba():
-    for layer in build_model("mamba", d_state=4).layers:
-        assert layer.A_log.shape == (16, 4)
-    model = build_model("MAM", d=16, init="mimetic")
-    for layer in (model.layers[0], model.layers[2]):
-        _, B, C = layer.x_proj.weight.split([layer.dt_rank, 16, 16])
-        x = torch.randn(5, layer.dt_rank)
-        assert torch.equal(B, C) and torch.allclose(nn.functional.softplus(layer.dt_proj(x)), torch.ones(5, 32))
-        assert (torch.exp(-64 * torch.exp(layer.A_log)) > 0.015).all()                # what is left of a token after 64 others
-
-
-@pytest.mark.parametrize("name", ["gpt", "hybrid-c", "", "MAQ", "mam"])
-def test_unknown_name_names_the_models(name):
-    with pytest.raises(ValueError) as error:
-        build_model(name)
-    assert str(error.value).startswith(f"--model is {name!r}") and all(known in str(error.value) for known in NAMES)
+def test_a_layer_that_norms_itself_has_no_norm():
+    kinds = [type(norm).__name__ for norm in build_model("learned").norms]
+    assert kinds == ["Identity", "RMSNorm", "RMSNorm"]
 
 
 @pytest.mark.parametrize("learn", [False, True])
@@ -161,26 +192,104 @@ def test_embedding_is_fixed_unless_learned(learn):
     assert torch.equal(model.embedding.weight.float(), embedding_table(16, 8))
     model(tokens).sum().backward()
     assert (model.embedding.weight.grad is not None) == learn
-    assert all(p.grad is not None for name, p in model.named_parameters() if name != "embedding.weight")
+    for name, p in model.named_parameters():
+        assert name == "embedding.weight" or p.grad is not None
 
+
+def test_number_of_parameters():
+    norms, head = 3 * 8, 8 * 16
+    assert build_model("rope").n_params() == 2 * (4 * 8 * 8 + 4 * 8) + norms + head
+    assert build_model("rope", learn_embedding=True).n_params() == (
+        build_model("rope").n_params() + 16 * 8)
+
+
+def test_options():
+    for layer in build_model("mamba", d_state=4).layers:
+        assert layer.A_log.shape == (16, 4)
+    for layer in build_model("nope", n_heads=2).layers:
+        assert layer.n_heads == 2
+    rates = build_model("rope").layers
+    recency = [layer.qkv.bias[:16].unique().tolist() for layer in rates]
+    assert recency[0] == [2.0] and len(recency[1]) > 8       # the first layer prefers recent tokens
+    with pytest.raises(ValueError, match="d is 8.* 3"):
+        build_model("nope", n_heads=3)
+    with pytest.raises(ValueError):
+        build_model("mamba", d_state=0)
+
+
+def test_learned_positions_cover_three_lengths_and_can_be_extended():
+    model, tokens = build_model("learned", L=8), torch.zeros(1, 60, dtype=torch.long)
+    before = model(tokens[:, :25])
+    with pytest.raises(ValueError, match="26 tokens"):
+        model(tokens[:, :26])
+    model.extend_positions(60)
+    assert model(tokens).shape == (1, 16) and torch.equal(model(tokens[:, :25]), before)
+    model.load_state_dict(build_model("learned", L=8).state_dict())     # the added rows are no part
+    model(tokens).sum().backward()
+
+
+@pytest.mark.parametrize("name, after_10, after_30", [
+    ("nope", 2 * 2 * 10 * 8 * 4, 2 * 2 * 30 * 8 * 4),               # keys and values, float32
+    ("mamba", 2 * (16 * 16 + 16 * 3) * 4, 2 * (16 * 16 + 16 * 3) * 4),
+    ("hybrid-a", (16 * 16 + 16 * 3 + 2 * 10 * 8) * 4, (16 * 16 + 16 * 3 + 2 * 30 * 8) * 4),
+    ("mlp", 0, 0), ("learned", 2 * 2 * 10 * 8 * 4, 2 * 2 * 30 * 8 * 4)])
+def test_state_bytes(name, after_10, after_30):
+    model = build_model(name, L=4)
+    assert [state_bytes(model, 10), state_bytes(model, 30)] == [after_10, after_30]
+
+
+# ---- a layer of one's own ------------------------------------------------------------------------
 
 class RunningMean(nn.Module):
-    """A layer that somebody adds: the mean of the tokens so far. Its state is a plain tuple of tensors."""
+    """The mean of the tokens so far. Its state is a plain tuple of tensors."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(d))
 
     def forward(self, x, state=None):
-        total, count = (x.new_zeros(len(x), x.shape[2]), x.new_zeros(len(x))) if state is None else state
+        zeros = x.new_zeros(len(x), x.shape[2]), x.new_zeros(len(x))
+        total, count = state or zeros
         total = total[:, None] + x.cumsum(1)
         count = count[:, None] + torch.arange(1, x.shape[1] + 1)
-        return total / count[..., None], (total[:, -1], count[:, -1])
+        return self.scale * total / count[..., None], (total[:, -1], count[:, -1])
 
 
-def test_another_letter(monkeypatch):
-    monkeypatch.setitem(hybrid.LAYERS, "X", lambda d, o: RunningMean())
-    monkeypatch.setitem(MODELS, "mean", "XA")
-    model, tokens = model_and_tokens("mean")
-    assert model(tokens).shape == (3, 16)
-    whole = model.stream(tokens)[0]
-    assert torch.allclose(in_pieces(model.stream, tokens, [4])[0], whole, atol=1e-12)
-    rows = torch.tensor([2, 0])
-    states = Model.select(model.stream(tokens[:, :9])[1], rows)
-    assert torch.allclose(model.stream(tokens[rows, 9:], states)[0], whole[rows, 9:], atol=1e-12)
+class SeesEmbedding(RunningMean):
+    """Says that it needs the embeddings, and that it brings its own norm."""
+    needs_embedding = norms_itself = True
+
+    def forward(self, x, state=None, embedding=None):
+        return embedding - x, state
+
+
+def test_a_layer_of_ones_own_trains(monkeypatch, train_tiny):
+    monkeypatch.setitem(LAYERS, "mean", RunningMean)
+    result, = train_tiny("--model", "2xmean+attention", "--M", 2, "--steps", 5)
+    assert result["config"]["model"] == "2xmean+attention"
+    model, tokens = model_and_tokens("mean+attention")
+    whole = model.run_layers(tokens)[0]
+    assert torch.allclose(in_segments(model.run_layers, tokens, [4])[0], whole, atol=1e-12)
+
+
+def test_a_layer_gets_what_it_says_it_needs(monkeypatch):
+    monkeypatch.setitem(LAYERS, "sees", SeesEmbedding)
+    model, tokens = model_and_tokens("rnn+sees")
+    x, _ = model.run_layers(tokens)
+    assert torch.allclose(x, model.embedding(tokens), atol=1e-12)      # x + (embedding - x)
+    assert isinstance(model.norms[1], nn.Identity)
+
+
+def test_only_the_last_layer_may_skip_tokens(monkeypatch):
+    """last_only is for a last layer that says so: all others need every token."""
+    model, tokens = model_and_tokens("hybrid-a")
+    calls = []
+    forward = hybrid.Attention.forward
+
+    def noted(self, x, state=None, last_only=False):
+        calls.append((x.shape[1], last_only))
+        return forward(self, x, state, last_only)
+    monkeypatch.setattr(hybrid.Attention, "forward", noted)
+    model(tokens)
+    build_model("nope").double()(tokens)
+    assert calls == [(13, True), (13, False), (13, True)]

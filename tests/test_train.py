@@ -1,118 +1,250 @@
-"""Training runs: their results, that they repeat and resume exactly, and what happens when something is wrong."""
+"""Training: its steps, its schedule, its results, and the commands that are refused."""
 
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-import hybrid
+import eval as evaluation
+import runs
 import train
-from conftest import ROOT, TINY
-from hybrid import FAMILY, MODELS
+from conftest import ROOT, tiny
+from data import TASKS, embedding_table, recall_batch, stream
+from hybrid import FAMILY, LAYERS, MODELS, WORDS, build_model
 
-NAME = "rope_M2_tau1_K16_d8_L8_seed0"
+NAME = "rope_M2_tau1_K16_d8_L8_batch-size4_steps20_seed0"
 
 
 def names(folder):
     return sorted(os.listdir(folder))
 
 
-def curves_and_eval(results):
-    return [json.dumps([result["train"], result["eval"]]) for result in results]
+def numbers(results):
+    """What a run found, without the times and the place at which it did."""
+    return json.dumps([[result["train"], result["eval"]] for result in results])
 
 
-# ---- results ----
+# ---- a training step -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("model, flags", [
+    ("mamba", []), ("rope", ["--train-lengths", "uniform"]), ("mamba", ["--learn-embedding"])])
+def test_two_steps_equal_a_loop_written_out(model, flags, train_tiny, tmp_path):
+    """The loss, its gradient, clipping, decay of matrices alone, AdamW, the learning rate."""
+    steps, lr, decay = 3, 0.3, 0.5
+    result, = train_tiny("--model", model, "--M", 4, "--steps", steps, "--lr", lr, "--weight-decay",
+                         decay, "--seed", 5, *flags)
+    torch.manual_seed(5)
+    network, generator = build_model(model, L=8, learn_embedding="--learn-embedding" in flags), (
+        stream(5, "training"))
+    mean, square, losses = {}, {}, []
+    for step in range(1, steps + 1):
+        lengths = None
+        if "uniform" in flags:
+            lengths = torch.randint(2, 9, (4,), generator=generator)
+        tokens, labels = recall_batch(4, 8, 16, 4, 1, generator=generator, lengths=lengths)
+        loss = F.cross_entropy(network(tokens, lengths), labels)
+        losses.append(loss.item())
+        trained = [p for p in network.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, trained)
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        assert norm > 0.2, "clipping matters"
+        rate = lr * min(step / 400, (steps - step + 1) / (steps / 4))
+        for (name, p), g in zip([(n, p) for n, p in network.named_parameters() if p.requires_grad],
+                                gradients):
+            g = g * 0.2 / norm
+            mean[name] = 0.9 * mean.get(name, 0) + 0.1 * g
+            square[name] = 0.98 * square.get(name, 0) + 0.02 * g * g
+            if p.dim() > 1 and not name.endswith("A_log"):
+                p.data *= 1 - rate * decay
+            denominator = (square[name] / (1 - 0.98**step)).sqrt() + 1e-8
+            p.data -= rate * mean[name] / (1 - 0.9**step) / denominator
+    assert result["train"]["loss"] == pytest.approx(losses, rel=1e-6)
+    saved = torch.load(next((tmp_path / "out").glob("*.pt")), weights_only=True)["model"]
+    for name, p in network.state_dict().items():
+        assert torch.allclose(saved[name], p, rtol=1e-4, atol=1e-7), name
+
+
+def test_two_steps_equal_a_loop_of_torch_bit_for_bit(train_tiny, tmp_path):
+    result, = train_tiny("--model", "hybrid-b", "--steps", 2, "--weight-decay", 0.5)
+    torch.manual_seed(0)
+    model, generator = build_model("hybrid-b", L=8), stream(0, "training")
+    matrices = [p for n, p in model.named_parameters()
+                if p.requires_grad and p.dim() > 1 and not n.endswith("A_log")]
+    vectors = [p for n, p in model.named_parameters()
+               if p.requires_grad and (p.dim() < 2 or n.endswith("A_log"))]
+    assert matrices and vectors
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.5),
+                                   dict(params=vectors, weight_decay=0.0)],
+                                  betas=(0.9, 0.98), fused=True)
+    losses = []
+    for step in range(2):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.008 * min((step + 1) / 400, (2 - step) / 0.5)
+        tokens, labels = recall_batch(4, 8, generator=generator)
+        loss = F.cross_entropy(model(tokens, None), labels)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.2)
+        optimizer.step()
+    assert result["train"]["loss"] == losses
+    saved = torch.load(next((tmp_path / "out").glob("*.pt")), weights_only=True)["model"]
+    for name, p in model.state_dict().items():
+        assert torch.equal(saved[name], p), name
+
+
+def test_learning_rate():
+    for last in 4000, 20000:
+        fall = max(1000, round(last / 5))
+        rates = [train.learning_rate(step, last, 0.01) for step in range(last + 1)]
+        assert rates[0] == pytest.approx(0.01 / 400) and rates[199] == pytest.approx(0.005)
+        assert set(rates[399:last + 1 - fall]) == {0.01}                # the plateau
+        assert rates[last - fall // 2] == pytest.approx(0.005) and rates[last] == 0
+        assert all(a > b for a, b in zip(rates[last - fall:], rates[last + 1 - fall:]))
+    assert all(0 < train.learning_rate(step, 10, 1.0) < 1 for step in range(10))
+    assert train.learning_rate(700, 1000, 1.0) == 1 > train.learning_rate(800, 1000, 1.0)
+
+
+def curve(accuracy, every=10):
+    return {"step": list(range(every, every * len(accuracy) + 1, every)), "accuracy": accuracy}
+
+
+def test_solved_after_ten_tests_in_a_row():
+    assert train.solved_at(curve([])) is train.solved_at(curve([1.0] * 9)) is None
+    assert train.solved_at(curve(([1.0] * 9 + [0.98]) * 3)) is None
+    assert train.solved_at(curve([0.99] * 10)) == 100
+    assert train.solved_at(curve([0.5] + [0.99] * 10 + [0.0] * 3)) == 110
+
+
+def test_last_step():
+    def last(accuracy, every=10, steps=10**6, stop_early=True):
+        return train.last_step(curve(accuracy, every), dict(steps=steps, stop_early=stop_early))
+    solved = [0.99] * 10
+    assert last([]) == last([1.0] * 9) == 10**6
+    assert last(solved) == 100 + 1000
+    assert last(solved + [0.0] * 3) == 100 + 1000                       # solved once and for all
+    assert last(solved, every=10**4) == pytest.approx(10**5 / 0.8)      # a long run falls longer
+    assert last(solved, steps=500) == 500 and last(solved, stop_early=False) == 10**6
+
+
+def test_stops_early_and_the_last_step_is_on_the_curve(train_tiny, monkeypatch):
+    monkeypatch.setattr(train, "SOLVED_ACCURACY", 0.0)
+    monkeypatch.setattr(train, "SOLVED_TESTS", 3)
+    monkeypatch.setattr(train, "COOLDOWN_STEPS", 5)
+    assert train_tiny("--steps", 400)[0]["train"]["step"] == [2, 4, 6, 8, 10, 11]
+    assert train_tiny("--steps", 7)[0]["train"]["step"] == [1, 2, 3, 4, 5, 6, 7]
+    assert train_tiny("--steps", 9, "--no-stop-early")[0]["train"]["step"] == list(range(1, 10))
+    monkeypatch.setattr(train, "POINTS", 3)
+    assert train_tiny("--steps", 11, "--no-stop-early")[0]["train"]["step"] == [3, 6, 9, 11]
+
+
+def test_the_test_reads_fresh_sequences_of_its_own_stream(train_tiny, monkeypatch):
+    asked = []
+    for module in train, evaluation:
+        monkeypatch.setattr(module, "stream", lambda *words: asked.append(words) or stream(*words))
+    train_tiny("--seed", 3, "--steps", 1)
+    purposes = [(seed, purpose) for seed, purpose, *_ in asked]
+    assert purposes[:2] == [(3, "training"), (3, "test")]
+    assert {purpose for _, purpose in purposes[2:]} == {"evaluation"}
+
+
+# ---- results -------------------------------------------------------------------------------------
 
 def test_command_line(tmp_path):
+    """With the defaults of the other flags, in a fresh process: files, result, printed lines."""
     script = os.path.join(ROOT, "train.py")
-    done = subprocess.run([sys.executable, script, *TINY, "--model", "rope", "--M", "2", "--steps", "4", "--lr", "0.01"],
-                          cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert names(tmp_path) == ["results"] and names(tmp_path / "results") == [NAME + ".json", NAME + ".pt"]
-    result = json.loads((tmp_path / "results" / (NAME + ".json")).read_text())
-    assert list(result) == ["config", "params", "train", "eval", "env", "seconds"]
+    flags = "--d 8 --L 8 --M 2 --steps 4 --lr 0.01 --batch-size 4 --device cpu".split()
+    done = subprocess.run([sys.executable, script, *flags], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    name = "rope_M2_tau1_K16_d8_L8_batch-size4_steps4_lr0.01_seed0"
+    assert names(tmp_path) == ["results"]
+    assert names(tmp_path / "results") == [name + ".json", name + ".pt"]
+    result = json.loads((tmp_path / "results" / (name + ".json")).read_text())
     assert result["config"] == {
-        "model": "rope", "M": 2, "tau": 1, "K": 16, "d": 8, "L": 8, "seed": 0, "batch_size": 4, "steps": 4, "lr": 0.01,
-        "stop_early": True, "weight_decay": 0.0, "n_heads": 1, "d_state": 16, "init": "official", "train_lengths": "fixed",
-        "learn_embedding": False,
-        "device": "cpu", "compile": True, "out": "results", "overwrite": False}
+        "model": "rope", "M": 2, "tau": 1, "K": 16, "d": 8, "L": 8, "seed": 0, "batch_size": 4,
+        "steps": 4, "lr": 0.01, "stop_early": True, "weight_decay": 0.0, "n_heads": 1,
+        "d_state": 16, "task": "recall", "train_lengths": "fixed", "learn_embedding": False,
+        "device": "cpu", "compile": "auto", "out": "results", "overwrite": False}
     assert result["params"] == 2 * (4 * 8 * 8 + 4 * 8) + 3 * 8 + 8 * 16
     assert result["train"]["step"] == [1, 2, 3, 4]
-    assert list(result["train"]) == ["step", "loss", "accuracy"] and {len(v) for v in result["train"].values()} == {4}
     assert all(0 < loss < 10 for loss in result["train"]["loss"])
-    assert list(result["eval"]) == ["length", "accuracy", "sequences"] and result["eval"]["sequences"] == 1024
-    assert result["eval"]["length"] == list(range(2, 25)) and len(result["eval"]["accuracy"]) == 23
+    assert result["eval"]["length"] == list(range(2, 25))
+    assert result["eval"]["sequences"] == 1024
     assert all(0 <= a <= 1 for a in result["eval"]["accuracy"] + result["train"]["accuracy"])
-    assert {"torch", "device"} <= set(result["env"]) and set(result["seconds"]) == {"train", "eval"}
+    assert result["state_bytes"] == {"64": 2 * 2 * 64 * 8 * 4, "4096": 2 * 2 * 4096 * 8 * 4}
+    assert {"torch", "device", "commit", "threads"} <= set(result["env"])
+    assert set(result["seconds"]) == {"train", "eval"} and min(result["seconds"].values()) >= 0
 
-    checkpoint = torch.load(tmp_path / "results" / (NAME + ".pt"), weights_only=True)
-    assert checkpoint["config"] == result["config"]
-    train.model_from(checkpoint["config"]).load_state_dict(checkpoint["model"])
-    assert "context length" in done.stdout and done.stdout.endswith(f"wrote {os.path.join('results', NAME)}.json\n")
-
-
-def test_wider_models_learn_more_slowly(train_tiny, tmp_path):
-    results = train_tiny("--d", 8, 16, 64, "--steps", 1)
-    assert {r["config"]["d"]: r["config"]["lr"] for r in results} == {8: 0.008, 16: 0.008, 64: 0.002}
-    assert train_tiny("--d", 64, "--lr", 0.3, "--steps", 1, out=tmp_path / "own")[0]["config"]["lr"] == 0.3
+    model, config = runs.load_run(str(tmp_path / "results" / (name + ".pt")))
+    assert config == result["config"] and model.n_params() == result["params"]
+    lines = done.stdout.splitlines()
+    assert f"wrote results/{name}.json" in lines[0] and "not solved" in lines[0]
+    assert lines[1].split()[0] == "length" and lines[2].split()[0] == "accuracy"
+    assert len([line for line in lines if "->" in line]) == 3          # three sequences
 
 
-def test_large_test_batches_go_through_in_parts(train_tiny, monkeypatch, tmp_path):
-    whole, = train_tiny("--model", "mamba", "--steps", 3, out=tmp_path / "whole")
-    monkeypatch.setattr(train, "TEST_TOKENS", 8 * 5)                                  # 5 of 32 sequences at a time
-    seen = []
-    forward = hybrid.Model.forward
-    monkeypatch.setattr(hybrid.Model, "forward", lambda self, tokens, *rest: seen.append(len(tokens)) or forward(self, tokens, *rest))
-    parts, = train_tiny("--model", "mamba", "--steps", 3, out=tmp_path / "parts")
-    assert parts["train"] == whole["train"] and max(seen) == 5
+def test_the_commit_that_made_it(tmp_path, monkeypatch):
+    """With + for uncommitted changes; unknown outside of a repository."""
+    def git(*words):
+        done = subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
+                              cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+    (tmp_path / "runs.py").write_text("1\n")
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    assert runs.commit() == "unknown"
+    git("init", "-q")
+    git("add", "runs.py")
+    git("commit", "-qm", "first")
+    assert git("rev-parse", "HEAD").startswith(runs.commit()) and len(runs.commit()) >= 7
+    (tmp_path / "runs.py").write_text("2\n")
+    assert runs.commit() == git("rev-parse", "--short", "HEAD") + "+"
 
 
 def test_every_model_trains(train_tiny):
-    results = train_tiny("--model", *MODELS, *FAMILY, "MRA", "--tau", 2, "--L", 5, "--steps", 3)
-    assert sorted(r["config"]["model"] for r in results) == sorted([*MODELS, *FAMILY, "MRA"])
+    stack = "mamba+rope+mlp"
+    results = train_tiny("--model", *MODELS, *FAMILY, stack, "--tau", 2, "--L", 5, "--steps", 2)
+    assert [r["config"]["model"] for r in results] == [*MODELS, *FAMILY, stack]
     for result in results:
         assert result["eval"]["length"] == list(range(3, 16))
-        assert result["params"] > 0 and all(math.isfinite(loss) for loss in result["train"]["loss"])
+        assert result["params"] > 0 and all(map(math.isfinite, result["train"]["loss"]))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_trains(task, train_tiny):
+    result, = train_tiny("--task", task, "--M", 2, "--L", 8, "--model", "hybrid-a")
+    assert len(result["train"]["loss"]) == 20 and result["eval"]["length"][-1] == 24
+    assert all(0 <= a <= 1 for a in result["eval"]["accuracy"])
+
+
+def test_a_task_of_ones_own_trains(train_tiny, monkeypatch):
+    def first(batch_size, L, K, M, tau, device, generator, uniform=False):
+        tokens = torch.randint(K, (batch_size, L), device=device, generator=generator)
+        return tokens, tokens[:, 0], None
+    monkeypatch.setitem(TASKS, "first", first)
+    result, = train_tiny("--task", "first", "--steps", 150, "--batch-size", 32, "--lr", 0.05,
+                         "--model", "learned", "--L", 3)
+    assert result["train"]["loss"][-1] < 0.5 * result["train"]["loss"][0]
 
 
 def test_a_model_learns(train_tiny):
-    """The assignment's easiest question, at a length where it takes a moment."""
-    result, = train_tiny("--model", "rope", "--d", 16, "--L", 6, "--steps", 600, "--batch-size", 32)
-    assert result["train"]["step"] == list(range(3, 601, 3))
+    """The assignment's easiest question, at a length at which it takes a moment."""
+    result, = train_tiny("--d", 16, "--L", 6, "--steps", 400, "--batch-size", 32)
     assert result["train"]["accuracy"][0] < 0.3 and result["train"]["accuracy"][-1] > 0.9
     assert result["eval"]["accuracy"][result["eval"]["length"].index(6)] > 0.8
 
 
-def test_uniform_lengths_and_learned_embedding(train_tiny, monkeypatch):
-    drawn, recall_batch = [], train.recall_batch
-
-    def noted(*arguments):
-        drawn.append(arguments)
-        return recall_batch(*arguments)
-    monkeypatch.setattr(train, "recall_batch", noted)
-
-    def lengths():
-        return {n for batch in drawn if len(batch) == 8 for n in ([None] if batch[7] is None else batch[7].tolist())}
-    plain, = train_tiny("--tau", 3)
-    assert lengths() == {None}
-    drawn.clear()
-    both, = train_tiny("--tau", 3, "--train-lengths", "uniform", "--learn-embedding", "--overwrite")
-    assert lengths() == {4, 5, 6, 7, 8}
-    assert both["params"] == plain["params"] + 16 * 8
-    assert (both["config"]["train_lengths"], both["config"]["learn_embedding"]) == ("uniform", True)
-
-
 def test_learned_embedding_moves(train_tiny, tmp_path):
-    for flags, moves in ([], False), (["--learn-embedding", "--overwrite"], True):
-        train_tiny("--M", 2, *flags)
-        weights = torch.load(tmp_path / "out" / (NAME + ".pt"), weights_only=True)["model"]
-        assert torch.equal(weights["embedding.weight"], train.model_from(
-            dict(model="rope", K=16, d=8, L=8, n_heads=1, learn_embedding=False)).embedding.weight) != moves
+    for flags, moves in ([], False), (["--learn-embedding"], True):
+        result, = train_tiny(*flags)
+        name = tmp_path / "out" / (runs.run_name(result["config"]) + ".pt")
+        weight = torch.load(name, weights_only=True)["model"]["embedding.weight"]
+        assert torch.equal(weight, embedding_table(16, 8)) != moves
 
 
 @pytest.mark.parametrize("model", ["learned", "hybrid-b"])
@@ -120,285 +252,104 @@ def test_same_seed_same_run(model, train_tiny, tmp_path):
     flags = "--model", model, "--M", 4, "--train-lengths", "uniform"
     once = train_tiny(*flags, out=tmp_path / "a")
     torch.rand(5)
-    assert curves_and_eval(once) == curves_and_eval(train_tiny(*flags, out=tmp_path / "b"))
-    assert curves_and_eval(once) != curves_and_eval(train_tiny(*flags, "--seed", 1, out=tmp_path / "c"))
+    assert numbers(once) == numbers(train_tiny(*flags, out=tmp_path / "b"))
+    assert numbers(once) != numbers(train_tiny(*flags, "--seed", 1, out=tmp_path / "c"))
 
 
-# ---- several runs ----
-
-def test_grid(train_tiny, tmp_path, capsys):
-    flags = "--M", 4, 2, 4, "--seed", 1, 0, "--steps", 2
-    expected = [f"rope_M{M}_tau1_K16_d8_L8_seed{seed}" for M in (4, 2) for seed in (1, 0)]
-    first = train_tiny(*flags)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "wrote" in line]
-    assert lines == [f"[{n}/4] wrote {tmp_path / 'out' / name}.json" for n, name in enumerate(expected, 1)]
-    assert names(tmp_path / "out") == sorted(name + end for name in expected for end in (".json", ".pt"))
-    assert [(r["config"]["M"], r["config"]["seed"]) for r in first] == [(2, 0), (2, 1), (4, 0), (4, 1)]
-
-    for path in (tmp_path / "out").glob("*.json"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "mark": 1}))
-    os.remove(tmp_path / "out" / (expected[1] + ".json"))
-    again = train_tiny(*flags)
-    lines = [line for line in capsys.readouterr().out.splitlines() if ".json" in line]
-    assert ["finished" in line for line in lines] == [True, False, True, True]
-    assert ["mark" in r for r in again] == [True, True, False, True] and curves_and_eval(again) == curves_and_eval(first)
+def test_threads_are_as_before(train_tiny, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    torch.set_num_threads(2)
+    seen, run = [], train.run
+    monkeypatch.setattr(train, "run", lambda *words: seen.append(torch.get_num_threads()) or
+                        run(*words))
+    train_tiny("--steps", 1)
+    train_tiny("--steps", 1, "--d", 32)
+    after = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert seen == [1, 2] and after == 2
 
 
-def test_overwrite(train_tiny, tmp_path, capsys):
-    first, = train_tiny("--M", 2)
-    (tmp_path / "out" / (NAME + ".json")).write_text(json.dumps({**first, "mark": 1}))
-    assert "mark" in train_tiny("--M", 2)[0]
-    assert "is finished; --overwrite repeats it" in capsys.readouterr().out
-    assert "mark" in train_tiny("--M", 2, "--lr", 0.1)[0]
-    assert "is finished, with other flags; --overwrite repeats it" in capsys.readouterr().out
-    again, = train_tiny("--M", 2, "--overwrite")
-    assert "mark" not in again and curves_and_eval([again]) == curves_and_eval([first])
-    assert curves_and_eval(train_tiny("--M", 2, "--lr", 0.1, "--overwrite")) != curves_and_eval([first])
+# ---- a loss that is no number --------------------------------------------------------------------
 
+def spoil_loss(monkeypatch, at, value):
+    calls, loss = [], train.F.cross_entropy
 
-# ---- runs that are stopped ----
+    def spoiled(*arguments, **options):
+        calls.append(0)
+        return loss(*arguments, **options) * (value if len(calls) == at else 1)
+    monkeypatch.setattr(train.F, "cross_entropy", spoiled)
 
-STOPPED = """
-import os, signal, sys, train
-moment, how = sys.argv[1:3]
-train.TEST_BATCH, train.SAVE_SECONDS = 32, -1
-saves, write, replace = 0, train.write_atomically, os.replace
-
-def stop(*_):
-    os.kill(os.getpid(), int(how))
-
-def counted(path, content):
-    global saves
-    saves += path.endswith(train.RESUME)
-    os.replace = stop if saves == 7 and moment == "in" else replace
-    write(path, content)
-    if saves == 7:
-        stop()
-
-signal.signal(signal.SIGINT, signal.default_int_handler)
-train.write_atomically = counted
-train.main(sys.argv[3:])
-"""
-
-
-@pytest.mark.parametrize("moment, how", [("after", signal.SIGKILL), ("in", signal.SIGKILL), ("after", signal.SIGINT)])
-def test_stopped_and_resumed(moment, how, train_tiny, tmp_path):
-    """Stop a run after its seventh save, or in the midst of it: in the end it has come to what one never stopped comes to."""
-    flags, out = ["--model", "hybrid-a", "--M", "2", "--tau", "2", "--train-lengths", "uniform"], tmp_path / "out"
-    name = "hybrid-a_M2_tau2_K16_d8_L8_seed0"
-    stopped = subprocess.run([sys.executable, "-c", STOPPED, moment, str(int(how)), *TINY, *flags, "--out", str(out)],
-                             cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert name + train.RESUME in names(out) and name + ".json" not in names(out)
-    assert torch.load(out / (name + train.RESUME), weights_only=True)["step"] == (6 if moment == "in" else 7)
-    if how == signal.SIGKILL:
-        assert stopped.returncode == -signal.SIGKILL
-    else:
-        assert stopped.returncode == 130 and "Traceback" not in stopped.stderr
-        assert stopped.stderr.splitlines()[-1].startswith("stopped; the same command goes on with ")
-
-    resumed = train_tiny(*flags)
-    assert curves_and_eval(resumed) == curves_and_eval(train_tiny(*flags, out=tmp_path / "never stopped"))
-    assert names(out) == [name + ".json", name + ".pt"]
-
-
-@pytest.mark.parametrize("flags, steps", [([], 35), (["--lr", "0.5"], 40), (["--batch-size", "5"], 40)])
-def test_goes_on_only_with_the_same_flags(flags, steps, train_tiny, monkeypatch, tmp_path, refuses):
-    """A run that was stopped at step 5 takes 35 steps more; with other flags it is another run, which has to say --overwrite."""
-    write_atomically, loss, taken = train.write_atomically, train.F.cross_entropy, []
-
-    def interrupted(path, write):
-        write_atomically(path, write)
-        if path.endswith(train.RESUME) and torch.load(path)["step"] == 5:
-            raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "SAVE_SECONDS", -1)
-        patch.setattr(train, "write_atomically", interrupted)
-        with pytest.raises(SystemExit) as stop:
-            train_tiny("--M", 2)
-        assert stop.value.code == 130
-    monkeypatch.setattr(train.F, "cross_entropy", lambda *arguments, **options: taken.append(0) or loss(*arguments, **options))
-    if flags:
-        before = (tmp_path / "out" / (NAME + ".resume.pt")).read_bytes()
-        error = refuses(train.main, [*TINY, "--M", 2, *flags, "--out", tmp_path / "out"])
-        assert "unfinished run with other flags" in error and not taken
-        assert (tmp_path / "out" / (NAME + ".resume.pt")).read_bytes() == before
-        flags = [*flags, "--overwrite"]
-    resumed = train_tiny("--M", 2, *flags)
-    assert len(taken) == steps
-    assert curves_and_eval(resumed) == curves_and_eval(train_tiny("--M", 2, *flags, out=tmp_path / "in one go"))
-
-
-def test_overwriting_can_be_stopped_too(train_tiny, monkeypatch, tmp_path, capsys):
-    """A run that was finished, and is stopped while it is repeated, is not finished: the command says how it goes on."""
-    first, write_atomically = train_tiny(), train.write_atomically
-
-    def interrupted(path, write):
-        write_atomically(path, write)
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "SAVE_SECONDS", -1)
-        patch.setattr(train, "write_atomically", interrupted)
-        with pytest.raises(SystemExit):
-            train_tiny("--overwrite")
-    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped; the same command without --overwrite goes on with ")
-    assert len(names(tmp_path / "out")) == 3
-    again = train_tiny()
-    assert "is finished" not in capsys.readouterr().out and len(names(tmp_path / "out")) == 2
-    assert curves_and_eval(again) == curves_and_eval(first) and again != first
-
-
-# ---- several processes ----
-
-@pytest.mark.parametrize("count, flags", [(2, ["--model", "mamba"]), (2, ["--model", "learned"]),
-                                          (3, ["--train-lengths", "uniform"])])
-def test_processes_share_a_run(count, flags, train_tiny, tmp_path):
-    """Two and three processes, of which three get unequal shares of a batch of 4, make the run that one makes."""
-    script = tmp_path / "script.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {ROOT!r})\nimport train\n"
-                      "train.TEST_BATCH = train.TEST_SEQUENCES = 32\ntrain.main()\n")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
-                           "--", script, *TINY, *flags, "--out", tmp_path / "shared"],
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.count("wrote") == 1, done.stderr
-    alone, = train_tiny(*flags)
-    shared = json.loads(next((tmp_path / "shared").glob("*.json")).read_text())
-    assert shared["env"]["processes"] == count and names(tmp_path / "shared") == names(tmp_path / "out")
-    assert shared["train"]["step"] == alone["train"]["step"]
-    assert shared["train"]["loss"] == pytest.approx(alone["train"]["loss"], rel=1e-4)
-
-
-# ---- the loss, the learning rate and the end of a run ----
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_loss_that_is_no_number(bad, train_tiny, monkeypatch, tmp_path):
-    calls, loss = [], train.F.cross_entropy
-
-    def spoiled(*arguments, **options):
-        calls.append(0)
-        return loss(*arguments, **options) * (bad if len(calls) == 20 else 1)
-    monkeypatch.setattr(train.F, "cross_entropy", spoiled)
+def test_a_grid_goes_on_after_a_run_that_failed(bad, train_tiny, monkeypatch, tmp_path, capsys):
+    spoil_loss(monkeypatch, 9, bad)
     monkeypatch.setattr(train, "SAVE_SECONDS", -1)
     with pytest.raises(SystemExit) as stop:
-        train_tiny("--M", 2)
-    assert isinstance(stop.value.code, str)                                        # printed; the exit status is 1
-    assert f"the loss is {bad} at step 20" in stop.value.code and "--lr" in stop.value.code
-    assert "\n" not in stop.value.code and names(tmp_path / "out") == []
+        train_tiny("--M", 2, "--seed", 0, 1)
+    assert isinstance(stop.value.code, str)                # printed on stderr; the status is 1
+    assert "1 of 2 runs failed" in stop.value.code
+    line, = [line for line in capsys.readouterr().out.splitlines() if "failed" in line]
+    assert f"the loss is {bad} at step 9" in line and "--lr" in line and NAME in line
+    assert names(tmp_path / "out") == [NAME[:-1] + "1.json", NAME[:-1] + "1.pt"]
 
 
-def test_last_loss_that_is_no_number(train_tiny, monkeypatch, tmp_path):
-    """The last step of a run that stops early is not among those that are measured; its loss is looked at all the same."""
-    calls, loss = [], train.F.cross_entropy
-    monkeypatch.setattr(train, "SOLVED", (3, 0.0))
-    monkeypatch.setattr(train, "COOLDOWN", (3, 0.2))
-    assert train_tiny("--steps", 400)[0]["train"]["step"] == [2, 4, 6, 8]
-
-    def spoiled(*arguments, **options):
-        calls.append(0)
-        return loss(*arguments, **options) * (float("nan") if len(calls) == 9 else 1)
-    monkeypatch.setattr(train.F, "cross_entropy", spoiled)
-    with pytest.raises(SystemExit) as stop:
-        train_tiny("--steps", 400, out=tmp_path / "spoiled")
-    assert "the loss is nan at step 9" in stop.value.code and names(tmp_path / "spoiled") == []
+def test_the_last_loss_is_looked_at_too(train_tiny, monkeypatch, tmp_path):
+    spoil_loss(monkeypatch, 20, float("nan"))
+    monkeypatch.setattr(train, "POINTS", 3)
+    with pytest.raises(SystemExit):
+        train_tiny()
+    assert names(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("model", ["rope", "mamba"])
 def test_learning_rate_far_too_high(model, train_tiny, tmp_path):
     with pytest.raises(SystemExit) as stop:
         train_tiny("--model", model, "--lr", "1e30")
-    assert "the loss is" in str(stop.value.code) and names(tmp_path / "out") == []
+    assert "1 of 1 runs failed" in stop.value.code and names(tmp_path / "out") == []
 
 
-def test_learning_rate():
-    warm_up, (steps, share) = train.WARMUP, train.COOLDOWN
-    for last in 4 * steps, 20 * steps:
-        fall = max(steps, round(share * last))
-        rates = [train.learning_rate(step, last, 0.01) for step in range(last + 1)]
-        assert rates[0] == pytest.approx(0.01 / warm_up) and rates[warm_up // 2 - 1] == pytest.approx(0.005)
-        assert set(rates[warm_up - 1:last + 1 - fall]) == {0.01}                   # the plateau
-        assert rates[last - fall // 2] == pytest.approx(0.005) and rates[last] == 0
-        assert all(a > b for a, b in zip(rates[last - fall:], rates[last + 1 - fall:]))
-    assert all(0 < train.learning_rate(step, 10, 1.0) < 1 for step in range(10))   # fewer steps than the warm-up
-    assert train.learning_rate(700, 1000, 1.0) == 1 > train.learning_rate(800, 1000, 1.0)
+# ---- wrong commands ------------------------------------------------------------------------------
 
+ABSURD = ["--L 1000000000", "--batch-size 1000000000", "--d 1000000", "--model mamba --d-state 1000000000",
+          "--K 1000000000", "--model 100000xmamba",
+          *(f"--{flag} {10**19}" for flag in ("L", "K", "d", "M", "tau", "d-state", "batch-size",
+                                              "steps", "seed", "n-heads"))]
 
-def test_last_step():
-    (batches, enough), (steps, share) = train.SOLVED, train.COOLDOWN
-
-    def last(accuracy, every=10, most=10**6, stop_early=True):
-        return train.last_step({"step": list(range(every, every * len(accuracy) + 1, every)), "accuracy": accuracy},
-                               {"steps": most, "stop_early": stop_early})
-    solved = [enough] * batches
-    assert last([]) == last([1.0] * (batches - 1)) == last(([1.0] * (batches - 1) + [enough - 0.01]) * 3) == 10**6
-    assert last(solved) == 10 * batches + steps
-    assert last([0.5] + solved) == 10 * (batches + 1) + steps
-    assert last(solved + [0.0] * 3) == 10 * batches + steps                        # once solved it stays so
-    assert last(solved, every=10**4) == pytest.approx(10**4 * batches / (1 - share))           # a long run falls for longer
-    assert last(solved, most=steps) == steps and last(solved, stop_early=False) == 10**6
-
-
-def test_stops_early(train_tiny, monkeypatch):
-    monkeypatch.setattr(train, "SOLVED", (3, 0.0))
-    monkeypatch.setattr(train, "COOLDOWN", (4, 0.2))
-    assert train_tiny()[0]["train"]["step"] == list(range(1, 8))
-    assert train_tiny("--no-stop-early", "--overwrite")[0]["train"]["step"] == list(range(1, 41))
-
-
-# ---- wrong commands ----
 
 @pytest.mark.parametrize("flags, sentence", [
-    ("--M 17", "--M is 17"), ("--M 5 --K 4", "--M is 5"), ("--M 0", "--M is 0"), ("--M -1", "--M is -1"),
-    ("--M 1 17", "--M is 17"),
-    ("--tau 8", "at least tau + 1 = 9"), ("--tau 0", "--tau is 0"), ("--tau -2", "--tau is -2"), ("--tau x", "--tau"),
-    ("--K 0", "--K is 0"), ("--K 1", "--K is 1"), ("--K -4", "--K is -4"),
-    ("--d 0", "--d is 0"), ("--d -8", "--d is -8"), ("--L 0", "--L is 0"), ("--L -8", "--L is -8"), ("--L 1", "--L is 1"),
-    ("--batch-size 0", "--batch-size is 0"), ("--batch-size -1", "--batch-size is -1"),
-    ("--steps 0", "--steps is 0"), ("--steps -5", "--steps is -5"), ("--steps 1.5", "--steps"),
-    ("--lr 0", "--lr is 0"), ("--lr -0.1", "--lr is -0.1"), ("--lr nan", "--lr is nan"), ("--lr inf", "--lr is inf"),
+    ("--M 17", "--M is 17"), ("--M 5 --K 4", "--M is 5"), ("--M 0", "--M is 0"),
+    ("--M -1", "--M is -1"), ("--M 1 17", "--M is 17"), ("--M 1 --M 17", "--M is 17"),
+    ("--tau 8", "at least 9"), ("--tau 0", "--tau is 0"), ("--tau x", "--tau"),
+    ("--K 0", "--K is 0"), ("--K 1", "--K is 1"), ("--d 0", "--d is 0"), ("--d -8", "--d is -8"),
+    ("--L 0", "--L is 0"), ("--L 1", "--L is 1"), ("--batch-size 0", "--batch-size is 0"),
+    ("--steps 0", "--steps is 0"), ("--steps 1.5", "--steps"), ("--lr 0", "--lr is 0"),
+    ("--lr -0.1", "--lr is -0.1"), ("--lr nan", "--lr is nan"), ("--lr inf", "--lr is inf"),
     ("--weight-decay -1", "--weight-decay is -1"), ("--weight-decay nan", "--weight-decay is nan"),
-    ("--seed -1", "--seed is -1"), ("--model gpt", "hybrid-a, hybrid-b"), ("--model rope gpt", "'gpt'"),
+    ("--seed -1", "--seed is -1"), ("--seed 1073741824", "--seed is 1073741824"),
+    ("--model gpt", "hybrid-a, hybrid-b"), ("--model rope gpt", "'gpt'"),
     ("--model rope --d 6 --n-heads 2", "--n-heads 2"), ("--model rope --d 7", "odd size 7"),
-    ("--model nope --n-heads 3", "number of heads, 3"), ("--model jamba --d 6", "number of heads, 4"),
-    ("--model rope --init mimetic", "--model rope has none"),
-    ("--model nope --n-heads 0", "--n-heads is 0"), ("--model mamba --n-heads 0", "--n-heads is 0"),
-    ("--model mamba --d-state 0", "--d-state is 0"), ("--init random", "--init"),
-    ("--train-lengths some", "--train-lengths"), ("--step 20", "--step"),
-    ("--d 1000000000000", "does not fit"), ("--heads 2", "--heads"), ("--seed", "--seed"),
+    ("--model nope --n-heads 3", "3"), ("--model jamba --d 6", "4"),
+    ("--model nope --n-heads 0", "--n-heads is 0"), ("--model mamba --d-state 0", "--d-state is 0"),
+    ("--train-lengths some", "--train-lengths"), ("--step 20", "--step"), ("--seed", "--seed"),
+    ("--task sort", "--task"), ("--task mqar --M 9 --L 64", "--M is 9"),
+    ("--task copy --train-lengths uniform", "--train-lengths"), ("--compile maybe", "--compile"),
+    ("--model " + "+".join(["mamba"] * 40), "too long"),
     ("--device cuda:77", "--device is 'cuda:77'"), ("--device nonsense", "--device is 'nonsense'"),
-    ("--device meta", "--device is 'meta'")])
+    ("--device meta", "--device is 'meta'"), ("--device cpu:3", "--device is 'cpu:3'"),
+    *[(flags, " ".join(flags.split()[-2:-1])) for flags in ABSURD]])
 def test_wrong_flags(flags, sentence, refuses, tmp_path):
-    error = refuses(train.main, [*TINY, "--out", tmp_path / "out", *flags.split()])
+    error = refuses(train.main, tiny("--out", tmp_path / "out", *flags.split()))
     assert sentence in error and names(tmp_path) == []
 
 
-def test_cuda_without_triton(refuses, monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "pick_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "--no-compile does without" in refuses(train.main, [*TINY, "--out", tmp_path / "out"])
-    assert names(tmp_path) == []
+def test_unknown_words_are_answered_with_the_known_ones(refuses, tmp_path):
+    error = refuses(train.main, tiny("--out", tmp_path / "out", "--model", "mamba+gpt"))
+    for known in [*MODELS, *FAMILY, *LAYERS, *WORDS]:
+        assert known in error
 
 
 def test_out_that_cannot_be_written(refuses, tmp_path):
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file" / "below", tmp_path / "file"):
-        assert f"--out is '{out}'" in refuses(train.main, [*TINY, "--out", out])
+        assert f"--out is '{out}'" in refuses(train.main, tiny("--out", out))
     assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
-
-
-def test_other_files_in_out_are_left_alone(train_tiny, tmp_path):
-    (tmp_path / "out").mkdir()
-    for name in ("writable", "notes.txt", "other.resume.pt"):
-        (tmp_path / "out" / name).write_text("mine")
-    train.main([*TINY, "--M", "2", "--steps", "1", "--out", str(tmp_path / "out")])
-    assert names(tmp_path / "out") == sorted([NAME + ".json", NAME + ".pt", "writable", "notes.txt", "other.resume.pt"])
-    assert all((tmp_path / "out" / name).read_text() == "mine" for name in ("writable", "notes.txt", "other.resume.pt"))
-
-
-def test_saved_state_of_another_run_is_not_used(train_tiny, tmp_path, capsys):
-    fresh, = train_tiny("--M", 2, out=tmp_path / "fresh")
-    out = tmp_path / "out"
-    for spoiled in (b"a line of text\n", b""):
-        out.mkdir(exist_ok=True)
-        (out / (NAME + ".resume.pt")).write_bytes(spoiled)
-        result, = train_tiny("--M", 2, "--overwrite", out=out)
-        assert "starts from the beginning" in capsys.readouterr().out
-        assert curves_and_eval([result]) == curves_and_eval([fresh])
