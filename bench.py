@@ -270,6 +270,8 @@ def length_rows(device, args):
 def draw_lengths(path, out):
     """The figure of what length costs, from a file that --out wrote."""
     from matplotlib.figure import Figure
+
+    from plot import COLOURS
     with open(path) as f:
         result = json.load(f)
     rows = result["length"]
@@ -277,12 +279,12 @@ def draw_lengths(path, out):
     for ax, (cost, title) in zip(fig.subplots(2, 2, sharex=True).flat, COSTS.items()):
         for name in dict.fromkeys(row["model"] for row in rows):
             x, y = zip(*[(row["length"], row[cost]) for row in rows if row["model"] == name])
-            curve, = ax.plot(x, y, marker="o")
-            ax.annotate(name.strip(), (x[-1], y[-1]), (6, 0), textcoords="offset points",
-                        color=curve.get_color(), va="center")
+            colour = COLOURS.get(name.strip(), "black")
+            ax.plot(x, y, marker="o", color=colour, label=name.strip())
         ax.set(title=title, yscale="log")
         ax.set_xscale("log", base=2)
-        ax.margins(x=0.15)
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
     fig.supxlabel("context length, tokens")
     fig.suptitle(f"What a longer context costs: d = 64, one sequence, {result['env']['device']}")
     fig.savefig(out, dpi=150)

@@ -79,6 +79,8 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
     for group in plan:
         longest, positions = group[-1], group[-1] - tau
         n = math.ceil(sequences * positions / (group[0] - tau)) + 1
+        if n > 4 * positions:                                # then make it exact
+            n = -(-n // positions) * positions
         spread = torch.rand(n, dtype=torch.float64, generator=stream(seed, "evaluation"))
         i = ((torch.arange(n) + spread) / n * positions).long().clamp(max=positions - 1).to(device)
         correct, asked = torch.zeros(2, len(group), dtype=torch.int64, device=device)
