@@ -1,15 +1,29 @@
-"""Causal self-attention with a key-value cache, and the two ways to tell it where a token stands.
+"""Causal self-attention with a key-value cache, and two ways to tell it the order of the tokens.
 
-    position="none"     nothing: order is known only through the causal mask
-    position="rope"     rotary: query and key are turned by an angle proportional to their position
-    LearnedPosition     a layer of its own, which adds a trained vector for each absolute position
+Every token t makes a query, a key and a value. Its output is a mean of the values of all tokens up
+to itself, weighted by how well their keys match its query (Vaswani et al. 2017, section 3.2):
 
-Imports nothing of this repository.
+    y_t = sum over s <= t of w_ts v_s          w_ts = softmax over s of q_t . k_s / sqrt(P)
 
-Letters: B batch, L tokens in this call, Q of them that ask, S tokens seen before (in the cache), H heads, P size of a head,
-G heads of keys and values.
+The output at t costs t products, and the keys and values of all tokens stay in memory: a state that
+grows with the context, where a state space model's has a fixed size.
+
+    symbol   meaning
+    B        sequences in the batch
+    L        tokens in this call
+    Q        tokens that ask: all L, or the last one alone
+    S        tokens seen in earlier calls, now in the cache
+    H, P     heads, and channels per head; d = H P
+    G        heads of keys and values; G = H except in grouped-query attention
+
+Nothing in the formula depends on where a token is, only the mask s <= t does. Position comes from
+
+    position="rope"     the query and the key are rotated by an angle proportional to their position
+    LearnedPosition     a layer of its own, which adds a trained vector per absolute position
+    position="none"     neither: order is known through the mask alone
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,136 +32,231 @@ import torch.nn.functional as F
 
 
 class KVCache(NamedTuple):
-    """Attention's state: the keys (already rotated) and values of every token so far. It grows with the context.
-
-    Under a sliding window it is those of the last window - 1 tokens, the keys not rotated yet, and stops growing.
-    """
-    k: torch.Tensor  # (B, G, S, P)
-    v: torch.Tensor  # (B, G, S, P)
-
-
-def rotary(x, start, base=10000.0):
-    """Turn each head's vectors by their position (Su et al. 2021, RoFormer, section 3.4.2).
-
-    The two halves of a head are the x and y coordinates of P/2 points; at position t the point j turns by the angle
-    t * base^(-2j/P). A product of a query at t and a key at s then depends on t - s alone.
-
-    x: (..., L, P), its first token at position `start` (counting from 0). Returns the same shape.
-    """
-    L, P = x.shape[-2:]
-    t = torch.arange(start, start + L, device=x.device, dtype=torch.float32)
-    frequency = base ** (-torch.arange(0, P, 2, device=x.device, dtype=torch.float32) / P)
-    angle = t[:, None] * frequency                                          # (L, P/2)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    x1, x2 = x.chunk(2, dim=-1)                                             # (..., L, P/2) each
-    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+    """The state of attention: keys (after rotation) and values of all tokens so far."""
+    k: torch.Tensor      # (B, G, S, P)
+    v: torch.Tensor      # (B, G, S, P)
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2), without a residual or a norm.
+    """Multi-head causal self-attention, without a residual connection or a norm.
 
-    d_model: width of the stream; n_heads: must divide it, and rope needs heads of even size.
-    kv_heads: how many heads of keys and values there are, each shared by a group of query heads (grouped-query attention,
-        Ainslie et al. 2023, arXiv 2305.13245); must divide n_heads, which is the default.
-    window: how many tokens a query sees, itself among them (sliding window, Beltagy et al. 2020, arXiv 2004.05150), None for
-        all. Not done: to skip the scores outside the window; all of a call are computed, and most are masked.
-    recency: where the query and key biases start. With rope, equal biases add a score that is highest at distance 0 and
-        falls over the first few tokens (farther on it swings with the fastest rotation, always below its start), so
-        the head starts out preferring what is near.
+    d_model: width of x and y; n_heads must divide it, and rope needs heads of even size.
+    recency: initial value of the biases of q and k, None for torch's own. With rope, two equal
+        biases add a score that is highest at distance 0: the head first looks at recent tokens.
+    kv_heads: G, which must divide n_heads; each key and value head serves H / G query heads
+        (grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245). None for n_heads.
 
-    The query, key and value maps have a bias, and this task needs it: with normalised, fixed embeddings nothing else is
-    constant across tokens, and a head that attends by position alone (the previous-token head) has to ignore
-    what the token is.
+    The maps to q, k and v have a bias, and recall needs it: a head that looks at the token before,
+    whatever that is, needs queries and keys that do not depend on the token. Embeddings are fixed
+    and of length 1, so without a bias nothing is the same in every token.
     """
 
     attends = answers_last = True
+    window = None        # how many tokens a query sees; SlidingWindow sets it
 
-    def __init__(self, d_model, n_heads=1, position="none", recency=None, kv_heads=None, window=None):
+    def __init__(self, d_model, n_heads=1, position="none", recency=None, kv_heads=None):
         super().__init__()
         kv_heads = n_heads if kv_heads is None else kv_heads
-        if n_heads < 1 or d_model % n_heads:
-            raise ValueError(f"d is {d_model}, but it must be a multiple of its attention's number of heads, {n_heads}")
-        if position not in ("none", "rope"):
-            raise ValueError(f"position is {position!r}, but it must be 'none' or 'rope'")
-        if position == "rope" and (d_model // n_heads) % 2:
-            raise ValueError(f"--n-heads {n_heads} at d = {d_model} gives heads of odd size {d_model // n_heads}, "
-                             "but rope turns pairs and needs an even one")
-        if kv_heads < 1 or n_heads % kv_heads:
-            raise ValueError(f"kv_heads is {kv_heads}, but it must divide the number of heads, {n_heads}")
-        self.n_heads, self.kv_heads, self.position, self.window = n_heads, kv_heads, position, window
-        kv = d_model // n_heads * kv_heads
-        self.sizes = [d_model, kv, kv]
+        check_heads(d_model, n_heads, kv_heads, position)
+        P = d_model // n_heads
+        self.n_heads, self.kv_heads, self.position = n_heads, kv_heads, position
+        self.sizes = [d_model, kv_heads * P, kv_heads * P]               # of q, k and v
         self.qkv = nn.Linear(d_model, sum(self.sizes))
         self.out_proj = nn.Linear(d_model, d_model)
         if recency is not None:
-            nn.init.constant_(self.qkv.bias[:d_model + kv], recency)
+            nn.init.constant_(self.qkv.bias[:d_model + kv_heads * P], recency)
+
+    def heads(self, x):
+        """x (B, L, d) -> q (B, H, L, P), k and v (B, G, L, P)."""
+        q, k, v = self.qkv(x).split(self.sizes, dim=-1)
+        q = q.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)          # (B, H, L, P)
+        k = k.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)         # (B, G, L, P)
+        v = v.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)         # (B, G, L, P)
+        return q, k, v
 
     def forward(self, x, state=None, last_only=False):
-        """x (B, L, d_model), state a KVCache of S earlier tokens or None -> y (B, L, d_model), the longer KVCache.
+        """Run a segment of a sequence, continuing from `state`: a KVCache, None at the start.
 
-        last_only: compute y for the last token alone, (B, 1, d_model), which saves nearly all of the attention.
+        x (B, L, d) -> y (B, L, d), the longer KVCache. last_only: y of the last token alone,
+        (B, 1, d), at an L-th of the cost.
         """
-        B, L, d = x.shape
+        if x.shape[1] == 0:
+            return x, state
+        q, k, v = self.heads(x)
         S = 0 if state is None else state.k.shape[2]
-        Q = 1 if last_only else L
-        q, k, v = (part.view(B, L, heads, -1).transpose(1, 2) for part, heads in       # (B, H or G, L, P)
-                   zip(self.qkv(x).split(self.sizes, dim=-1), (self.n_heads, self.kv_heads, self.kv_heads)))
-        q = q[:, :, L - Q:]                                                            # (B, H, Q, P)
-        rotates, slides = self.position == "rope", self.window is not None
-        if rotates:
-            q = rotary(q, S + L - Q)
-        if rotates and not slides:
-            k = rotary(k, S)
-        if state is not None:
-            k, v = torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2)      # (B, G, S+L, P)
-        cache = KVCache(k, v)
-        if slides:
-            # Only differences of positions count, so positions can be counted from the first token in the cache, as q's were.
-            cache = KVCache(*(u[:, :, max(0, S + L - self.window + 1):].clone() for u in (k, v)))      # a view would keep all
-            k = rotary(k, 0) if rotates else k
+        if self.position == "rope":
+            q = rotary(q, start=S)
+            k = rotary(k, start=S)
+        cache = extend(state, k, v)
+        if last_only:
+            q = q[:, :, -1:]                                             # (B, H, 1, P)
+        y = attend(q, cache.k, cache.v)                                  # (B, H, Q, P)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), cache        # (B, Q, d)
 
-        # The first query is token S + L - Q: it sees keys 0 ... S + L - Q, the next one more, the last one all.
-        mask = torch.ones(Q, S + L, dtype=torch.bool, device=x.device).tril(S + L - Q) if 1 < Q < S + L else None
-        if slides and S + L > self.window:
-            seen = torch.ones(Q, S + L, dtype=torch.bool, device=x.device)
-            mask = seen.tril(S + L - Q) & seen.triu(S + L - Q - self.window + 1)
-        if self.kv_heads < self.n_heads:
-            k, v = (u.repeat_interleave(self.n_heads // self.kv_heads, 1) for u in (k, v))     # (B, H, S+L, P)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and Q > 1)  # (B, H, Q, P)
-        return self.out_proj(y.transpose(1, 2).reshape(B, Q, d)), cache
+
+def attend(q, k, v, mask=None):
+    """Softmax attention. q (B, H, Q, P), whose last query is the last token; k, v (B, G, S+L, P)
+    -> y (B, H, Q, P).
+
+    mask (Q, S+L), True where a query sees a key; None for all keys up to its own token.
+    """
+    Q, length = q.shape[2], k.shape[2]
+    if k.shape[1] < q.shape[1]:                                          # grouped heads
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)         # (B, H, S+L, P)
+        v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    if mask is None and 1 < Q < length:                                  # a later segment
+        mask = visible(Q, length, q.device)
+    # The fused kernel computes
+    #     score = q @ k.mT / sqrt(P), -inf where the mask is False       (B, H, Q, S+L)
+    #     y = softmax(score) @ v                                         (B, H, Q, P)
+    # without storing the scores. A single query sees all keys; several, in the first segment, are
+    # as many as the keys, and is_causal masks them without a mask in memory.
+    causal = mask is None and Q > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def visible(Q, length, device, window=None):
+    """(Q, length) bool: which keys each of the last Q tokens sees. Those are its own and all before
+    it, or the last `window` of these."""
+    seen = torch.ones(Q, length, dtype=torch.bool, device=device)
+    mask = seen.tril(length - Q)
+    return mask if window is None else mask & seen.triu(length - Q - window + 1)
+
+
+def extend(state, k, v):
+    """The cache with the keys and values of a segment added."""
+    if state is not None:
+        return KVCache(torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2))
+    # Copies: a view into the output of `qkv` would keep all of that output in memory.
+    return KVCache(k.clone(), v.clone())
+
+
+def rotary(x, start, base=10000.0):
+    """Rotate the channels of each head by their token's position (RoFormer, Su et al. 2021, 3.4.2).
+
+    Channels j and j + P/2 are the coordinates of a point; at position t it turns by the angle
+    t base^(-2j/P). The product of a query at t and a key at s then depends on t - s, not on t.
+
+    x (..., L, P), the first token at position `start` (from 0) -> the same shape. Angles are
+    float64: at 10^6 those of float32 are wrong by up to 0.03, above 2^24 neighbours coincide.
+    """
+    L, P = x.shape[-2:]
+    t = torch.arange(start, start + L, device=x.device, dtype=torch.float64)
+    frequency = base ** (-torch.arange(0, P, 2, device=x.device, dtype=torch.float64) / P)
+    angle = t[:, None] * frequency                                       # (L, P/2)
+    cos = angle.cos().to(x.dtype)
+    sin = angle.sin().to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)                                          # (..., L, P/2) each
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+
+
+def check_heads(d_model, n_heads, kv_heads, position):
+    """Raise a ValueError of one sentence for an Attention that cannot be built."""
+    if n_heads < 1 or d_model % n_heads:
+        raise ValueError(f"--n-heads is {n_heads}, but it must divide the width {d_model}")
+    if position not in ("none", "rope"):
+        raise ValueError(f"position is {position!r}, but it must be 'none' or 'rope'")
+    if position == "rope" and (d_model // n_heads) % 2:
+        raise ValueError(f"--n-heads {n_heads} at width {d_model} gives heads of odd size "
+                         f"{d_model // n_heads}, but rope rotates pairs of channels")
+    if kv_heads < 1 or n_heads % kv_heads:
+        raise ValueError(f"kv_heads is {kv_heads}, but it must divide the {n_heads} heads")
+
+
+class SlidingWindow(Attention):
+    """Attention whose queries see the last `window` tokens only, their own included (Longformer,
+    Beltagy et al. 2020, arXiv 2004.05150). The cache keeps window - 1 tokens, so it stays small.
+
+    The scores outside the window are computed and then masked: this saves memory, not time.
+    """
+
+    def __init__(self, d_model, n_heads=1, window=16, position="rope", recency=None):
+        super().__init__(d_model, n_heads, position, recency)
+        if window < 1:
+            raise ValueError(f"window is {window}, but a query sees at least 1 token, its own")
+        self.window = window
+
+    def forward(self, x, state=None, last_only=False):
+        """As Attention.forward. The keys in the cache are not rotated yet: scores depend on
+        distances alone, so each call may count positions from the first token in its cache."""
+        if x.shape[1] == 0:
+            return x, state
+        q, k, v = self.heads(x)
+        k, v = extend(state, k, v)                                       # (B, H, S+L, P)
+        length = k.shape[2]
+        first = max(0, length - self.window + 1)
+        cache = KVCache(k[:, :, first:].clone(), v[:, :, first:].clone())
+        if self.position == "rope":
+            q = rotary(q, start=length - x.shape[1])
+            k = rotary(k, start=0)
+        if last_only:
+            q = q[:, :, -1:]
+        mask = visible(q.shape[2], length, x.device, self.window)
+        y = attend(q, k, v, mask)                                        # (B, H, Q, P)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), cache
 
 
 class LearnedPosition(nn.Module):
-    """A trained vector for each absolute position: a layer whose output is the table and not a function of x.
+    """A trained vector per absolute position: a layer whose output does not depend on what x is.
 
-    positions: the size of the table. Positions that training never reaches keep their random start, so a model
-    is blind beyond its training length; a sequence longer than the table is a ValueError. The rows start short beside
-    embeddings of length 1: the model has to see the tokens before it can learn what their places are for.
+    positions: rows of the table. Rows beyond the training length keep their random start, so a
+    model is lost there; a sequence longer than the table is a ValueError. Rows start short, 0.1
+    beside embeddings of length 1: the model must see the tokens before positions can be of use.
     """
 
     norms_itself = True
 
     def __init__(self, d_model, positions):
         super().__init__()
-        self.table = nn.Parameter(self.rows(positions, d_model))
-        self.register_buffer("untrained", self.table.detach()[:0], persistent=False)
-
-    @staticmethod
-    def rows(positions, d_model):
-        return 0.1 * torch.randn(positions, d_model) / d_model**0.5                    # length about 0.1
+        self.table = nn.Parameter(random_rows(positions, d_model))
+        self.register_buffer("untrained", torch.empty(0, d_model), persistent=False)
 
     def extend_positions(self, positions):
-        """Make room for so many positions: random rows beyond the table, which are not part of the state dict."""
+        """Make room for this many positions. The new rows are random and stay so: they are neither
+        parameters nor part of the state dict."""
         missing = positions - len(self.table) - len(self.untrained)
         if missing > 0:
-            rows = self.rows(missing, self.table.shape[1]).to(self.table)
+            rows = random_rows(missing, self.table.shape[1]).to(self.untrained)
             self.untrained = torch.cat([self.untrained, rows])
 
     def forward(self, x, state=None):
-        """x (B, L, d_model), state the number of tokens before it or None -> (1, L, d_model), the new number."""
+        """x (B, L, d), state: how many tokens were before, or None -> (1, L, d), the new count."""
         start = 0 if state is None else state
         end = start + x.shape[1]
-        table = self.table if end <= len(self.table) else torch.cat([self.table, self.untrained])
+        table = self.table
         if end > len(table):
-            raise ValueError(f"a sequence of {end} tokens is longer than the table of {len(table)} learned positions")
+            table = torch.cat([table, self.untrained])
+        if end > len(table):
+            raise ValueError(f"a sequence of {end} tokens is longer than the table of {len(table)} "
+                             "positions")
         return table[None, start:end], end
+
+
+def random_rows(positions, d):
+    """(positions, d), rows of length about 0.1."""
+    return 0.1 * torch.randn(positions, d) / d**0.5
+
+
+def main():
+    """Show that attention equals its formula, and one call equals single steps."""
+    torch.manual_seed(0)
+    layer, x = Attention(8, n_heads=2).double(), torch.randn(1, 6, 8).double()
+    q, k, v = layer.heads(x)
+    y = torch.zeros_like(q)
+    for t in range(6):
+        w = torch.softmax(q[:, :, t:t + 1] @ k[:, :, :t + 1].mT / math.sqrt(4), dim=-1)
+        y[:, :, t:t + 1] = w @ v[:, :, :t + 1]
+    y = layer.out_proj(y.transpose(1, 2).flatten(2))
+    difference = (layer(x)[0] - y).abs().max()
+    print(f"one call against the formula:  largest difference {difference:.0e}")
+    state, steps = None, []
+    for x_t in x.split(1, dim=1):
+        y_t, state = layer(x_t, state)
+        steps.append(y_t)
+    difference = (torch.cat(steps, dim=1) - y).abs().max()
+    print(f"single steps with the cache:   largest difference {difference:.0e}")
+    print(f"the cache after 6 tokens: {2 * state.k.numel()} numbers; it grows by 16 per token")
+
+
+if __name__ == "__main__":
+    main()

@@ -79,8 +79,12 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
     others = torch.randint(K - 1, (batch_size, L + 1), **draw)           # (B, L+1)
     if lengths is None:
         lengths = torch.full((batch_size,), L, device=device)
+    elif lengths.device.type == "cpu" and not ((lengths > tau) & (lengths <= L)).all():
+        raise ValueError(f"lengths must be from tau + 1 = {tau + 1} to L = {L}")
     if i is None:                                                        # (B,), uniform to L / 2^31
         i = torch.randint(2**31 - 1, (batch_size,), **draw) % (lengths - tau)
+    elif i.device.type == "cpu" and not ((i >= 0) & (i < lengths - tau)).all():
+        raise ValueError("i must be from 0 to lengths - tau - 1: the value comes tau tokens later")
     i, end = i[:, None], lengths[:, None]                                # (B, 1): both places of q
 
     tokens = others + (others >= q)              # 0 ... K-2 with a gap at q: any token except q

@@ -10,6 +10,7 @@ The numbers are printed and added to the run's JSON, results/X.json.
 import argparse
 import math
 import os
+import sys
 import time
 
 import torch
@@ -22,9 +23,10 @@ TEST_SEQUENCES = 512 # of a test during training,
 TEST_TOKENS = 2**18  # and the most of their tokens that are in the model together
 SEGMENT = 4096       # tokens of a context that are read in one call
 BATCH_ROWS = 512     # contexts in a batch,
-HELD_TOKENS = 2**22  # and the most tokens in a batch, which bounds memory; four times on CUDA
+HELD_TOKENS = 2**20  # and the most of their tokens, which bounds memory
+ON_CUDA = 16         # times as many of both on CUDA
 MOST_LENGTHS = 768   # that are tested after training: all of them up to L = 256
-STRIDE = 6           # lengths of one group: every sixth of a block
+STRIDE = 8           # lengths of one group: every eighth of a block
 
 
 @torch.no_grad()
@@ -47,7 +49,7 @@ def groups(lengths, tau):
 
     In a group the longest has at most twice as many positions for the query as the shortest.
     Neighbours are in different groups: lengths that share contexts also share their luck, and the
-    mean of a curve over many lengths would be as uncertain as a single point of it. With six groups
+    mean of a curve over many lengths would be as uncertain as a single point of it. With eight groups
     for each factor of two, its standard deviation is below 0.004 for 1,024 sequences at each
     length.
     """
@@ -69,7 +71,7 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
     way.
     """
     generator, accuracy = stream(seed, "evaluation", device), {}
-    held = HELD_TOKENS * (4 if torch.device(device).type == "cuda" else 1)
+    scale = ON_CUDA if torch.device(device).type == "cuda" else 1
     plan = list(groups(lengths, tau))
     progress = tqdm(total=sum(group[-1] for group in plan), desc="testing", leave=False,
                     disable=None if bar else True,
@@ -80,7 +82,7 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
         spread = torch.rand(n, dtype=torch.float64, generator=stream(seed, "evaluation"))
         i = ((torch.arange(n) + spread) / n * positions).long().clamp(max=positions - 1).to(device)
         correct, asked = torch.zeros(2, len(group), dtype=torch.int64, device=device)
-        for i_b in i.split(max(1, min(BATCH_ROWS, held // longest))):
+        for i_b in i.split(max(1, scale * min(BATCH_ROWS, HELD_TOKENS // longest))):
             tokens, labels = recall_batch(len(i_b), longest, K, M, tau, device, generator, i=i_b)
             states, start = None, 0
             for k, length in enumerate(group):
@@ -219,7 +221,10 @@ def main(argv=None):
         if not args.no_save and result:
             result["eval"] = merged(result["eval"], tested, accuracies, args.sequences)
             result["seconds"]["eval"] = round(time.monotonic() - began, 3)
-            write_json(os.path.splitext(path)[0] + ".json", result)
+            try:
+                write_json(os.path.splitext(path)[0] + ".json", result)
+            except OSError as error:
+                sys.exit(f"eval.py: the numbers of {path} were not written: {error.strerror}")
     return found
 
 

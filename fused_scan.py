@@ -1,26 +1,31 @@
-"""All chunks of the selective scan at once: the third form of the recurrence in mamba.py, and the fast one on a GPU.
+"""The selective scan for a GPU: all chunks at once, in kernels that torch.compile fuses.
 
-A GPU has room for every chunk, but a chunk needs the state that the one before it ends with. The recurrence is linear, so
-run every chunk from a zero state first; what its true first state adds to its last is exp(A sum of dt) times it:
+mamba.py has the recurrence, and a scan that takes one chunk after another. A GPU has
+room for all chunks, but each needs the state with which the one before it ends. The recurrence is
+linear, and that helps: `two_chunks` below is the whole idea. For many chunks:
 
-    h_end = exp(A (dt_1 + ... + dt_T)) h_start + (h_end from zero)
+    1. run every chunk from a zero state, which gives its end               all at once
+    2. start of the next chunk = exp(A sum of dt) start + end               one after another
+    3. run every chunk again, from its true start                           all at once
 
-which is again the recurrence, with one step a chunk. So: (1) the end of every chunk from zero, (2) the recurrence over
-chunks, which gives every chunk its first state, (3) every chunk from there. If there are many chunks, (2) is done in the same
-way: groups of chunks, all at once. Backwards the same three steps, with g in place of h (mamba.py derives the gradient);
-what a chunk hands to the one before it is a_1 g_1, here called carry.
+Step 2 is the recurrence again, with one step per chunk. Many chunks form groups, to which 1 to 3
+apply in turn. The backward pass is the same with g instead of h (mamba.py derives it), and a
+chunk hands a_1 g_1 to the chunk before it.
 
-Each of the nine functions that go through _kernel is one kernel under torch.compile (_ends, _group_ends and _total may be
-two): the loop over the steps of a chunk is unrolled, its states live in registers, and nothing of shape (b, L, D, N) is
-written: y, gradients, and one state, one dA and one span a chunk. The six that use _states or _adjoints take the same steps
-again on purpose: to compute a state costs less than to store it and read it back. A kernel adds up either over states or over
-channels, so dB and dC cannot be had with dx and ddt; and one of them needs g where the other needs h.
+Blelloch's scan is the same tree with two branches per node: 2 log2(L) passes that each read and
+write states in memory. Here a node has 8 or 16 branches and its states stay in registers: only one
+state per chunk is written. For that, 1 and 3 both compute every state, which is cheap.
 
-Imports nothing of this repository; mamba calls it, and mamba2 and train use how it cuts time and compiles. Letters as in
-mamba.py, and c chunks of T steps: but for parallel_scan, all functions here have x, dt, y (b, c, T, D) and B, C (b, c, T, N).
-The span of a chunk is the sum of its dt.
+    symbol      shape            meaning
+    c, T                         chunks; steps per chunk
+    x, dt, y    (b, c, T, D)     as in mamba.py, cut into chunks; dy, dx and ddt likewise
+    B, C        (b, c, T, N)
+    start, end  (b, c, D, N)     state before a chunk's first step; its last state, from zero
+    span        (b, c, D)        sum of dt over a chunk
+    carry       (b, c, D, N)     backwards: a_{t+1} g_{t+1}, the gradient arriving from later steps
 """
 
+import contextlib
 import functools
 import math
 
@@ -28,74 +33,102 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_STEPS = 8     # most steps in a chunk; 16 took twice as long to compile. When this was chosen, 16 took 0.048 ms where 8
-                    # took 0.032 at (64, 64, 16, 16), and 0.321 where 8 took 0.338 at (64, 256, 128, 16)
+CHUNK_STEPS = 8     # most steps in a chunk; 16 compiles twice as long and is not faster
 GROUP_CHUNKS = 16   # most chunks in a group
+_compile_kernels = True                 # see compiled_scan
+
+
+def check_shapes(x, dt, A, B, C, h):
+    """Raise ValueError unless all shapes fit. Broadcast arguments would get wrong gradients."""
+    (b, L, D), N = x.shape, A.shape[-1]
+    right = {"dt": (b, L, D), "A": (D, N), "B": (b, L, N), "C": (b, L, N), "h": (b, D, N)}
+    for (name, shape), v in zip(right.items(), (dt, A, B, C, h)):
+        if v is not None and v.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(v.shape)}, but beside x {tuple(x.shape)} "
+                             f"and A {tuple(A.shape)} it must be {shape}")
+
+
+def two_chunks(scan, x, dt, A, B, C, h):
+    """The idea, for two chunks. scan is mamba.selective_scan_ref; the rest is as there."""
+    (x1, x2), (dt1, dt2), (B1, B2), (C1, C2) = (v.chunk(2, dim=1) for v in (x, dt, B, C))
+    _, end1 = scan(x1, dt1, A, B1, C1)                                   # 1. from zero
+    start2 = torch.exp(A * dt1.sum(1)[..., None]) * h + end1             # 2. h has only decayed
+    y1, _ = scan(x1, dt1, A, B1, C1, h)                                  # 3. these two scans do not
+    y2, last = scan(x2, dt2, A, B2, C2, start2)                          #    wait for each other
+    return torch.cat([y1, y2], dim=1), last
 
 
 def split(v, most):
-    """(b, L, ...) -> (b, c, T, ...) with T <= most, filled up with zeros: dt = 0 leaves a state as it is."""
-    chunks = -(-v.shape[1] // most)
-    missing = -v.shape[1] % chunks                             # 17 steps are 3 chunks of 6, not 2 of 8 and one of 1
-    return (F.pad(v, (0, 0) * (v.dim() - 2) + (0, missing)) if missing else v).unflatten(1, (chunks, -1))
+    """(b, L, ...) -> (b, c, T, ...), T <= most, padded with zeros: dt = 0 keeps the state."""
+    chunks = max(1, -(-v.shape[1] // most))
+    missing = -v.shape[1] % chunks       # 17 steps are 3 chunks of 6, not 2 of 8 and one of 1
+    if missing:
+        v = F.pad(v, (0, 0) * (v.dim() - 2) + (0, missing))
+    return v.unflatten(1, (chunks, -1))
 
+
+# ---- Inside a chunk ------------------------------------------------------------------------------
+#
+# Each function that goes through _kernel becomes one kernel, its loop over steps unrolled (_ends,
+# _group_ends and _total may be two). A kernel sums over states or over channels, so dx shares none
+# with dB; and dC needs h where dB needs g. All is computed in A's dtype, float32 or wider.
 
 def _decay(dt, A):
-    """exp(dt A) for the dt (b, c, D) of one step: (b, c, D, N).
+    """exp(dt A) for one step's dt (b, c, D): (b, c, D, N).
 
-    As a power of 2, for which a GPU has an instruction; torch's exp is eight more: with it _ends was 928 instructions, now 392,
-    and the scan took 3.26 ms in place of 2.69 at (8, 2048, 1536, 16).
+    As a power of 2, for which a GPU has an instruction; with exp the scan takes a fifth longer.
     """
     return torch.exp2(dt[..., None] * (A * math.log2(math.e)))
 
 
-def _states(x, dt, A, B, h):
-    """Every chunk's states after its first state h, (b, c, D, N) or 0.0, one after another: T of them."""
-    x, dt, B = (v.to(A.dtype) for v in (x, dt, B))
-    for t in range(x.shape[2]):
-        u = (dt[:, :, t] * x[:, :, t])[..., None] * B[:, :, t, None]                   # (b, c, D, N)
-        h = _decay(dt[:, :, t], A) * h + u
-        yield h
+def _next_state(h, t, x, dt, A, B):
+    """Every chunk's h_t (b, c, D, N) from its h_{t-1}."""
+    u = dt[:, :, t].to(A.dtype) * x[:, :, t]                             # (b, c, D)
+    return _decay(dt[:, :, t], A) * h + u[..., None] * B[:, :, t, None]
 
 
-def _adjoints(dt, A, C, dy, carry):
-    """Every chunk's t, g_t and a_t g_t from the last t to the first; carry, (b, c, D, N) or 0.0, arrives at the chunk's end."""
-    dt, C, dy = (v.to(A.dtype) for v in (dt, C, dy))
-    for t in reversed(range(dt.shape[2])):
-        g = carry + dy[:, :, t, :, None] * C[:, :, t, None]                            # (b, c, D, N)
-        carry = _decay(dt[:, :, t], A) * g
-        yield t, g, carry
+def _state_gradient(carry, t, A, C, dy):
+    """Every chunk's g_t (b, c, D, N) from a_{t+1} g_{t+1}."""
+    return carry + dy[:, :, t, :, None].to(A.dtype) * C[:, :, t, None]
 
 
 def _ends(x, dt, A, B):
     """Every chunk's last state from zero (b, c, D, N), and its span (b, c, D)."""
-    for h in _states(x, dt, A, B, 0.0):
-        pass
+    h = 0.0
+    for t in range(x.shape[2]):
+        h = _next_state(h, t, x, dt, A, B)
     return h, dt.sum(2, dtype=A.dtype)
 
 
 def _outputs(x, dt, A, B, C, h):
-    """y (b, c, T, D), from every chunk's first state h."""
+    """y (b, c, T, D), from every chunk's start h."""
     y = []
-    for t, h in enumerate(_states(x, dt, A, B, h)):
-        y.append((h * C[:, :, t, None]).sum(-1).to(x.dtype))                           # (b, c, D)
+    for t in range(x.shape[2]):
+        h = _next_state(h, t, x, dt, A, B)
+        y.append((h * C[:, :, t, None]).sum(-1).to(x.dtype))             # (b, c, D)
     return torch.stack(y, dim=2)
 
 
 def _first_carry(dt, A, C, dy):
-    """What every chunk's own outputs say about its first state, with nothing from later chunks: (b, c, D, N)."""
-    for _, _, carry in _adjoints(dt, A, C, dy, 0.0):
-        pass
+    """The gradient of every chunk's start through the chunk's own outputs alone: (b, c, D, N)."""
+    carry = 0.0
+    for t in reversed(range(dt.shape[2])):
+        carry = _decay(dt[:, :, t], A) * _state_gradient(carry, t, A, C, dy)
     return carry
 
 
 def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carry):
-    """The sums over states (b, c, T, D), and every chunk's part of dA (b, c, D, N)."""
-    before = [h, *_states(x, dt, A, B, h)]                                             # before[t] is h_{t-1}
+    """The sums over states, dx and ddt (b, c, T, D), and every chunk's part of dA (b, c, D, N)."""
+    h_before = []
+    for t in range(x.shape[2]):
+        h_before.append(h)
+        h = _next_state(h, t, x, dt, A, B)
     dx, ddt, dA = [], [], 0.0
-    for t, g, carry in _adjoints(dt, A, C, dy, carry):
-        du = (g * B[:, :, t, None]).sum(-1)                                            # (b, c, D)
-        d_dtA = carry * before[t]                                                      # (b, c, D, N), g_t a_t h_{t-1}
+    for t in reversed(range(x.shape[2])):
+        g = _state_gradient(carry, t, A, C, dy)                          # (b, c, D, N)
+        carry = _decay(dt[:, :, t], A) * g
+        du = (g * B[:, :, t, None]).sum(-1)                              # (b, c, D)
+        d_dtA = carry * h_before[t]                                      # (b, c, D, N)
         dx.append((du * dt[:, :, t]).to(x.dtype))
         ddt.append(((d_dtA * A).sum(-1) + du * x[:, :, t]).to(dt.dtype))
         dA = dA + d_dtA * dt[:, :, t, :, None]
@@ -103,18 +136,22 @@ def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carry):
 
 
 def _gradient_B(x, dt, A, B, C, dy, carry):
-    """A sum over channels: (b, c, T, N). B for its dtype alone."""
-    u, dB = dt.to(A.dtype) * x.to(A.dtype), []
-    for t, g, _ in _adjoints(dt, A, C, dy, carry):
-        dB.append((g * u[:, :, t, :, None]).sum(-2).to(B.dtype))                       # (b, c, N)
+    """A sum over channels, (b, c, T, N), in the dtype of B."""
+    u = dt.to(A.dtype) * x
+    dB = []
+    for t in reversed(range(x.shape[2])):
+        g = _state_gradient(carry, t, A, C, dy)                          # (b, c, D, N)
+        carry = _decay(dt[:, :, t], A) * g
+        dB.append((g * u[:, :, t, :, None]).sum(-2).to(B.dtype))         # (b, c, N)
     return torch.stack(dB[::-1], dim=2)
 
 
 def _gradient_C(x, dt, A, B, C, dy, h):
-    """A sum over channels: (b, c, T, N). C for its dtype alone."""
+    """A sum over channels, (b, c, T, N), in the dtype of C."""
     dC = []
-    for t, h in enumerate(_states(x, dt, A, B, h)):
-        dC.append((h * dy[:, :, t, :, None]).sum(-2).to(C.dtype))                      # (b, c, N)
+    for t in range(x.shape[2]):
+        h = _next_state(h, t, x, dt, A, B)
+        dC.append((h * dy[:, :, t, :, None]).sum(-2).to(C.dtype))        # (b, c, N)
     return torch.stack(dC, dim=2)
 
 
@@ -123,128 +160,149 @@ def _total(dA):
     return dA.sum((0, 1))
 
 
-def _chunks(span, A, ends, h, backwards):
-    """The recurrence over the chunks of every group, from the group's first state h, (b, groups, D, N) or 0.0.
-
-    Yields every chunk's number and the state that it starts from, and at the end None and the group's last state.
-    backwards: from the last chunk to the first.
-    """
-    span, ends = (split(v, GROUP_CHUNKS) for v in (span, ends))                        # (b, groups, chunks, D), and (..., D, N)
-    for k in reversed(range(span.shape[2])) if backwards else range(span.shape[2]):
-        yield k, h
-        h = _decay(span[:, :, k], A) * h + ends[:, :, k]
-    yield None, h
-
+# ---- Across chunks -------------------------------------------------------------------------------
+#
+# Backwards, from the last chunk to the first, "ends" are first carries, and a chunk's "start" is
+# the carry that arrives at its last step.
 
 def _group_ends(span, A, ends, backwards):
-    """Every group's last state from zero (b, groups, D, N), and its span."""
-    for _, h in _chunks(span, A, ends, 0.0, backwards):
-        pass
-    return h, split(span, GROUP_CHUNKS).sum(2)
+    """Every group's last state from zero (b, groups, D, N), and its span (b, groups, D)."""
+    span, ends = split(span, GROUP_CHUNKS), split(ends, GROUP_CHUNKS)    # (b, groups, chunks, ...)
+    order = range(span.shape[2])
+    h = 0.0
+    for k in reversed(order) if backwards else order:
+        h = _decay(span[:, :, k], A) * h + ends[:, :, k]
+    return h, span.sum(2)
 
 
 def _group_starts(span, A, ends, h, backwards):
-    """The state that every chunk starts from (b, c, D, N), and every group's last state. h None: one group, from zero."""
+    """Every chunk's start (b, c, D, N), and every group's last state (b, groups, D, N).
+
+    h: every group's start, None for a single group that starts from zero.
+    """
+    c = span.shape[1]
     h = torch.zeros_like(ends[:, :1]) if h is None else h
-    starts = dict(_chunks(span, A, ends, h, backwards))
-    last = starts.pop(None)
-    return torch.stack([starts[k] for k in range(len(starts))], dim=2).flatten(1, 2)[:, :span.shape[1]], last
+    span, ends = split(span, GROUP_CHUNKS), split(ends, GROUP_CHUNKS)    # (b, groups, chunks, ...)
+    order = range(span.shape[2])
+    starts = [None] * len(order)
+    for k in reversed(order) if backwards else order:
+        starts[k] = h
+        h = _decay(span[:, :, k], A) * h + ends[:, :, k]
+    return torch.stack(starts, dim=2).flatten(1, 2)[:, :c], h
 
 
-# max_fusion_size: all steps of a chunk in one kernel. autotune_pointwise: the compiler need not try two ways to share out the work
-# of kernels whose threads need not add up; it compiles each twice for that, and often took the slower (_ends, _first_carry and
-# _group_ends twice, at (64, 256, 128, 16) all four together when this was chosen: 0.087 ms, and 0.126 compiled again, in place of
-# 0.060 and 0.072). max_tiles: their blocks have one dimension. With two, N and all the rest, the compiler makes a block the larger
-# the more of the rest there is, at last 1,024 by 16 elements in 256 threads: of _ends 3 kB a thread did not fit in registers. The
-# scan took 191 ms in place of 38 at (64, 2049, 2048, 16), and, with exp, 3.38 in place of 3.30 at (8, 2048, 1536, 16).
-OPTIONS = {"max_fusion_size": 1000, "triton.autotune_pointwise": False, "triton.max_tiles": 1}
+def _across(span, A, ends, h, backwards, compiled):
+    """Step 2, from h (b, D, N) or None -> every chunk's start, and the last state (b, D, N)."""
+    group_starts = _kernel(_group_starts, compiled)
+    if span.shape[1] <= GROUP_CHUNKS:
+        starts, last = group_starts(span, A, ends, None if h is None else h[:, None], backwards)
+        return starts, last[:, 0]
+    group_ends, group_span = _kernel(_group_ends, compiled)(span, A, ends, backwards)
+    h, last = _across(group_span, A, group_ends, h, backwards, compiled)     # h (b, groups, D, N)
+    starts, _ = group_starts(span, A, ends, h, backwards)
+    return starts, last
+
+
+# ---- Compiled kernels ----------------------------------------------------------------------------
+
+OPTIONS = {
+    "max_fusion_size": 1000,               # all steps of a chunk in one kernel
+    "triton.autotune_pointwise": False,    # compiles twice as long, and often chose the slower one
+    "triton.max_tiles": 1,                 # 2-d blocks grew until their states left the registers
+}
 
 
 def compile_each_shape(function, options):
-    """torch.compile, anew for every shape that function meets, as many as there are."""
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10**4
+    """torch.compile, anew for every shape that the function meets, as many as there are."""
+    torch._dynamo.config.recompile_limit = 10**4
+    torch._dynamo.config.accumulated_recompile_limit = 10**4
     return torch.compile(function, dynamic=False, options=options)
 
 
 @functools.cache
-def _kernel(function, off):
-    return function if off else compile_each_shape(function, OPTIONS)
+def _kernel(function, compiled):
+    return compile_each_shape(function, OPTIONS) if compiled else function
 
 
-def _across(span, A, ends, h, backwards, off):
-    """Step (2): span (b, c, D), ends (b, c, D, N), h (b, D, N) or None -> the state that every chunk starts from, the last state.
-
-    Backwards "ends" are first carries, h is the carry that arrives at the sequence's end, and the results are the carries that
-    arrive at each chunk's end and the one that leaves the sequence. Many chunks are split into groups as many steps were into
-    chunks, and (1) to (3) come again, one level up.
-    """
-    if span.shape[1] <= GROUP_CHUNKS:
-        starts, last = _kernel(_group_starts, off)(span, A, ends, None if h is None else h[:, None], backwards)
-        return starts, last[:, 0]
-    group_ends, group_span = _kernel(_group_ends, off)(span, A, ends, backwards)
-    h, last = _across(group_span, A, group_ends, h, backwards, off)                    # h (b, groups, D, N)
-    starts, _ = _kernel(_group_starts, off)(span, A, ends, h, backwards)
-    return starts, last
-
+# ---- The scan ------------------------------------------------------------------------------------
 
 @torch.library.custom_op("mamba::scan", mutates_args=())
 def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor | None,
-          off: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> y, the last state, and for the gradient every chunk's first state (b, c, D, N) and span (b, c, D).
-
-    An operator of its own, so that a compiled model calls it as it stands and does not take it apart.
-    """
-    ends, span = _kernel(_ends, off)(x, dt, A, B)
-    starts, last = _across(span, A, ends, h, False, off)
-    return _kernel(_outputs, off)(x, dt, A, B, C, starts), last, starts, span
+          compiled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> y, the last state (b, D, N), and for the gradient every chunk's start and span."""
+    ends, span = _kernel(_ends, compiled)(x, dt, A, B)
+    starts, last = _across(span, A, ends, h, False, compiled)
+    return _kernel(_outputs, compiled)(x, dt, A, B, C, starts), last, starts, span
 
 
 @torch.library.custom_op("mamba::scan_backward", mutates_args=())
-def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, span: Tensor, dy: Tensor,
-                   dh: Tensor | None, off: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _scan_backward(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, span: Tensor,
+        dy: Tensor, dh: Tensor | None, compiled: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> the gradients of x, dt, A, B, C and h."""
-    carries, dh = _across(span, A, _kernel(_first_carry, off)(dt, A, C, dy), dh, True, off)
-    dx, ddt, dA = _kernel(_gradients_x_dt_A, off)(x, dt, A, B, C, dy, starts, carries)
-    dB = _kernel(_gradient_B, off)(x, dt, A, B, C, dy, carries)
-    dC = _kernel(_gradient_C, off)(x, dt, A, B, C, dy, starts)
-    return dx, ddt, _kernel(_total, off)(dA), dB, dC, dh
+    first_carries = _kernel(_first_carry, compiled)(dt, A, C, dy)
+    carries, dh = _across(span, A, first_carries, dh, True, compiled)
+    dx, ddt, dA = _kernel(_gradients_x_dt_A, compiled)(x, dt, A, B, C, dy, starts, carries)
+    dB = _kernel(_gradient_B, compiled)(x, dt, A, B, C, dy, carries)
+    dC = _kernel(_gradient_C, compiled)(x, dt, A, B, C, dy, starts)
+    return dx, ddt, _kernel(_total, compiled)(dA), dB, dC, dh
 
 
 @_scan.register_fake
-def _(x, dt, A, B, C, h, off):
-    b, chunks, state = *x.shape[:2], A.shape
-    starts = split(A.new_empty(b, chunks, *state), GROUP_CHUNKS).flatten(1, 2)[:, :chunks]     # a slice of whole groups
-    return x.new_empty(x.shape), A.new_empty(b, *state), starts, A.new_empty(starts.shape[:3])
+def _(x, dt, A, B, C, h, compiled):
+    b, c = x.shape[:2]
+    starts = split(A.new_empty(b, c, *A.shape), GROUP_CHUNKS).flatten(1, 2)[:, :c]
+    return x.new_empty(x.shape), A.new_empty(b, *A.shape), starts, A.new_empty(starts.shape[:3])
 
 
 @_scan_backward.register_fake
-def _(x, dt, A, B, C, starts, span, dy, dh, off):
-    return *(v.new_empty(v.shape) for v in (x, dt, A, B, C)), A.new_empty(x.shape[0], *A.shape)
+def _(x, dt, A, B, C, starts, span, dy, dh, compiled):
+    gradients = (v.new_empty(v.shape) for v in (x, dt, A, B, C))
+    return *gradients, A.new_empty(x.shape[0], *A.shape)
 
 
-def _keep(ctx, inputs, output):
-    x, dt, A, B, C, h, ctx.off = inputs
+def _save(ctx, inputs, output):
+    *arguments, h, ctx.compiled = inputs
     ctx.from_zero = h is None
-    ctx.set_materialize_grads(False)                           # or there were zeros for the last state, starts and span
-    ctx.save_for_backward(x, dt, A, B, C, *output[2:])
+    ctx.set_materialize_grads(False)       # no zeros for results that have no gradient
+    ctx.save_for_backward(*arguments, *output[2:])
 
 
-def _backward(ctx, dy, dh, *_):
+def _backward(ctx, dy, dh, d_starts, d_span):
+    if torch.is_grad_enabled():            # create_graph
+        raise RuntimeError("the fused scan has no second derivative; selective_scan_ref has one")
     dy = torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy
-    *gradients, dh = _scan_backward(*ctx.saved_tensors, dy, dh, ctx.off)
+    *gradients, dh = _scan_backward(*ctx.saved_tensors, dy, dh, ctx.compiled)
     return *gradients, None if ctx.from_zero else dh, None
 
 
-_scan.register_autograd(_backward, setup_context=_keep)
+_scan.register_autograd(_backward, setup_context=_save)
 
 
-def parallel_scan(x, dt, A, B, C, h=None, off=False):
-    """mamba.selective_scan_ref: arguments and results as there; A and h may be float32 where the others are bfloat16.
+@contextlib.contextmanager
+def compiled_scan(on):
+    """`with compiled_scan(False):` no scan compiles its kernels, even if gradients are wanted."""
+    global _compile_kernels
+    before, _compile_kernels = _compile_kernels, on
+    try:
+        yield
+    finally:
+        _compile_kernels = before
 
-    off: leave torch.compile out.
+
+def parallel_scan(x, dt, A, B, C, h=None, compiled=None):
+    """mamba.selective_scan_ref: the same arguments and results. A and h at least float32.
+
+    compiled: whether torch.compile makes the kernels, half a minute per shape. None: on CUDA when
+    gradients are wanted, unless within compiled_scan(False); tests and streaming meet many shapes.
     """
-    # Filled up here, where it is part of the model's kernels, and not in the scan's own: loads that ask where the sequence ends
-    # made those take 69 us in place of 36, forwards and backwards, for 65 steps of 16 channels.
-    x_k, dt_k, B_k, C_k = (split(v, CHUNK_STEPS) for v in (x, dt, B, C))               # (b, c, T, D or N)
-    y_k, h, _, _ = _scan(x_k, dt_k, A.contiguous(), B_k, C_k, h, off)                  # states are laid out as A is
-    return y_k.flatten(1, 2)[:, :x.shape[1]], h
+    if compiled is None:
+        compiled = x.is_cuda and _compile_kernels and torch.is_grad_enabled()
+    check_shapes(x, dt, A, B, C, h)
+    if x.numel() == 0:
+        return x.clone(), A.new_zeros(x.shape[0], *A.shape) if h is None else h
+    # Cut outside of the scan's kernels: padding inside them made their loads twice as slow.
+    x_k, dt_k, B_k, C_k = (split(v, CHUNK_STEPS) for v in (x, dt, B, C))     # (b, c, T, D or N)
+    y, h, _, _ = _scan(x_k, dt_k, A.contiguous(), B_k, C_k, h, compiled)
+    return y.flatten(1, 2)[:, :x.shape[1]], h

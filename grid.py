@@ -2,7 +2,7 @@
 it.
 
 Each process takes the next run that none has taken, so eight processes make eight runs at a time:
-`torchrun --nproc-per-node 8 train.py ...`, on one machine or on several with the same folder. A run
+`torchrun --nproc-per-node 8 -- train.py ...`, on one machine or on several with the same folder. A run
 is taken by locking OUT/NAME.lock. The system frees the lock of a process that dies, so its run is
 taken by another, or by the same command given again.
 """
@@ -61,7 +61,7 @@ def claim(path):
         return lock
 
 
-def to_make(configs, out, overwrite):
+def to_make(configs, out, overwrite, failed):
     """Yield (config, path, title, runs left of its shape) for the runs that are still to be made.
 
     Processes started together by torchrun share the runs, and so do commands started one after
@@ -90,7 +90,12 @@ def to_make(configs, out, overwrite):
         for number, (config, path) in waiting:
             if is_finished(path):
                 continue
-            lock = claim(path)
+            try:
+                lock = claim(path)
+            except OSError as error:
+                failed.append(path)
+                say(f"{title(number)}{path}.lock cannot be made: {error.strerror}")
+                continue
             if lock is None:
                 taken.append((number, (config, path)))
                 continue

@@ -23,10 +23,12 @@ import re
 import torch
 import torch.nn as nn
 
-from attention import Attention, LearnedPosition
+from attention import Attention, LearnedPosition, SlidingWindow
 from data import embedding_table
+from family.decay_attention import DecayAttention
+from family.deltanet import GatedDeltaNet
 from family.experts import MLP, MixtureOfExperts, NormedMamba
-from family.ladder import LTI, RGLRU, RNN, Retention
+from family.ladder import LTI, RGLRU, RNN, Retention, ShortConv
 from family.mamba2 import Mamba2
 from family.zamba import SharedBlock, SharedUse
 from mamba import Mamba
@@ -46,6 +48,10 @@ FAMILY = {  # each with the order of layers that it is known for, not its size
     # De et al. 2024, arXiv 2402.19427
     "griffin": "rglru+mlp+rglru+mlp+window+mlp",
     "mamba2": "2xmamba2",
+    "deltanet": "2xdeltanet",
+    "gated-deltanet": "2xgated-deltanet",
+    "alibi": "2xalibi",
+    "forgetting": "2xforgetting",
     # Ren et al. 2024, arXiv 2406.07522
     "samba": "mamba+mlp+window+mlp",
     # Waleffe et al. 2024, arXiv 2406.07887
@@ -78,7 +84,7 @@ def build_layer(word, d, L, n_heads, d_state, before):
     if word == "position":
         return LearnedPosition(d, positions=3 * L + 1)
     if word == "window":
-        return Attention(d, n_heads, "rope", recency, window=max(2, L // 4))
+        return SlidingWindow(d, n_heads, window=max(2, L // 4), recency=recency)
     if word == "grouped":
         return Attention(d, n_heads=4, kv_heads=2)
     if word == "mamba":
@@ -87,6 +93,12 @@ def build_layer(word, d, L, n_heads, d_state, before):
         return NormedMamba(d, d_state, dt_rank=d)        # at rank 1 a norm would leave only a sign
     if word == "mamba2":
         return Mamba2(d, d_state, headdim=math.gcd(2 * d, 8))
+    if word in ("conv", "conv2", "conv8"):
+        return ShortConv(d, d_conv=int(word[4:] or 4))
+    if word in ("deltanet", "gated-deltanet"):
+        return GatedDeltaNet(d, n_heads, d_state, gated=word == "gated-deltanet")
+    if word in ("alibi", "forgetting"):
+        return DecayAttention(d, n_heads, word)
     if word == "lti":
         return LTI(d, d_state)
     if word == "zamba":
@@ -99,19 +111,25 @@ def build_layer(word, d, L, n_heads, d_state, before):
 
 
 WORDS = ["attention", "rope", "position", "window", "grouped", "mamba", "normed-mamba", "mamba2",
-         "lti", "zamba", "zamba2", "zamba2-mini"]       # in build_layer; LAYERS has the others
+         "deltanet", "gated-deltanet", "alibi", "forgetting", "conv", "conv2", "conv8", "lti",
+         "zamba", "zamba2", "zamba2-mini"]       # in build_layer; LAYERS has the others
+
+
+MOST_LAYERS = 256
 
 
 def layer_words(name):
     """A model's name or stack -> the words of its layers, "2xmamba" as two. Raises ValueError."""
     words = []
     for part in {**MODELS, **FAMILY}.get(name, name).split("+"):
-        count, word = re.fullmatch(r"(?:(\d+)x)?(.*)", part).groups()
+        count, word = re.fullmatch(r"(?:(\d+)x)?(.*)", part, re.DOTALL).groups()
         if word not in (*WORDS, *LAYERS) or count == "0":
             raise ValueError(
                 f"--model is {name!r}, but it must be one of {', '.join([*MODELS, *FAMILY])}, or "
                 f"layers joined by +, as in 2xmamba+mlp, of {', '.join([*WORDS, *LAYERS])}")
-        words += [word] * int(count or 1)
+        words += [word] * min(int(count or 1), MOST_LAYERS + 1)
+        if len(words) > MOST_LAYERS:
+            raise ValueError(f"--model is {name!r}, but a stack has at most {MOST_LAYERS} layers")
     return words
 
 
@@ -120,6 +138,8 @@ def build_model(name, K=16, d=8, L=64, n_heads=1, d_state=16, learn_embedding=Fa
 
     Raises ValueError for an unknown name, or an option that a layer cannot have.
     """
+    if min(K, d, L, n_heads, d_state) < 1:
+        raise ValueError("K, d, L, n_heads and d_state must be at least 1")
     layers = []
     for word in layer_words(name):
         layers.append(build_layer(word, d, L, n_heads, d_state, layers))
@@ -140,8 +160,9 @@ class RMSNorm(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias * torch.randn(d))
 
     def forward(self, x):
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps)
-        x = x * scale * self.weight
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))     # squares overflow in float16
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(wide.dtype).eps)
+        x = (wide * scale).to(x.dtype) * self.weight
         return x if self.bias is None else x + self.bias
 
 

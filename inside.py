@@ -1,12 +1,17 @@
-"""What a trained model does on one sequence: where attention looks, and what Mamba writes, keeps and forgets.
+"""What a trained model does on one sequence: where attention looks, what Mamba writes and keeps.
 
-    python plot.py --inside results/X.pt                look(path) finds it, draw(look) is the figure
+    python inside.py results/X.pt             draws figures/inside_X.png
+    python inside.py report/checkpoints/*.pt --out figures
 
-Nothing here changes a model: hooks on two of its linear maps see what goes through them, and the rest is recomputed.
-
-Imports attention, data, mamba and runs; plot imports it for --inside only.
+Hooks on two linear maps of a layer see what goes through them (`run_and_watch`), and the rest is
+recomputed. The model is not changed.
 """
 
+import argparse
+import os
+import sys
+
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,176 +21,241 @@ from matplotlib.figure import Figure
 from attention import Attention, rotary
 from data import recall_batch
 from mamba import Mamba
+from plot import LOOK, print_now, write
 from runs import load_run
+from summary import text
 
-CONTEXT = 24  # tokens before the query: few enough to see each of them
-MARKS = {"q": "#D55E00", "v": "#009E73"}  # the query and its value in a sequence
-
-
-def attention_maps(layer, qkv):
-    """The weights that scaled_dot_product_attention has no way to return: softmax of q k / sqrt(P), causal.
-
-    layer: an Attention; qkv (L, ...): what its Linear of that name made of a sequence that starts at position 0.
-    Returns (H, L, L): for each head how much query t (row) takes of key s (column). Rows sum to 1.
-    """
-    L = len(qkv)
-    q, k, _ = qkv.split(layer.sizes, dim=-1)
-    q, k = (u.view(L, heads, -1).transpose(0, 1) for u, heads in ((q, layer.n_heads), (k, layer.kv_heads)))    # (H or G, L, P)
-    if layer.position == "rope":
-        q, k = rotary(q, 0), rotary(k, 0)
-    k = k.repeat_interleave(layer.n_heads // layer.kv_heads, 0)                        # (H, L, P)
-    scores = q @ k.mT / q.shape[-1]**0.5                                               # (H, L, L)
-    unseen = torch.ones(L, L, dtype=torch.bool, device=qkv.device).triu(1)
-    if layer.window is not None:
-        unseen |= ~unseen.new_ones(L, L).triu(1 - layer.window)
-    return scores.masked_fill(unseen, -torch.inf).softmax(-1)
+CONTEXT = 24                               # tokens before the query: few enough to see each of them
+MARKS = {"q": "#D55E00", "v": "#009E73"}   # the query and its value in a sequence
+WRITES, IDLE = 0.1, 1e-6                   # steps of a channel that keeps v for a million tokens
 
 
-def what_is_left(dt, A):
-    """How much of what token t wrote into the state is left of it after the last token.
-
-    Unrolled, h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t says that the state at the end is a sum over the tokens,
-
-        h = sum over t of exp(A * (dt_{t+1} + dt_{t+2} + ... + dt_last)) dt_t B_t x_t
-
-    and its first factor is returned: dt (L, D), A (D, N) negative -> (L, D, N), 1 for the last token.
-    """
-    later = dt.flip(0).cumsum(0).flip(0) - dt                                          # (L, D), sums over s > t
-    return torch.exp(later[:, :, None] * A)
-
-
-def holding(dt, q, v):
-    """How many channels write at v and hold it for a million tokens, or None if the context is too short: dt (D, L + 1).
-
-    They step by more than 0.1 where the convolution sees v, and by less than 1e-6 in the mean over the tokens that do not
-    matter: all but those where it sees q or v, its first tokens and the last q.
-    """
-    idle = np.ones(dt.shape[1], bool)
-    idle[:3] = idle[q:v + 4] = idle[-1] = False
-    return int(((dt[:, v:v + 4].max(1) > 0.1) & (dt[:, idle].mean(1) < 1e-6)).sum()) if idle.any() else None
-
+# ---- what the layers do ----
 
 @torch.no_grad()
-def look_at(model, tokens):
-    """Run the model on tokens (L,), the query among them -> logits (K,), a list with an entry for each layer:
+def run_and_watch(model, tokens):
+    """Run the model on tokens (L,) -> logits (K,), [(layer, seen), ...].
 
-    attention   {"maps": (H, L, L)}, as attention_maps
-    Mamba       {"dt": (D, L), the step of each channel at each token,
-                 "left": (D, L), what_is_left, the mean over the N states of a channel}
-    other       {}
+    seen is the output (L, ...) of a layer's `qkv` (Attention) or `dt_proj` (Mamba), else None.
     """
     seen, hooks = {}, []
     for layer in model.layers:
         if isinstance(layer, (Attention, Mamba)):
             inner = layer.qkv if isinstance(layer, Attention) else layer.dt_proj
-            hooks.append(inner.register_forward_hook(lambda _, inputs, output, layer=layer: seen.update({layer: output[0]})))
+
+            def watch(module, inputs, output, layer=layer):
+                seen[layer] = output[0]
+            hooks.append(inner.register_forward_hook(watch))
     try:
-        x, _ = model.run_layers(tokens[None])                                              # (1, L, d)
+        logits = model(tokens[None])[0]
     finally:
         for hook in hooks:
             hook.remove()
+    return logits.numpy(), [(layer, seen.get(layer)) for layer in model.layers]
 
+
+def attention_maps(layer, qkv):
+    """The attention weights softmax(q k / sqrt(P)), causal, which the layer itself does not return.
+
+    layer: an Attention; qkv (L, ...): the output of its Linear of that name, from position 0 on.
+    Returns (H, L, L): how much query t (row) takes of key s (column); rows sum to 1.
+    """
+    L = len(qkv)
+    q, k, _ = qkv.split(layer.sizes, dim=-1)
+    q = q.view(L, layer.n_heads, -1).transpose(0, 1)                        # (H, L, P)
+    k = k.view(L, layer.kv_heads, -1).transpose(0, 1)                       # (G, L, P)
+    if layer.position == "rope":
+        q, k = rotary(q, 0), rotary(k, 0)
+    k = k.repeat_interleave(layer.n_heads // layer.kv_heads, 0)             # (H, L, P)
+    scores = q @ k.mT / q.shape[-1]**0.5                                    # (H, L, L)
+    hidden = torch.ones(L, L, dtype=torch.bool, device=qkv.device).triu(1)
+    if layer.window is not None:
+        hidden |= ~hidden.new_ones(L, L).triu(1 - layer.window)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+
+
+def share_left(dt, A):
+    """The share of what token t wrote into the state that is left after the last token.
+
+    Unrolled, h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t makes the last state a sum over tokens,
+
+        h = sum over t of exp(A * (dt_{t+1} + dt_{t+2} + ... + dt_last)) dt_t B_t x_t
+
+    and its first factor is returned: dt (L, D), A (D, N) negative -> (L, D, N), 1 for the last one.
+    """
+    later = dt.flip(0).cumsum(0).flip(0) - dt                          # (L, D), sums over s > t
+    return torch.exp(later[:, :, None] * A)
+
+
+def look_into(model, tokens):
+    """Run the model on tokens (L,) -> logits (K,), a list with a dict for each layer:
+
+    attention   {"maps": (H, L, L)}
+    Mamba       {"dt": (D, L), step sizes, "left": (D, L), share_left averaged over the N states}
+    other       {}
+    """
+    logits, watched = run_and_watch(model, tokens)
     layers = []
-    for layer in model.layers:
+    for layer, seen in watched:
         found = {}
         if isinstance(layer, Attention):
-            found["maps"] = attention_maps(layer, seen[layer])
+            found["maps"] = attention_maps(layer, seen)
         elif isinstance(layer, Mamba):
-            dt = F.softplus(seen[layer])                                               # (L, D)
-            left = what_is_left(dt, -torch.exp(layer.A_log)).mean(-1)                  # (L, D)
+            dt = F.softplus(seen)                                           # (L, D)
+            left = share_left(dt, -torch.exp(layer.A_log)).mean(-1)         # (L, D)
             found["dt"], found["left"] = dt.T, left.T
-        layers.append({name: value.numpy() for name, value in found.items()})
-    return model.head(x[0, -1]).numpy(), layers
+        layers.append({name: value.detach().numpy() for name, value in found.items()})
+    return logits, layers
 
 
 def look(path):
-    """Look into the checkpoint of a finished run on one sequence, the same for all models of a task.
+    """Look into a checkpoint on one sequence, the same for all models of a task. Raises ValueError.
 
-    Returns {"config", "tokens" (L + 1,), "q" and "v", the index of both in the context, "label", "answer", "layers" as
-    in look_at}. The query stands in the middle of the context. Raises ValueError, in one sentence.
+    Returns {"config", "tokens" (L + 1,), "q" and "v" (their indices in the context, in its middle),
+    "label", "answer", "layers" as in look_into}.
     """
-    model, record = load_run(path)
-    config = record["config"]
+    model, config = load_run(path)
+    config = config.get("config", config)
     K, M, tau = config["K"], config["M"], config["tau"]
-    L = min(max(CONTEXT, 2 * tau), config["L"])                                        # no longer than in training
+    if config.get("task", "recall") != "recall":
+        raise ValueError(f"{path} is of the task {config['task']}, and only recall is drawn")
+    L = min(max(CONTEXT, 2 * tau), config["L"])                        # as long as training at most
     q = (L - tau) // 2
-    tokens, label = recall_batch(1, L, K, M, tau, generator=torch.Generator().manual_seed(0), i=torch.tensor([q]))
-    logits, layers = look_at(model, tokens[0])
+    generator = torch.Generator().manual_seed(0)
+    tokens, label = recall_batch(1, L, K, M, tau, generator=generator, i=torch.tensor([q]))
+    logits, layers = look_into(model, tokens[0])
     if not any(layers):
-        raise ValueError(f"{path} has neither an attention nor a Mamba layer, so there is nothing to look at")
-    return {"config": config, "tokens": tokens[0].numpy(), "q": q, "v": q + tau, "label": label.item(),
-            "answer": int(logits.argmax()), "layers": layers}
+        raise ValueError(f"{path} has neither an attention nor a Mamba layer to look into")
+    return {"config": config, "tokens": tokens[0].numpy(), "q": q, "v": q + tau,
+            "label": label.item(), "answer": int(logits.argmax()), "layers": layers}
+
+
+def count_keepers(dt, q, v):
+    """The number of channels that keep v for a million tokens, None if the context is too short.
+
+    dt (D, L + 1). They step by more than 0.1 where the convolution sees v, and by less than 1e-6 in
+    the mean over idle tokens: all but the first 3, those where it sees q or v, and the last q.
+    """
+    idle = np.ones(dt.shape[1], bool)
+    idle[:3] = idle[q:v + 4] = idle[-1] = False
+    if not idle.any():
+        return None
+    return int(((dt[:, v:v + 4].max(1) > WRITES) & (dt[:, idle].mean(1) < IDLE)).sum())
 
 
 # ---- the figure ----
 
 def images(layer, found):
-    """The images that show a layer, from the top -> a list of (title, image, label of the colour bar, colours)."""
+    """The images of a layer, from the top -> [(title, image, colour bar's label, colours), ...]."""
+    q, v, last = found["q"], found["v"], len(found["tokens"]) - 1
     share = dict(vmin=0, vmax=1)
     if "maps" in layer:
-        shown, q, v, last = [], found["q"], found["v"], len(found["tokens"]) - 1
-        for head, w in enumerate(layer["maps"], 1):
-            title = f"v looks at q: {w[v, q]:.2f}\nlast q looks at v: {w[last, v]:.2f}"
-            shown.append((f"head {head}: {title}" if len(layer["maps"]) > 1 else title, np.where(np.tri(last + 1), w, np.nan),
-                          "attention weight (grey: later tokens, not seen)", share))
+        shown = []
+        for head, weights in enumerate(layer["maps"], 1):
+            title = f"v looks at q: {weights[v, q]:.2f}\nlast q looks at v: {weights[last, v]:.2f}"
+            title = f"head {head}: {title}" if len(layer["maps"]) > 1 else title
+            seen = np.where(np.tri(last + 1), weights, np.nan)
+            shown.append((title, seen, "attention weight (grey: later tokens)", share))
         return shown
-    rows = np.ptp(layer["dt"], axis=1).argsort()[::-1]  # the channels that choose among tokens stand together, on top
+    rows = np.ptp(layer["dt"], axis=1).argsort()[::-1]     # channels that select on top
     dt, left = layer["dt"][rows], layer["left"][rows]
-    step, count = dict(norm=LogNorm(1e-3, 3, clip=True)), holding(dt, found["q"], found["v"])
-    held = "" if count is None else f"\n> 0.1 at v and < 1e-6 elsewhere: {count} of {len(dt)}"
-    return [(f"step Δ (channels sorted by its range)\npale: passes a token by, dark: resets the state{held}", dt, "Δ", step),
-            ("what is left of each token at the end\npale: forgotten, dark: kept", left, "left, mean over states", share),
-            ("weight of each token in the state at the end:\nthe product of the two above", dt * left, "Δ times what is left",
-             step)]
+    step = dict(norm=LogNorm(1e-3, 3, clip=True))
+    count = count_keepers(dt, q, v)
+    keep = f"\n{count} of {len(dt)} channels write at v (Δ > 0.1)\nand idle elsewhere (Δ < 1e-6)"
+    keep = "" if count is None else keep
+    return [(f"step size Δ, widest range on top\npale: passes by, dark: resets{keep}",
+             dt, "Δ", step),
+            ("share of each token left at the end\npale: forgotten, dark: kept",
+             left, "left", share),
+            ("weight of each token at the end:\nΔ times the share left", dt * left, "weight", step)]
 
 
 def mark(ax, found, rows):
-    """Frame the columns of q, v and the last q in an image, and if rows is true, their rows too."""
+    """Frame the columns of q, v and the last q in an image, and if `rows`, their rows too."""
     for place, name in ((found["q"], "q"), (found["v"], "v"), (len(found["tokens"]) - 1, "q")):
-        text = dict(textcoords="offset points", color=MARKS[name], fontsize=10, fontweight="bold")
-        ax.annotate(name, (place, 1), (0, 2), ax.get_xaxis_transform(), ha="center", **text)
-        if rows:
-            ax.annotate(name, (1, place), (3, 0), ax.get_yaxis_transform(), va="center_baseline", **text)
+        bold = dict(textcoords="offset points", color=MARKS[name], fontweight="bold")
+        ax.annotate(name, (place, 1), (0, 2), ax.get_xaxis_transform(), ha="center", **bold)
         for edge in (place - 0.5, place + 0.5):
             ax.axvline(edge, color=MARKS[name], lw=0.7)
             if rows:
                 ax.axhline(edge, color=MARKS[name], lw=0.7)
+        if rows:
+            ax.annotate(name, (1, place), (3, 0), ax.get_yaxis_transform(), va="center", **bold)
 
 
 def draw(found):
-    """The figure of what look found: a column for each layer, in which tokens go from left to right."""
+    """The figure of what `look` found: a column for each layer, tokens from left to right."""
     tokens, config = found["tokens"], found["config"]
     columns = [(depth, layer) for depth, layer in enumerate(found["layers"], 1) if layer]
-    height = 4.6  # of a map, in inches; three images of a Mamba layer share 7.4
-    tall = max(height * len(layer["maps"]) if "maps" in layer else 7.4 for _, layer in columns)
-    fig = Figure(figsize=(max(7, 4 * len(columns)), tall + 1), layout="constrained")
-    for (depth, layer), part in zip(columns, np.atleast_1d(fig.subfigures(1, len(columns), wspace=0.02))):
+    height = 5.2                                           # of a map, in inches; of Mamba 8.6
+    tall = max(height * len(layer["maps"]) if "maps" in layer else 8.6 for _, layer in columns)
+    fig = Figure(figsize=(max(7.5, 5 * len(columns)), tall + 1), layout="constrained")
+    parts = np.atleast_1d(fig.subfigures(1, len(columns), wspace=0.02))
+    for (depth, layer), part in zip(columns, parts):
         attends, shown = "maps" in layer, images(layer, found)
-        part.suptitle(f"layer {depth} of {len(found['layers'])}: {'attention' if attends else 'Mamba'}", fontsize=12)
+        kind = "attention" if attends else "Mamba"
+        part.suptitle(f"layer {depth} of {len(found['layers'])}: {kind}")
         heights = [height] * len(shown)
-        if attends and tall > sum(heights):  # another layer's images are taller together: leave room below
+        if attends and tall > sum(heights):                # another layer is taller
             heights.append(tall - sum(heights))
         axes = part.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
         for ax in axes[len(shown):]:
             ax.set_axis_off()
         for ax, (title, image, label, colours) in zip(axes, shown):
-            bar = dict(location="bottom", aspect=30) if attends else dict(pad=0.02)
-            drawn = ax.imshow(image, cmap="Blues", aspect="auto", interpolation="nearest", **colours)
+            bar = dict(location="bottom", aspect=30) if attends else dict(pad=0.02, format="{x:g}")
+            drawn = ax.imshow(image, cmap="Blues", aspect="auto", **colours)
             part.colorbar(drawn, ax=ax, label=label, **bar)
-            ax.set_title(title, pad=19, fontsize=10)
+            ax.set_title(title, pad=20, fontsize=11)
             ax.set_facecolor("0.9")
-            ax.set_xticks(range(len(tokens)), tokens, fontsize=8, rotation=90)
+            ax.set_xticks(range(len(tokens)), tokens, fontsize=9, rotation=90)
+            ax.set(xlabel="token" if attends else "", ylabel=f"{len(image)} channels", yticks=[])
             if attends:
-                ax.set_yticks(range(len(tokens)), tokens, fontsize=8)
+                ax.set_yticks(range(len(tokens)), tokens, fontsize=9)
                 ax.set(xlabel="token looked at (key)", ylabel="token that looks (query)")
-            else:
-                ax.set(yticks=[], ylabel=f"{len(image)} channels")
-                ax.tick_params(labelbottom=ax is axes[-1])
             mark(ax, found, rows=attends)
         if not attends:
-            axes[-1].set_xlabel("token, mixed by the convolution\nwith those just before it")
+            axes[-1].set_xlabel("token, mixed by the convolution with the 3 before it")
     verdict = "right" if found["answer"] == found["label"] else "wrong"
-    fig.suptitle("{model}, M = {M}, delay tau = {tau}, d = {d}, seed {seed}\n".format(**config)
-                 + f"{len(tokens) - 1} tokens, then the query: answer {found['answer']}, label v = {found['label']}, {verdict}",
-                 fontsize=12)
+    M, tau, d, L, seed = (config[flag] for flag in ("M", "tau", "d", "L", "seed"))
+    fig.suptitle(f"{text(config['model'])}, M = {M}, tau = {tau}, d = {d}, L = {L}, seed {seed}\n"
+                 f"{len(tokens) - 1} tokens, then the query: answer {found['answer']}, "
+                 f"label v = {found['label']}, {verdict}", fontsize=13)
     return fig
+
+
+def main(argv=None):
+    """Draw a figure for each checkpoint in argv -> their paths. What is no checkpoint is left out
+    with a sentence. SystemExit, status 2, if nothing is left or argv is wrong."""
+    about = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser("inside.py", allow_abbrev=False, description=about)
+    parser.error = lambda message: parser.exit(2, f"inside.py: {text(message, 1000)}\n")
+    parser.add_argument("checkpoints", nargs="+", metavar="RUN.pt", help="models of train.py")
+    parser.add_argument("--out", default="figures", metavar="DIR", help="(default: figures)")
+    args = parser.parse_args(argv)
+    files, written = {}, []
+    for path in args.checkpoints:
+        files.setdefault(os.path.realpath(path), path)
+    for path in files.values():
+        name = os.path.splitext(os.path.basename(path))[0]
+        target = os.path.join(args.out, f"inside_{name}.png")
+        try:
+            if target in written:
+                raise ValueError(f"{path} has the name of another; draw it with its own --out")
+            with matplotlib.rc_context(LOOK):
+                fig = draw(look(path))
+                os.makedirs(args.out, exist_ok=True)
+                write(fig, target)
+        except ValueError as error:
+            print(f"inside.py: left out: {text(error, 1000)}", file=sys.stderr)
+            continue
+        except OSError as error:
+            parser.error(f"--out is {args.out!r}, but it cannot be written to: {error.strerror}")
+        written.append(target)
+        print_now(target)
+    if not written:
+        parser.error("there is nothing to draw")
+    return written
+
+
+if __name__ == "__main__":
+    main()

@@ -1,255 +1,422 @@
-"""Mamba (Gu and Dao 2023, arXiv 2312.00752) in pure PyTorch, from the differential equation to the fast scan.
+"""Mamba (Gu and Dao 2023, arXiv 2312.00752) in PyTorch: the recurrence, the layer, and a fast scan.
 
-A state space model sends a signal x(t) through a hidden state h(t):
+A Mamba layer reads a sequence with a state of fixed size. Each token decides how much of the state
+decays, what is written into it and what is read from it: the state space model is selective.
+`python mamba.py` shows that all forms of the recurrence agree, and how long each takes.
 
-    h'(t) = A h(t) + B x(t)         y(t) = C h(t)
+    symbol   shape        meaning
+    b, L                  sequences in the batch; tokens, which are also called steps
+    D, N                  channels, each a system of its own; states per channel
+    x        (b, L, D)    input of the recurrence
+    dt       (b, L, D)    step size, positive: how long a token acts on the state
+    A        (D, N)       decay rates, negative, the same for every token
+    B        (b, L, N)    how a token is written to the N states, the same in all channels
+    C        (b, L, N)    how the N states are read
+    h        (b, D, N)    state
+    y        (b, L, D)    output
+    dx, ddt, dA, ...      gradient of the loss with respect to x, dt, A, ...
 
-Over a step of length dt in which x does not change, and with A diagonal, the state decays by exp(dt A) and takes in
-about dt B x (section 2; the paper's equation 4 has the exact factor for B, its code this simpler one, and so do we):
-
-    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t         y_t = C_t h_t
-
-Mamba lets dt, B and C depend on the token (section 3, algorithm 2). That makes the state selective: dt -> 0
-passes a token by and leaves the state alone, dt -> infinity forgets everything before it.
-
-The recurrence has four forms, each tested to equal the first:
-
-    selective_scan_ref      the two equations above, one step at a time
-    ChunkedScan             chunks of steps, one chunk after another, with its gradient written by hand: for CPUs
-    parallel_scan           all chunks at once: for GPUs, in a file of its own
-    Mamba.forward(x, state) the layer, which goes on from where an earlier piece of the sequence ended
-
-selective_scan picks one of the first three by the device and the length.
-
-Imports fused_scan.
-
-Letters, as in the paper: b batch, L steps, D channels, N states per channel. Each channel is a system of its own with its
-own row of A; all channels share B_t and C_t. In the Mamba layer the parameter D is also the skip connection from x to y.
-T is the number of steps in a chunk.
+In the Mamba layer, as in the paper, the parameter called D is the skip connection from x to y.
 """
 
 import math
+import time
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
 
-from fused_scan import parallel_scan
+from fused_scan import check_shapes, parallel_scan
 
 
-# ---- 1. The recurrence -----------------------------------------------------------------------------------------------
+# ---- 1. The recurrence ---------------------------------------------------------------------------
+#
+# A linear state space model sends a signal x(t) through a state h(t), with A diagonal:
+#
+#     h'(t) = A h(t) + B x(t)         y(t) = C h(t)
+#
+# If x is constant over a step of length dt, the exact solution is (paper, equation 4)
+#
+#     h_t = exp(dt A) h_{t-1} + (exp(dt A) - 1) / A  B x_t
+#
+# The official code replaces the second factor by its first-order form dt, and so do we, so that
+# trained weights mean the same in both:
+#
+#     h_t = exp(dt A) h_{t-1} + dt B x_t         y_t = C h_t
+#
+# They agree for small dt |A| and part for large: at A = -1 and dt = 10 this one writes 10 B x, the
+# exact one 1 B x. It is simpler, saves a division per state, and B and x are learned and can adapt
+# their scale. The exact rule is in family/ladder.py, LTI.
+#
+# Mamba computes dt, B and C from the token (paper, section 3.2, algorithm 2). dt -> 0 skips a token
+# and keeps the state; dt -> infinity erases the state.
 
 def selective_scan_ref(x, dt, A, B, C, h=None):
-    """The recurrence as the paper writes it (algorithm 2, lines 5 and 6), in any dtype; autograd finds the gradient.
+    """The recurrence as in the paper (algorithm 2, lines 5 and 6); autograd finds the gradient.
 
-    x, dt (b, L, D); A (D, N), negative; B, C (b, L, N); h (b, D, N), the state before the first step, or None for zero.
+    x, dt (b, L, D); A (D, N), negative; B, C (b, L, N); h (b, D, N), the state before the first
+    step, None for zero. It computes in the dtype of its arguments.
     Returns y (b, L, D) and the state after the last step (b, D, N).
-    The official counterpart is selective_scan_ref in mamba_ssm, less its D, z and softplus, which are in Mamba below.
+
+    It is also the streaming step: call it with L = 1 and hand the state on.
+    The official counterpart is mamba_ssm's selective_scan_ref, without its D, z and softplus.
     """
+    check_shapes(x, dt, A, B, C, h)
     if h is None:
-        h = x.new_zeros(x.shape[0], *A.shape)                                          # (b, D, N)
+        h = x.new_zeros(x.shape[0], *A.shape)                            # (b, D, N)
     y = []
-    for t in range(x.shape[1]):
-        decay = torch.exp(dt[:, t, :, None] * A)                                       # (b, D, N)
-        h = decay * h + (dt[:, t] * x[:, t])[:, :, None] * B[:, t, None, :]            # (b, D, N)
-        y.append((h * C[:, t, None, :]).sum(-1))                                       # (b, D)
-    return torch.stack(y, dim=1), h
+    # unbind, because the gradient of x[:, t] is as large as that of x, for every t.
+    for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)):
+        decay = torch.exp(dt_t[..., None] * A)                           # (b, D, N)
+        h = decay * h + (dt_t * x_t)[..., None] * B_t[:, None]           # (b, D, N)
+        y.append((h * C_t[:, None]).sum(-1))                             # (b, D)
+    return torch.stack(y, dim=1) if y else x.clone(), h
 
 
-# ---- 2. Chunks, one after another ------------------------------------------------------------------------------------
-#
-# The loop above is slow because it makes a dozen small calls at every step, and autograd keeps every (b, D, N) it meets.
-# But only h_t = a_t h_{t-1} + b_t has to go step by step: the decays a = exp(dt A), the inputs b = dt x B and the sums that
-# make y can be taken for many steps in one call. So cut time into chunks of T steps, small enough to stay in the
-# processor's cache, and keep nothing of a chunk but its first state.
-#
-# The gradient. Write g_t for dLoss/dh_t. The state h_t is used twice, by y_t and by h_{t+1}, so
-#
-#     g_t = C_t dy_t + a_{t+1} g_{t+1}             the same recurrence, run backwards
-#
-# and every input's gradient is g_t times the factor that it meets in h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t:
-#
-#     d(dt_t x_t) = sum over n of g_t B_t          d(dt_t A) = g_t a_t h_{t-1}
-#     dB_t = sum over channels of g_t dt_t x_t     dC_t = sum over channels of h_t dy_t
-#
-# where dv is dLoss/dv for every v, but dt alone is the step, whose gradient is ddt. With u = dt x that leaves
-#
-#     dx = dt du         ddt = x du + sum over n of A d(dt A)         dA = sum over b and t of dt d(dt A)
-#
-# The backward pass walks the chunks from the last to the first; in each it runs the recurrence forwards again from the
-# first state to have h, then backwards to have g. There is no division and no exp of a positive number anywhere, so
-# nothing can overflow, however long the sequence or strong the decay.
+# ---- 2. The layer --------------------------------------------------------------------------------
 
-CHUNK_ELEMENTS = 2**18  # of a (T, N, b, D) tensor: 1 MiB in float32; 2^17 to 2^19 were equally fast on a 2 MiB L2 cache
+class DepthwiseConv1d(nn.Conv1d):
+    """nn.Conv1d with a filter per channel and no padding, as one shifted product per tap.
 
-
-def _time_first(x, dt, A, B, C):
-    """Lay the operands out so that they broadcast to (T, N, b, D): a step is one piece of memory."""
-    x, dt, B, C = (v.transpose(0, 1).contiguous() for v in (x, dt, B, C))              # (L, b, D or N)
-    A = A.t()[:, None].expand(-1, x.shape[1], -1).contiguous()                         # (N, b, D)
-    return x[:, None], dt[:, None], A, B.mT[..., None], C.mT[..., None]                # (L, 1, b, D), (L, N, b, 1)
-
-
-def _run(a, b, h):
-    """h_t = a_t h_{t-1} + b_t over lists of steps, each (N, b, D). Writes h_t over b_t and returns the last."""
-    for a_t, b_t in zip(a, b):
-        h = b_t.addcmul_(a_t, h)
-    return h
-
-
-class ChunkedScan(torch.autograd.Function):
-    """selective_scan_ref for a processor with a cache. Memory: copies of the arguments, a few chunks, and L / T states."""
-
-    @staticmethod
-    def forward(ctx, x, dt, A, B, C, h):
-        (b, L, D), N = x.shape, A.shape[1]
-        T = min(L, max(8, CHUNK_ELEMENTS // (b * D * N)))                              # steps in a chunk
-        x, dt, A, B, C = _time_first(x, dt, A, B, C)
-        ctx.save_for_backward(x, dt, A, B, C)
-        u, y = dt * x, x.new_empty(L, b, D)
-        # exp(-80) is as good as 0, and below it a CPU's exp is 50 times slower: a trained model reads twice as fast when clamped.
-        # Not on a GPU: this asks it for an answer, for which the host would wait, and which a CUDA graph cannot record.
-        forgets = not x.is_cuda and bool(dt.max() * A.min() < -80)
-        ctx.T, ctx.starts, ctx.from_zero = T, [], h is None
-        h = x.new_zeros(N, b, D) if h is None else h.permute(2, 0, 1).contiguous()
-        space = x.new_empty(2, T, N, b, D)                     # used for every chunk again: fresh memory costs page faults
-        a_t, h_t = (v.unbind() for v in space)                 # T steps each, taken apart once: it is a tenth of a short scan
-        for dt_k, u_k, B_k, C_k, y_k in zip(*(v.split(T) for v in (dt, u, B, C, y))):
-            ctx.starts.append(h)
-            a, hs = space[:, :len(dt_k)]                                               # (T, N, b, D) each
-            torch.mul(dt_k, A, out=a)
-            (a.clamp_(min=-80) if forgets else a).exp_()
-            torch.mul(u_k, B_k, out=hs)                                                # b_t until _run
-            h = _run(a_t, h_t[:len(dt_k)], h).clone()          # a view would not survive the chunk
-            torch.sum(torch.mul(hs, C_k, out=a), 1, out=y_k)                           # (T, b, D); a is free by now
-        return y.transpose(0, 1).contiguous(), h.permute(1, 2, 0).contiguous()
-
-    @staticmethod
-    def backward(ctx, dy, dh):
-        if torch.is_grad_enabled():                            # create_graph: what follows would be left out of the graph
-            raise RuntimeError("ChunkedScan has no second derivative; selective_scan_ref has")
-        x, dt, A, B, C = ctx.saved_tensors
-        L, T, u = len(x), ctx.T, dt * x
-        dy = dy.transpose(0, 1).contiguous()[:, None]                                  # (L, 1, b, D)
-        du, ddt = torch.empty_like(x[:, 0]), torch.empty_like(x[:, 0])                 # (L, b, D)
-        dB, dC = torch.empty_like(B[..., 0]), torch.empty_like(C[..., 0])              # (L, N, b)
-        dA = x.new_zeros(T, *A.shape)                                                  # (T, N, b, D), summed at the end
-        carry = dh.permute(2, 0, 1).contiguous()               # (N, b, D), what later steps say of h: a_{t+1} g_{t+1}
-        space = x.new_empty(3, T + 1, *A.shape)
-        a_t, g_t, h_t = (v[1:].unbind() for v in space)
-        chunks = list(zip(ctx.starts, *(v.split(T) for v in (dt, u, B, C, dy, du, ddt, dB, dC))))
-        for start, dt_k, u_k, B_k, C_k, dy_k, du_k, ddt_k, dB_k, dC_k in reversed(chunks):
-            a, g, hs = space[:, :len(dt_k) + 1]
-            a, g, h, h_before = a[1:], g[1:], hs[1:], hs[:-1]                          # (T, N, b, D) each
-            torch.mul(dt_k, A, out=a).exp_()                   # not clamped: exp(-80) may be much, compared with the true dA
-            torch.mul(u_k, B_k, out=h)
-            hs[0] = start
-            _run(a_t, h_t[:len(a)], start)
-            torch.mul(C_k, dy_k, out=g)
-            g[-1] += carry
-            _run(a_t[1:len(a)][::-1], g_t[:len(a) - 1][::-1], g[-1])                   # g_t += a_{t+1} g_{t+1}, t falling
-            carry = a[0] * g[0]
-            # From here on each buffer is overwritten after its last use.
-            d_dtA = a.mul_(g).mul_(h_before)                                           # g_t a_t h_{t-1}
-            dA[:len(a)].addcmul_(d_dtA, dt_k)
-            torch.sum(d_dtA.mul_(A), 1, out=ddt_k)
-            torch.sum(h.mul_(dy_k), 3, out=dC_k)
-            torch.sum(torch.mul(g, u_k, out=h), 3, out=dB_k)
-            torch.sum(g.mul_(B_k), 1, out=du_k)
-        ddt.addcmul_(du, x[:, 0])                                                      # ddt = x du + ...
-        du.mul_(dt[:, 0])                                                              # dx = dt du
-        return (du.transpose(0, 1), ddt.transpose(0, 1), dA.sum((0, 2)).t(), dB.permute(2, 0, 1), dC.permute(2, 0, 1),
-                None if ctx.from_zero else carry.permute(1, 2, 0))
-
-
-# ---- 3. Which scan ---------------------------------------------------------------------------------------------------
-#
-# On a GPU the chunks need not wait for each other: fused_scan.py.
-
-compile_scan = True  # train.py --no-compile turns it off
-
-
-def selective_scan(x, dt, A, B, C, h=None):
-    """selective_scan_ref made fast: same arguments, same results, same gradients, to rounding.
-
-    x, dt, B and C may be bfloat16 with A and h float32: all that is added up is float32 then, and y is bfloat16.
+    The same numbers, but a compiler can fuse them with what comes before and after.
     """
-    if x.is_cuda and x.shape[1] > 1:
-        # Tests and streaming meet many shapes, few times each, and each shape would be compiled anew: that is for training.
-        return parallel_scan(x, dt, A, B, C, h, off=not (compile_scan and torch.is_grad_enabled()))
-    scan = selective_scan_ref if x.shape[1] == 1 else ChunkedScan.apply
-    y, h = scan(x.to(A.dtype), dt.to(A.dtype), A, B.to(A.dtype), C.to(A.dtype), h)
-    return y.to(x.dtype), h
 
+    def __init__(self, channels, taps):
+        super().__init__(channels, channels, taps, groups=channels)
 
-# ---- 4. The layer ----------------------------------------------------------------------------------------------------
+    def forward(self, x):
+        """x (b, channels, L + taps - 1) -> (b, channels, L)."""
+        x = x.mT                                                         # as causal_conv has it
+        L = x.shape[1] - self.kernel_size[0] + 1
+        taps = self.weight[:, 0].unbind(1)                               # (channels,) each
+        products = (x[:, k:k + L] * tap for k, tap in enumerate(taps))
+        return sum(products, self.bias).mT
+
 
 def causal_conv(x, conv1d, window=None):
-    """The convolution sees a token and the few before it, in each channel by itself: as many shifted products as it has taps.
+    """Apply a depthwise convolution so that each token sees itself and the taps - 1 before it.
 
-    x (b, L, D); conv1d: a depthwise nn.Conv1d, for its weights; window (b, D, taps - 1): the inputs before x, None at the start.
-    Returns y (b, L, D) and the next window.
+    x (b, L, D); conv1d: an nn.Conv1d of D channels; window (b, D, taps - 1): the inputs before x,
+    None at the start. Returns y (b, L, D) and the next window.
     """
     L, before = x.shape[1], conv1d.kernel_size[0] - 1
     x = F.pad(x, (0, 0, before, 0)) if window is None else torch.cat([window.mT, x], dim=1)
-    window = x[:, L:].mT.clone()                               # a view would keep all of x alive
-    taps = conv1d.weight[:, 0].unbind(1)                                               # (D,) each
-    return sum((x[:, k:k + L] * tap for k, tap in enumerate(taps)), conv1d.bias), window
+    start = conv1d.padding[0]                                            # the module's own padding
+    y = conv1d(x.mT)[:, :, start:start + L].mT.contiguous()              # (b, L, D)
+    return y, x[:, L:].mT.clone()                                        # a view would keep all x
 
 
 class MambaState(NamedTuple):
-    """All that a Mamba layer remembers of the tokens so far. Its size does not depend on how many they were."""
-    conv: torch.Tensor  # (b, d_inner, d_conv - 1), the convolution's window
-    h: torch.Tensor     # (b, d_inner, d_state)
+    """All that a Mamba layer keeps of the tokens so far, however many they were."""
+    conv: torch.Tensor   # (b, d_inner, d_conv - 1), the last inputs of the convolution
+    h: torch.Tensor      # (b, d_inner, d_state)
 
 
 class Mamba(nn.Module):
-    r"""The Mamba layer (section 3.4, figure 3), without a residual or a norm.
+    r"""The Mamba layer (paper, section 3.4 and figure 3), without a residual connection or a norm.
 
-            x -> in_proj -> causal convolution -> SiLU -> selective scan -> * -> out_proj -> y
-                        \-> z -> SiLU ------------------------------------/
+        x -> in_proj -> causal convolution -> SiLU -> selective scan -> * -> out_proj -> y
+                    \-> z -> SiLU ------------------------------------/
 
-    d_model: width of the stream; d_inner = expand * d_model channels D; d_state: N; d_conv: the convolution's width;
-    dt_rank: rank of the map from a token to its dt, None for ceil(d_model / 16); inner_norms: RMSNorm on dt, B and C, which
-    Jamba adds (Lieber et al. 2024, arXiv 2403.19887, section 6.4).
-    Names, shapes and initial values are those of mamba_ssm.Mamba with its default arguments: state dicts move between the two.
+    d_model: width of x and y; d_state: N; d_conv: taps of the convolution; expand: there are
+    d_inner = expand * d_model channels; dt_rank: rank of the map from a token to its dt, None for
+    ceil(d_model / 16). Parameters have the names, shapes and initial values of mamba_ssm.Mamba with
+    its default arguments, so state dicts move between the two.
+
+    As there, in_proj has no bias. On this task that hurts: embeddings are fixed random vectors with
+    no direction in common, so no gate z could be open for every token. `takes_bias` asks the model
+    for a norm with a bias in front of the layer (hybrid.RMSNorm).
     """
 
     takes_bias = True
 
     def __init__(self, d_model, d_state=16, d_conv=4, expand=2, dt_rank=None):
         super().__init__()
-        self.d_inner, self.d_state, self.d_conv = expand * d_model, d_state, d_conv
+        d_inner = expand * d_model
         self.dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
-        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner,
-                                padding=d_conv - 1)            # holds the weights; forward takes the products itself
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
-        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(self.d_inner, 1))   # A = -1 ... -N
-        self.D = nn.Parameter(torch.ones(self.d_inner))
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.d_inner, self.d_state, self.d_conv = d_inner, d_state, d_conv
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
+        self.conv1d = DepthwiseConv1d(d_inner, d_conv)
+        self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, d_inner)
+        # A = -1, ..., -N in each channel (S4D-Real, Gu et al. 2022, arXiv 2206.11893): its N time
+        # scales are 1 / dt down to 1 / (N dt) steps. The logarithm is trained, so that A stays
+        # negative and the state cannot explode.
+        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(d_inner, 1))
+        self.D = nn.Parameter(torch.ones(d_inner))
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
-        # dt starts between 0.001 and 0.1 (section 3.6), evenly on a log scale as in the official code: the bias is the
-        # inverse of softplus there.
+        # dt starts between 0.001 and 0.1 (paper, section 3.6), uniform on a log scale as in the
+        # official code. The bias is the inverse of softplus there, log(exp(dt) - 1).
         nn.init.uniform_(self.dt_proj.weight, -self.dt_rank**-0.5, self.dt_rank**-0.5)
-        dt = torch.exp(torch.empty(self.d_inner).uniform_(math.log(1e-3), math.log(1e-1)))
+        dt = torch.exp(torch.empty(d_inner).uniform_(math.log(1e-3), math.log(1e-1)))
         with torch.no_grad():
             self.dt_proj.bias.copy_(torch.log(torch.expm1(dt)))
 
     def dt_B_C(self, x):
+        """x (b, L, d_inner) -> dt (b, L, dt_rank), which dt_proj maps on; B, C (b, L, d_state)."""
         return self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
 
     def forward(self, x, state=None):
-        """x (b, L, d_model), state a MambaState or None at the start -> y (b, L, d_model), the state after the last token."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)                                        # (b, L, d_inner) each
-        x, window = causal_conv(x, self.conv1d, None if state is None else state.conv)
-        x = F.silu(x)
+        """Run a segment of a sequence, continuing from `state`: a MambaState, None at the start.
+
+        x (b, L, d_model) -> y (b, L, d_model), the MambaState after the last token.
+        """
+        window, h = (None, None) if state is None else state
+        x, z = self.in_proj(x).chunk(2, dim=-1)                          # (b, L, d_inner) each
+        x, window = causal_conv(x, self.conv1d, window)
+        x = F.silu(x)                                                    # (b, L, d_inner)
 
         dt, B, C = self.dt_B_C(x)
-        dt = F.softplus(self.dt_proj(dt))                                              # (b, L, d_inner), positive
-        A = -torch.exp(self.A_log)                                                     # (d_inner, d_state), negative
-        y, h = selective_scan(x, dt, A, B, C, None if state is None else state.h)
+        dt = F.softplus(self.dt_proj(dt))                                # (b, L, d_inner), positive
+        A = -torch.exp(self.A_log)                                       # (d_inner, d_state)
+        y, h = selective_scan(x, dt, A, B, C, h)                         # (b, L, d_inner)
         y = (y + self.D * x) * F.silu(z)
         return self.out_proj(y), MambaState(window, h)
+
+
+# ---- 3. Chunks of steps --------------------------------------------------------------------------
+#
+# The loop of selective_scan_ref is slow: a dozen small calls per step, and autograd keeps every
+# state that it meets. But only h_t = a_t h_{t-1} + u_t B_t has to be taken step by step. The decays
+# a = exp(dt A), the inputs u = dt x and the sums over states can be computed for many steps in one
+# call. So cut time into chunks of T steps that fit into the cache, and keep only each chunk's first
+# state.
+#
+# The gradient. dx is the gradient of the loss with respect to x, and so on; g_t is that of h_t.
+#
+# 1.  h_t is used twice, by y_t and by h_{t+1}. So g obeys the same recurrence, backwards in time:
+#         g_t = C_t dy_t + a_{t+1} g_{t+1}
+# 2.  h_t is linear in u_t, which N states share, and in B_t, which D channels share:
+#         du_t = sum over states of g_t B_t           dB_t = sum over channels of g_t u_t
+# 3.  The decay a_t has the gradient g_t h_{t-1}, and exp is its own derivative:
+#         d(dt_t A) = a_t g_t h_{t-1}
+# 4.  C_t acts on y_t alone:
+#         dC_t = sum over channels of h_t dy_t
+# 5.  u_t = dt_t x_t and dt_t A are products, and dt_t is a factor of both:
+#         dx_t = dt_t du_t                            dA = sum over b and t of dt_t d(dt_t A)
+#         ddt_t = x_t du_t + sum over states of A d(dt_t A)
+#
+# The backward pass takes the chunks from last to first. In each it repeats the recurrence from the
+# chunk's first state to get h, then runs backwards to get g. Nothing divides, and no exp has a
+# positive argument, so nothing overflows, however long the sequence or strong the decay.
+#
+# Time comes first here and b and D last, so that the values of one step are
+# contiguous: x, dt, y (L, b, D); B, C (L, b, N); states (N, b, D).
+
+CHUNK_ELEMENTS = 2**18   # of (T, N, b, D): 1 MiB in float32; 2^17 and 2^19 are equally fast
+
+
+def _broadcast(x, dt, A, B, C):
+    """x, dt as (L, 1, b, D), A as (N, b, D) and B, C as (L, N, b, 1), for products (T, N, b, D)."""
+    A = A.t()[:, None].expand(-1, x.shape[1], -1).contiguous()
+    return x[:, None], dt[:, None], A, B.mT[..., None], C.mT[..., None]
+
+
+def _recur(a, b, h):
+    """h_t = a_t h_{t-1} + b_t over lists of (N, b, D). Writes h_t over b_t; returns the last."""
+    for a_t, b_t in zip(a, b):
+        h = b_t.addcmul_(a_t, h)
+    return h
+
+
+# Both passes are operators: torch.compile and torch.export call them and do not unroll their loops.
+
+@torch.library.custom_op("mamba::chunked_scan", mutates_args=())
+def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
+             T: int) -> tuple[Tensor, Tensor, Tensor]:
+    """-> y, the last state, and for the gradient each chunk's first state (chunks, N, b, D)."""
+    x, dt, A, B, C = _broadcast(x, dt, A, B, C)
+    u = dt * x
+    y = torch.empty_like(x[:, 0])
+    # exp below -87 gives denormal floats, which CPUs compute 10 to 50 times slower: clamped, a
+    # trained model runs twice as fast. A GPU does not need it, and its host would have to wait.
+    clamp = not x.is_cuda and bool(dt.max() * A.min() < -80)
+    a, hs = x.new_empty(2, T, *A.shape)                  # used by every chunk: saves page faults
+    a_t, h_t = a.unbind(), hs.unbind()                   # once: it is a tenth of a short scan
+    starts = []
+    for dt_k, u_k, B_k, C_k, y_k in zip(*(v.split(T) for v in (dt, u, B, C, y))):
+        starts.append(h)
+        steps = len(dt_k)                                                # T, or fewer in the last
+        a_k, h_k = a[:steps], hs[:steps]                                 # (T, N, b, D) each
+        torch.mul(dt_k, A, out=a_k)
+        if clamp:
+            a_k.clamp_(min=-80)
+        a_k.exp_()
+        torch.mul(u_k, B_k, out=h_k)                                     # u_t B_t, until _recur
+        h = _recur(a_t, h_t[:steps], h).clone()                          # (N, b, D)
+        torch.sum(torch.mul(h_k, C_k, out=a_k), 1, out=y_k)              # (T, b, D)
+    return y, h, torch.stack(starts)
+
+
+@torch.library.custom_op("mamba::chunked_scan_backward", mutates_args=())
+def _backward(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, T: int,
+        dy: Tensor, dh: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> the gradients of x, dt, A, B, C and h."""
+    x, dt, A, B, C = _broadcast(x, dt, A, B, C)
+    u = dt * x
+    dy = dy.contiguous()[:, None]                                        # (L, 1, b, D)
+    du, ddt = torch.empty_like(x[:, 0]), torch.empty_like(x[:, 0])       # (L, b, D)
+    dB, dC = torch.empty_like(B[..., 0]), torch.empty_like(C[..., 0])    # (L, N, b)
+    dA = x.new_zeros(T, *A.shape)                                        # (T, N, b, D)
+    # a_{t+1} g_{t+1} (N, b, D), the gradient from later chunks:
+    later = torch.zeros_like(starts[0]) if dh is None else dh.contiguous()
+    a, g = x.new_empty(2, T, *A.shape)
+    hs = x.new_empty(T + 1, *A.shape)                                    # a row more, for h_{t-1}
+    a_t, g_t, h_t = a.unbind(), g.unbind(), hs[1:].unbind()
+    chunks = list(zip(starts, *(v.split(T) for v in (dt, u, B, C, dy, du, ddt, dB, dC))))
+    for start, dt_k, u_k, B_k, C_k, dy_k, du_k, ddt_k, dB_k, dC_k in reversed(chunks):
+        steps = len(dt_k)
+        a_k, g_k = a[:steps], g[:steps]                                  # (T, N, b, D) each
+        h_k, h_before = hs[1:steps + 1], hs[:steps]                      # h_t, h_{t-1}
+        torch.mul(dt_k, A, out=a_k).exp_()     # not clamped: exp(-80) may be large beside dA
+        torch.mul(u_k, B_k, out=h_k)
+        hs[0] = start
+        _recur(a_t, h_t[:steps], start)
+        torch.mul(C_k, dy_k, out=g_k)
+        g_k[-1] += later
+        _recur(a_t[1:steps][::-1], g_t[:steps - 1][::-1], g_k[-1])       # backwards in time
+        later = a_k[0] * g_k[0]
+        # From here on each buffer is overwritten after its last use.
+        d_dtA = a_k.mul_(g_k).mul_(h_before)                             # a_t g_t h_{t-1}
+        dA[:steps].addcmul_(d_dtA, dt_k)
+        torch.sum(d_dtA.mul_(A), 1, out=ddt_k)
+        torch.sum(h_k.mul_(dy_k), 3, out=dC_k)
+        torch.sum(torch.mul(g_k, u_k, out=h_k), 3, out=dB_k)
+        torch.sum(g_k.mul_(B_k), 1, out=du_k)
+    ddt.addcmul_(du, x[:, 0])
+    dx = du.mul_(dt[:, 0])
+    return dx, ddt, dA.sum((0, 2)).t(), dB.mT, dC.mT, later
+
+
+@_forward.register_fake
+def _(x, dt, A, B, C, h, T):
+    chunks = -(-x.shape[0] // T)
+    return x.new_empty(x.shape), h.new_empty(h.shape), h.new_empty(chunks, *h.shape)
+
+
+@_backward.register_fake
+def _(x, dt, A, B, C, starts, T, dy, dh):
+    dA, dh = A.new_empty(A.mT.shape).mT, starts.new_empty(starts.shape[1:])
+    return *(v.new_empty(v.shape) for v in (x, dt)), dA, *(v.new_empty(v.shape) for v in (B, C)), dh
+
+
+def _save(ctx, inputs, output):
+    x, dt, A, B, C, h, ctx.T = inputs
+    ctx.set_materialize_grads(False)           # no zeros for results that have no gradient
+    ctx.save_for_backward(x, dt, A, B, C, output[2])
+
+
+def _gradients(ctx, dy, dh, d_starts):
+    if torch.is_grad_enabled():      # create_graph: what follows would be missing from the graph
+        raise RuntimeError("the chunked scan has no second derivative; selective_scan_ref has one")
+    dy = torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy
+    return *_backward(*ctx.saved_tensors, ctx.T, dy, dh), None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+def chunked_scan(x, dt, A, B, C, h=None):
+    """selective_scan_ref made fast: same arguments, results and gradients, to rounding.
+
+    For the backward pass it keeps its arguments and L / T states.
+    """
+    check_shapes(x, dt, A, B, C, h)
+    b, L, D = x.shape
+    h = x.new_zeros(b, D, A.shape[1]) if h is None else h
+    if x.numel() == 0:
+        return x.clone(), h
+    T = min(L, max(8, CHUNK_ELEMENTS // (b * A.numel())))                # steps in a chunk
+    x, dt, B, C = (v.transpose(0, 1).contiguous() for v in (x, dt, B, C))
+    y, h, _ = _forward(x, dt, A, B, C, h.permute(2, 0, 1).contiguous(), T)
+    return y.transpose(0, 1).contiguous(), h.permute(1, 2, 0).contiguous()
+
+
+# ---- 4. Which form -------------------------------------------------------------------------------
+#
+# On a GPU all chunks can run at once, in kernels made by torch.compile: fused_scan.py.
+
+def selective_scan(x, dt, A, B, C, h=None):
+    """selective_scan_ref made fast: same arguments, same results, same gradients, to rounding.
+
+    States and sums are float32 or wider, whatever the arguments are; y has the dtype of x.
+    Under torch.func (vmap, grad, jvp) and forward-mode AD it is selective_scan_ref itself, the only
+    form that supports them. The fast forms have no second derivative.
+    """
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    A = A.to(dtype)
+    h = None if h is None else h.to(dtype)
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if x.shape[1] == 1 or x.numel() == 0 or transformed:
+        scan = selective_scan_ref
+    elif x.is_cuda:
+        return parallel_scan(x, dt, A, B, C, h)      # its kernels convert to A's dtype themselves
+    else:
+        scan = chunked_scan
+    y, h = scan(x.to(dtype), dt.to(dtype), A, B.to(dtype), C.to(dtype), h)
+    return y.to(x.dtype), h
+
+
+# ---- Demo ----------------------------------------------------------------------------------------
+
+def decode(x, dt, A, B, C, h=None):
+    """selective_scan one token at a time, each call handing its state to the next."""
+    y = []
+    for x_t, dt_t, B_t, C_t in zip(*(v.split(1, dim=1) for v in (x, dt, B, C))):
+        y_t, h = selective_scan(x_t, dt_t, A, B_t, C_t, h)
+        y.append(y_t)
+    return torch.cat(y, dim=1), h
+
+
+def compare_forms(b=8, L=256, D=32, N=16):
+    """Print each form's times, and its largest differences from the recurrence in float64."""
+    torch.manual_seed(0)
+    x, dt = torch.randn(b, L, D), 0.1 * F.softplus(torch.randn(b, L, D))
+    B, C = torch.randn(b, L, N), torch.randn(b, L, N)
+    A = -torch.arange(1.0, N + 1).repeat(D, 1)
+    dy = torch.randn(b, L, D)
+
+    def run(scan, dtype=torch.float32):
+        """-> y and the last state, the gradients of x, dt, A, B and C, and both times in ms."""
+        inputs = [v.detach().to(dtype).requires_grad_() for v in (x, dt, A, B, C)]
+        began = time.perf_counter()
+        y, h = scan(*inputs)
+        middle = time.perf_counter()
+        gradients = torch.autograd.grad(y, inputs, dy.to(dtype))
+        return [y, h], gradients, 1e3 * (middle - began), 1e3 * (time.perf_counter() - middle)
+
+    def largest_difference(found, exact):
+        return max((v - w).abs().max().item() for v, w in zip(found, exact))
+
+    exact_outputs, exact_gradients, _, _ = run(selective_scan_ref, torch.float64)
+    print(f"Selective scan of b = {b} sequences, L = {L}, D = {D}, N = {N}, in float32 on the CPU:")
+    print("times, and the largest differences from the recurrence in float64\n")
+    print(f"{'form':<28}{'forward':>10}{'backward':>11}{'outputs':>13}{'gradients':>13}")
+    forms = {"recurrence": selective_scan_ref, "chunks, one after another": chunked_scan,
+             "chunks, all at once": parallel_scan, "single decode steps": decode}
+    for name, scan in forms.items():
+        runs = [run(scan) for _ in range(5)]
+        outputs, gradients, _, _ = runs[0]
+        forward, backward = (min(times) for times in zip(*(r[2:] for r in runs)))
+        print(f"{name:<28}{forward:>7.1f} ms{backward:>8.1f} ms"
+              f"{largest_difference(outputs, exact_outputs):>13.1e}"
+              f"{largest_difference(gradients, exact_gradients):>13.1e}")
+
+    layer, tokens = Mamba(D // 2), torch.randn(b, L, D // 2)
+    whole, _ = layer(tokens)
+    state, outputs = None, []
+    for token in tokens.split(1, dim=1):
+        y, state = layer(token, state)
+        outputs.append(y)
+    difference = largest_difference([torch.cat(outputs, dim=1)], [whole])
+    print(f"\nA Mamba layer: one call and {L} calls of one token differ by {difference:.1e}.")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)      # operations are small: more threads are slower on a busy machine
+    compare_forms()

@@ -1,286 +1,299 @@
-"""The figures, from the JSON files that train.py, eval.py and bench.py write.
+"""Figures and tables of results, from the JSON files that train.py and eval.py write. No torch.
 
-    python plot.py results/*.json                       all figures, into figures/
-    python plot.py results/*_M1_tau1_*.json --out .     those of one task
-    python plot.py results/*.json --panels d M          a row of panels for each d, a column for each M
-    python plot.py results/*.json --against d           accuracy at the training length, against d
-    python plot.py results/*.json --against model       the same and the lowest beyond it, a row for each model and d
-    python plot.py results/bench/cpu.json               what a longer context costs, as bench.py measured it
-    python plot.py --inside results/X.pt                what a trained model does on one sequence
+    python plot.py results/*.json                  accuracy against context length and training step
+    python plot.py results/*.json --panels d M     a panel for each d and M (default: for each M)
+    python plot.py results/*.json --panels model   a panel for each model, a curve for each M
+    python plot.py results/*.json --against lr     accuracy at the training length against any flag
+    python plot.py results/*.json --against model  a row for each model: at L, and the lowest to 3L
+    python plot.py results/*.json --against state  accuracy against bytes of state
+    python plot.py results/*.json --table [16 64]  a Markdown table [of the accuracy at 16 and 64]
 
-Runs of one task share two figures: length_*.png, accuracy against context length, and training_*.png, accuracy against
-training step. Each M, or what --panels says, is a panel, each model a curve: the median over its seeds, in a band from the
-lowest to the highest. Published numbers (results/published/) are drawn beside the runs of their task, as hollow points. Each
-file of bench.py has a figure of its own, cost_*.png, and so has each checkpoint given to --inside, inside_*.png.
-
-Imports costs, look and records, and needs no torch, for it reads JSON only. But --inside runs a model: for that alone, when
-it is asked for, inside.py is imported, and torch with it.
+The seeds of a curve differ in the seed alone: any other flag that differs, such as --lr, is part of
+the curve's name. Numbers of report/published/ are hollow points beside the runs of their task.
 """
 
 import argparse
+import io
 import os
+import secrets
+import sys
+import textwrap
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MultipleLocator, NullLocator
+from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
 
-from costs import draw_costs, load_costs
-from look import GREY, LOOK, order, spread, style
-from records import OTHERS, TASK, curve, from_training_length, group, load_published, shared
+from summary import (MODELS, TASK, caption, file_name, finding, group, median, middle, name_of,
+                     rank, read, table, text)
+
+MOST_PANELS = 40  # of a figure
+COLOURS = dict(zip(MODELS, [  # first those of Okabe and Ito, which the colour-blind can tell apart
+    "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999", "#666666",
+    "#8C6D31", "#5C4A1F", "#A50F15", "#1B7837", "#54278F", "#01665E", "#35978F", "#756BB1",
+    "#9E9AC8"]))
+UNNAMED = ["black", "#E31A1C", "#6A3D9A", "#33A02C", "#B15928", "#1F78B4", "#FF7F00"]  # of stacks
+DASHES = ["-", (0, (7, 2)), (0, (4.5, 4.5)), (0, (1.5, 3))]  # gaps show the curves below
+GREY, RAISED = "0.35", str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+LOOK = {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.edgecolor": GREY,
+        "axes.spines.right": False, "xtick.color": GREY, "ytick.color": GREY, "xtick.labelsize": 9,
+        "text.parse_math": False, "text.usetex": False}      # names in files are plain text
 
 
-def draw_curves(ax, models, kind, right, reach):
-    """Draw {model: (x, accuracy)} and the labels right of the axes. reach: of the line to a label, in axes widths."""
+def looks(cells, flag, stacks=()):
+    """{curve: (colour, dashes)}: a model has its colour everywhere, its variants other dashes."""
+    found, bases = {}, list(dict.fromkeys(base for _, (base, _), _ in cells))
+    for base, extra in dict.fromkeys(curve for _, curve, _ in cells):
+        dashes = sum(other == base for other, _ in found)
+        if flag != "model":
+            colour = matplotlib.colormaps["viridis"](0.9 * bases.index(base) / len(bases))
+        elif base in COLOURS:
+            colour, dashes = COLOURS[base], dashes + max(0, MODELS.index(base) - 2)
+        else:
+            colour = UNNAMED[list(stacks).index(base) % len(UNNAMED)]
+        found[base, extra] = colour, DASHES[dashes % len(DASHES)]
+    return found
+
+
+def spread(heights, low, high):
+    """Heights of labels that do not touch, near those wanted, which fall from first to last."""
+    gap, placed = min(0.065, (high - low) / max(1, len(heights))), []
+    for y in heights:
+        placed.append(min(y, placed[-1] - gap if placed else high))
+    for i in reversed(range(len(placed))):
+        placed[i] = max(placed[i], placed[i + 1] + gap if i + 1 < len(placed) else low)
+    return placed
+
+
+def label_ends(ax, ends):
+    """Name the curves at the right of the axes. ends: [(x, y, name, (colour, dashes)), ...]."""
+    ends = sorted(ends, key=lambda end: -round(end[1], 2))         # equals stay in their order
+    right, key = ax.get_xlim()[1], 1.1 if ax.get_gridspec().ncols == 1 else 1.18
+    heights = spread([y for _, y, _, _ in ends], ax.get_ylim()[0] + 0.04, 1.01)
+    for (x, y, name, (colour, dashes)), height in zip(ends, heights):
+        beside = dict(color=colour, clip_on=False, transform=ax.get_yaxis_transform())
+        ax.plot([x, right], [y, y], lw=0.8, ls=":", color=colour)
+        ax.plot([1, 1.04], [y, height], lw=0.8, **beside)
+        ax.plot([1.04, key], [height, height], lw=2, ls=dashes, **beside)
+        ax.text(key + 0.02, height, name, va="center_baseline", **beside)
+
+
+def mark(ax, config, kind):
+    """A dotted line at the accuracy of a guess, and a dashed one at the training length."""
+    K, L, small = config["K"], config["L"], dict(textcoords="offset points", color=GREY, fontsize=9)
+    answers = {"mqar": K // 2, "copy": max(1, K - 2), "parity": 2}.get(config["task"], K)
+    ax.axhline(1 / answers, color=GREY, lw=1, ls=":")
+    ax.annotate(f"chance 1/{answers}", (1, 1 / answers), (-2, -3), ax.get_yaxis_transform(),
+                ha="right", va="top", **small)
+    ax.set(ylim=(min(0, 1 / answers - 0.09), 1.05), ylabel="accuracy")
+    if kind == "length":
+        words = "trained at" if config["train_lengths"] == "fixed" else "trained up to"
+        ax.axvline(L, color=GREY, lw=1, ls="--")
+        ax.annotate(f"{words} {L}", (L, 1), (0, 2), ax.get_xaxis_transform(), ha="center", **small)
+
+
+def scale_x(ax, kind, low, high, L):
+    """Limits and ticks of an axis of training steps, context lengths, or bytes of state."""
+    ax.set_xlabel("training step" if kind == "training" else "context length")
+    if kind == "training":
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x < 1000 else f"{x / 1000:g}k")
+    elif kind == "state" or high > 8 * L:
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_locator(LogLocator(base=4))
+        ax.xaxis.set_major_formatter(lambda x, _: f"2{str(round(np.log2(x))).translate(RAISED)}")
+    else:
+        low = 0
+        ax.xaxis.set_major_locator(MultipleLocator(L))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlim(low, high if high > low else 2 * low)
+
+
+def draw_curves(ax, curves, look, flag, kind):
+    """Accuracy against context length or training step: each seed thin, their median thick."""
     ends = []
-    for z, (model, (x, y)) in enumerate(models.items(), 3):
-        colour, width, dashes = style(model)
-        middle = np.median(y, axis=0)
-        look = dict(color=colour, ls=dashes, zorder=z, clip_on=False)
-        marker = "o" if len(x) == 1 or kind == "length" and len(x) < 30 else None  # few: say where they are
-        if len(y) > 1:
-            ax.fill_between(x, y.min(0), y.max(0), facecolor=(colour, 0.18), edgecolor=(colour, 0.4), lw=0.4, zorder=2)
-        ax.plot(x, middle, lw=width, marker=marker, ms=width + 2.5, **look)
-        if x[-1] < right:
-            ax.plot(x[-1], middle[-1], marker="o", ms=width + 5, **look)
-            if kind == "training":
-                ax.plot([x[-1], right], middle[[-1, -1]], lw=0.5 * width, alpha=0.6, **look)
-        ends.append((middle[-1], model, kind == "training" or x[-1] == right))
-    ends.sort(key=lambda end: -end[0])  # stable: equals stay in the order of the models
-    low, high = ax.get_ylim()
-    for (end, model, joined), height in zip(ends, spread([y for y, _, _ in ends], low + 0.03, high - 0.03)):
-        colour, width, dashes = style(model)
-        look = dict(color=colour, clip_on=False, transform=ax.get_yaxis_transform())  # x in axes widths, y in accuracy
-        if joined:
-            ax.plot([1, 1 + 0.3 * reach], [end, height], lw=0.8, **look)
-        ax.plot([1 + 0.3 * reach, 1 + reach], [height] * 2, lw=width, ls=dashes, solid_capstyle="butt", **look)
-        ax.text(1 + 1.12 * reach, height, model, va="center_baseline", **look)
-
-
-def listed(values, between, up_to):
-    """Values of a flag in a line: all of them, or, of more than five, the first and the last."""
-    return between.join(map(str, values)) if len(values) <= 5 else f"{values[0]}{up_to}{values[-1]}"
-
-
-def described(panels, spread_of_seeds="band from lowest to highest"):
-    """What all panels of a figure are about, in words, and their seeds: the two lines above the figure."""
-    M, tau, d, L, N = (shared(panels, flag) for flag in ("M", "tau", "d", "L", "d_state"))
-    say = lambda values: listed(values, ", ", " to ")
-    trained = {("fixed",): f"L = {say(L)}", ("uniform",): f"lengths up to L = {say(L)}",
-               ("fixed", "uniform"): f"L = {say(L)} or lengths up to it"}[tuple(shared(panels, "train_lengths"))]
-    counts = {len(runs) for curves in panels.values() for runs in curves.values()}
-    fewest, most = min(counts), max(counts)
-    seeds = f"{fewest} to {most} seeds" if fewest < most else f"{most} seed{'s' * (most > 1)}"
-    return (f"Associative recall: M = {say(M)} {'query' if M == [1] else 'queries'}, delay tau = {say(tau)}, trained at "
-            f"{trained}, d = {say(d)}" + (f", d_state = {say(N)}" if N != [OTHERS["d_state"]] else "") + "\n"
-            + (f"median of {seeds}, {spread_of_seeds}" if most > 1 else seeds))
-
-
-def title(flags, values):
-    words = {"fixed": "one length", "uniform": "mixed lengths"}
-    return ", ".join(words.get(value) or f"{flag} = {value}" for flag, value in zip(flags, values))
-
-
-def draw(panels, kind, flags=("M",), published=()):
-    """The figure of one task, kind "length" or "training". panels: {values of flags: {name: [run, ...]}}. Raises ValueError."""
-    curves = {panel: {name: curve(runs, kind) for name, runs in of_panel.items()} for panel, of_panel in panels.items()}
-    rows = sorted({panel[:-1] for panel in panels})            # the last flag is that of the columns
-    columns = sorted({panel[-1] for panel in panels})
-    drawn = [xy for of_panel in curves.values() for xy in of_panel.values()]
-    lengths = shared(panels, "L") if kind == "length" else []
-    right = max([x[-1] for x, _ in drawn] + lengths)
-    logarithmic = kind == "training" or right > 8 * lengths[0]  # some models learn in a twentieth of another's steps
-    left = min([x[0] for x, _ in drawn] + [right / 2] + lengths) if logarithmic else 0
-
-    fig = Figure(figsize=(max(9, 1 + 3.1 * len(columns)), 1 + 4 * len(rows)), layout="constrained")
-    fig.get_layout_engine().set(w_pad=0.08)
-    axes = fig.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
-    small = dict(textcoords="offset points", color=GREY, fontsize=10, zorder=50,
-                 path_effects=[withStroke(linewidth=3, foreground="white")])  # to be read where curves pass
-    sources = []
-    for ax, panel in zip(axes.ravel(), [(*row, column) for row in rows for column in columns]):
-        if panel not in panels:
-            ax.set_axis_off()
-            continue
-        task = next(iter(panels[panel].values()))[0]["config"]
-        K, L = task["K"], task["L"]
-        ax.set(xlim=(left, right), ylim=(min(0, 1 / K - 0.09), 1.05))
-        ax.axhline(1 / K, color=GREY, lw=1, ls=":")
-        ax.annotate(f"chance 1/{K}", (1, 1 / K), (-2, -3), ax.get_yaxis_transform(), ha="right", va="top", **small)
-        if kind == "length":
-            ax.axvline(L, color=GREY, lw=1, ls="--")
-            ax.annotate(f"trained at {L}" if task["train_lengths"] == "fixed" else f"trained up to {L}", (L, 1), (0, 2),
-                        ax.get_xaxis_transform(), ha="center", **small)
-            ax.xaxis.set_major_locator(MultipleLocator(L))
-        if logarithmic:
-            ax.set_xscale("log", base=2 if kind == "length" else 10)
-            ax.xaxis.set_minor_locator(NullLocator())
+    for (curve, _), runs in curves.items():
+        colour, dashes = look[curve]
+        for run in runs:
+            ax.plot(*run[kind], color=colour, lw=0.6, alpha=0.6, clip_on=False, zorder=2)
+        x, y = median(runs, kind)
+        few = len(x) == 1 or kind == "length" and len(x) < 30      # points: say where they are
+        ax.plot(x, y, color=colour, ls=dashes, lw=2, marker="o" if few else None, ms=5,
+                clip_on=False, zorder=3)
+        name, steps = name_of(flag, curve), middle(runs, "steps")
         if kind == "training":
-            ax.xaxis.set_major_formatter("{x:,.0f}")
-        if len(panels) > 1:
-            ax.set_title(title(flags, panel), pad=18 if kind == "length" else 6)
-        for other in published if kind == "length" else ():
-            if all(task.get(flag) == value for flag, value in other["task"].items()):
-                sources.append(other["published"])
-                for name, (x, y) in other["curves"].items():
-                    ax.plot(x, y, color=style(name)[0], lw=0.5, ls=":", marker="o", mfc="white", ms=6, mew=1.3, zorder=20,
-                            clip_on=False)
-        draw_curves(ax, curves[panel], kind, right, reach=0.1 if len(columns) == 1 else 0.23)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("accuracy")
-    label, dot = {"length": ("context length", "longest tested"), "training": ("training step", "the last seed ended")}[kind]
-    fig.supxlabel(label + (f" (large dot: {dot})" if any(x[-1] < right for x, _ in drawn) else ""), fontsize=11)
-    beside = f"; hollow points: {', '.join(dict.fromkeys(sources))}" if sources else ""
-    fig.suptitle(described(panels) + beside, fontsize=12)
+            name += ": never" if steps == np.inf else f": {steps:,.0f}"
+        if len(x):
+            ends.append((steps if kind == "training" else 0, (x[-1], y[-1], name, look[curve])))
+    label_ends(ax, [end for _, end in sorted(ends, key=lambda end: end[0])])   # the fastest first
+
+
+def draw_points(ax, curves, look, flag, position):
+    """Accuracy at L, each seed small, their median large. position(curve, x, runs): its x."""
+    lines = {}
+    for (curve, x), runs in curves.items():
+        at = position(curve, x, runs)
+        ax.plot([at] * len(runs), [run["at"] for run in runs], ls="", marker=".", alpha=0.6,
+                color=look[curve][0], clip_on=False)
+        lines.setdefault(curve, []).append((at, middle(runs, "at")))
+    for curve, line in lines.items():
+        colour, dashes = look[curve]
+        ax.plot(*zip(*sorted(line)), color=colour, ls=dashes, lw=2, marker="o", clip_on=False)
+    label_ends(ax, [(*max(line), name_of(flag, c), look[c]) for c, line in lines.items()])
+
+
+def draw_rows(ax, curves, look):
+    """A row for each model: a dot for the accuracy at L, a diamond for the lowest from L to 3L."""
+    for (curve, _), runs in curves.items():
+        row, colour = list(look).index(curve), look[curve][0]
+        for what, y, dot, face in ("at", row - 0.17, "o", colour), ("lowest", row + 0.17, "D", "w"):
+            style = dict(ls="", ms=7, color=colour, mfc=face, clip_on=False)
+            ax.plot([run[what] for run in runs], [y] * len(runs), marker="|", **style)
+            ax.plot(middle(runs, what), y, marker=dot, **style)
+    ax.axvline(1 / next(iter(curves.values()))[0]["config"]["K"], color=GREY, lw=1, ls=":")
+    ax.set_yticks(range(len(look)), [name_of("model", curve) for curve in look])
+    ax.set(xlim=(0, 1), xticks=[0, 0.5, 1], ylim=(len(look) - 0.4, -0.6), xlabel="accuracy")
+    ax.grid(axis="y", color="0.92", zorder=-1)
+
+
+def draw(kind, cells, panels, curve, across=(), stacks=(), published=()):
+    """The figure of a `group`, of the kind length, training, against, state or model."""
+    places = [(panel, tokens) for panel in dict.fromkeys(panel for panel, _, _ in cells)
+              for tokens in ((64, 4096) if kind == "state" else (None,))]
+    if len(places) > MOST_PANELS:
+        raise ValueError(f"left out: a figure of {len(places)} panels, {MOST_PANELS} are the most")
+    columns = 2 if kind == "state" or len(places) == 4 else min(3 + len(places) // 10, len(places))
+    look, rows = looks(cells, curve, stacks), -(-len(places) // columns)
+    height = 1.2 + rows * (0.42 * len(look) + 0.8 if kind == "model" else 3.8)
+    fig = Figure(figsize=(max(8, 4.6 * columns), height), layout="constrained")
+    axes = [fig.add_subplot(rows, columns, 1 + i) for i in range(len(places))]
+    runs, sources = [run for seeds in cells.values() for run in seeds], {}
+    xs = sorted({x for _, _, x in cells}, key=rank)
+    if kind in ("length", "training"):
+        xs = np.concatenate([run[kind][0] for run in runs])
+    if kind == "state":
+        xs = [size * air for run in runs for size in run["state"].values() for air in (0.7, 1.4)]
+    for ax, (panel, tokens) in zip(axes, places):
+        shown = {(c, x): seeds for (p, c, x), seeds in cells.items() if p == panel}
+        config = next(run["config"] for seeds in shown.values() for run in seeds)
+        title = ", ".join(text(value) if flag == "model" else f"{flag} = {text(value)}"
+                          for flag, value in zip(panels, panel))
+        ax.set_title(title if len(places) > 1 else "", pad=18 if kind == "length" else 6)
+        if kind == "model":
+            draw_rows(ax, shown, look)
+            continue
+        mark(ax, config, kind)
+        if kind == "against":
+            aside = {c: 0.04 * (i - (len(look) - 1) / 2) for i, c in enumerate(look)}
+            ax.set(xlim=(-0.4, len(xs) - 0.6), xlabel=across[0], ylabel="accuracy at L")
+            ax.set_xticks(range(len(xs)), [text(x[0]) for x in xs])
+            draw_points(ax, shown, look, curve, lambda c, x, seeds: xs.index(x) + aside[c])
+            continue
+        scale_x(ax, kind, min(xs), max(xs), config["L"])
+        if kind == "state":
+            ax.set(xlabel=f"bytes of state after {tokens:,} tokens", ylabel="accuracy at L")
+            draw_points(ax, shown, look, curve, lambda c, x, seeds: seeds[0]["state"][tokens])
+            continue
+        draw_curves(ax, shown, look, curve, kind)
+        for source in published if kind == "length" else ():
+            same = source["task"].items() <= config.items()
+            for name, (x, y) in source["curves"].items() if same else ():
+                sources[f"; hollow points: {source['published']}"] = True
+                if curve == "model" or name == config["model"]:
+                    ax.plot(x, y, color=COLOURS.get(name, GREY), ls="", marker="o", mfc="white",
+                            ms=6, clip_on=False, zorder=4)
+    flags, wide = (*panels, curve, *across), fig.get_figwidth()
+    words = textwrap.fill(finding(cells, flags, kind), int(10 * wide))
+    fig.suptitle(words, fontsize=13, x=0.02, ha="left")
+    lines = (caption(cells, flags, kind) + "".join(sources)).split("\n")
+    words = "\n".join(textwrap.fill(line, int(15 * wide)) for line in lines)
+    fig.supxlabel(words, fontsize=9, color=GREY, x=0.02, ha="left")
     return fig
 
 
-def draw_against(panels, flag):
-    """The figure of accuracy at the training length against a flag. panels: {(value,): {name: [run, ...]}}. Raises ValueError."""
-    found = {}                                                 # {name: {value: accuracies of its seeds}}
-    for (value,), of_value in panels.items():
-        for name, runs in of_value.items():
-            found.setdefault(name, {})[value], _ = from_training_length(runs, name)
-    values = shared(panels, flag)
-    fig = Figure(figsize=(8, 5), layout="constrained")
-    ax = fig.subplots()
-    K = shared(panels, "K")                                    # one, or one for each value
-    ax.plot(values, [1 / k for k in K] * (len(values) // len(K)), color=GREY, lw=1, ls=":")
-    ends, names = [], sorted(found, key=order)
-    for z, name in enumerate(names):
-        colour, width, dashes = style(name)
-        x = [value * 1.03**(z - (len(names) - 1) / 2) for value in values]             # side by side, for all to be seen
-        y = [found[name].get(value, [np.nan]) for value in values]                     # a gap where there is no run
-        look = dict(color=colour, zorder=z + 3, clip_on=False)
-        ax.vlines(x, list(map(min, y)), list(map(max, y)), alpha=0.3, lw=4, **look)
-        for at, seeds in zip(x, y):
-            ax.plot([at] * len(seeds), seeds, ls="", marker=".", ms=5, alpha=0.7, **look)
-        middle = [np.median(seeds) for seeds in y]
-        ax.plot(x, middle, lw=width, ls=dashes, marker="o", ms=width + 3.5, mfc="white" if ", " in name else colour, **look)
-        ends.append(([m for m in middle if m == m][-1], name))
-    ends.sort(key=lambda end: -end[0])
-    for (_, name), height in zip(ends, spread([end for end, _ in ends], 0.0, 1.0)):
-        ax.text(1.03, height, name, color=style(name)[0], va="center_baseline", transform=ax.get_yaxis_transform())
-    ax.set(xscale="log", ylim=(0, 1.05), xlabel=flag, ylabel="accuracy at the training length")
-    ax.set_xticks(values, map(str, values)), ax.xaxis.set_minor_locator(NullLocator())
-    ax.annotate("chance" if len(K) > 1 else f"chance 1/{K[0]}", (1, 1 / K[-1]), (-2, -3), ax.get_yaxis_transform(),
-                textcoords="offset points", color=GREY, fontsize=10, ha="right", va="top")
-    fig.suptitle(described(panels, "small dots: each seed"), fontsize=12)
-    return fig
-
-
-def draw_models(panels, flags=("M",)):
-    """The figure that has a row for each model and width: its accuracy at L, and the lowest from L on. Each panel is a column."""
-    names = sorted({name for of_panel in panels.values() for name in of_panel}, key=order)
-    longest = min(run["length"][0][-1] for models in panels.values() for runs in models.values() for run in runs)
-    fig = Figure(figsize=(max(8, 2 + 3 * len(panels)), 1.5 + 0.42 * len(names)), layout="constrained")
-    for ax, (panel, models) in zip(fig.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
-        for name, runs in models.items():
-            at, beyond = from_training_length(runs, name, longest)
-            row = names.index(name)
-            for seeds, y, marker in ((at, row - 0.17, "o"), (beyond, row + 0.17, "D")):
-                look = dict(color=style(name)[0], clip_on=False, zorder=3, mfc=style(name)[0] if seeds is at else "white")
-                ax.plot([min(seeds), max(seeds)], [y, y], lw=4, alpha=0.25, color=style(name)[0], clip_on=False)
-                ax.plot(seeds, [y] * len(seeds), ls="", marker="|", ms=7, **look)
-                ax.plot(np.median(seeds), y, marker=marker, ms=7, mew=1.3, **look)
-        ax.axvline(1 / next(iter(models.values()))[0]["config"]["K"], color=GREY, lw=1, ls=":")
-        ax.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), title=title(flags, panel), xlabel="accuracy")
-        ax.set_yticks(range(len(names)), names)
-        ax.grid(axis="y", color="0.92"), ax.set_axisbelow(True)
-        ax.tick_params(axis="y", length=0)
-    fig.suptitle(described(panels, "a small line for each seed") + "\n"
-                 + f"dots: at the training length; diamonds: the lowest from there to {longest:g} tokens; dotted: chance", fontsize=12)
-    return fig
-
-
-def save(fig, path):
-    """Write a PNG and move it to its place: at any moment the old file or the new one, whole."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+def write(fig, path):
+    """Write a PNG: at any moment there is the old file or the new one, whole, and no other."""
+    image = io.BytesIO()
+    fig.savefig(image, format="png", dpi=150)
+    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
     try:
-        fig.savefig(temporary, format="png", dpi=150)
+        with open(temporary, "xb") as f:
+            f.write(image.getvalue())
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
 
 
-def named(kind, paths):
-    """{file name of a figure: path of the file that is drawn into it}. Raises ValueError where two would have the same."""
-    names = {}
-    for path in paths:
-        name = f"{kind}_{os.path.splitext(os.path.basename(path))[0]}.png"
-        if name in names:
-            raise ValueError(f"{path} and {names[name]} would both be drawn into {name}: give each its own --out")
-        names[name] = path
-    return names
+def print_now(words):
+    """Print a line at once. A closed or full stdout ends nothing."""
+    try:
+        print(words, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def file_name(kind, panels):
-    parts = [flag + listed(shared(panels, flag), "-", "to") for flag in ("tau", "K", "d", "L", "M")]
-    trained, N = shared(panels, "train_lengths"), shared(panels, "d_state")
-    parts += ["-".join(trained)] * (trained != ["fixed"]) + ["N" + listed(N, "-", "to")] * (N != [OTHERS["d_state"]])
-    return "_".join([kind, *parts]) + ".png"
-
-
-def figures_of_results(paths, flags, against):
-    """Read results of train.py and bench.py, and published ones -> {file name: figure}. Raises ValueError, in one sentence."""
-    paths = list(dict.fromkeys(paths))
-    costs = {path: found for path in paths if (found := load_costs(path))}
-    published = {path: found for path in paths if (found := load_published(path))}
-    figures = {name: draw_costs(*costs[path]) for name, path in named("cost", costs).items()}
-    runs = [path for path in paths if path not in costs | published]
-    for panels in group(runs, [against] if against not in (None, "model") else flags, against == "model").values():
-        if against == "model":
-            figures[file_name("against_model", panels)] = draw_models(panels, flags)
-        elif against:
-            figures[file_name(f"against_{against}", panels)] = draw_against(panels, against)
-        else:
-            for kind in ("length", "training"):
-                figures[file_name(kind, panels)] = draw(panels, kind, flags, published.values())
-    if not figures:
-        raise ValueError("published numbers are drawn beside results of train.py, and none are given")
-    return figures
-
-
-def figures_of_insides(paths):
-    """Read checkpoints and run their models -> {file name: figure}. Raises ValueError, in one sentence."""
-    import inside  # here, because it needs torch, which nothing else in this file does
-
-    return {name: inside.draw(inside.look(path)) for name, path in named("inside", dict.fromkeys(paths)).items()}
+def complain(sentence):
+    print(f"plot.py: {text(sentence, 1000)}", file=sys.stderr)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("plot.py", allow_abbrev=False,
-                                     description="Draw the figures from the JSON files that train.py and bench.py write.")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one sentence, without all flags
-    parser.add_argument("results", nargs="*", metavar="RUN.json", help="results that train.py or bench.py wrote")
-    parser.add_argument("--panels", nargs="+", default=["M"], choices=TASK, metavar="FLAG",
-                        help=f"of {', '.join(TASK)}: those whose values have a panel each, the last one in columns, "
-                             "or all in one row with --against model (default: M)")
-    parser.add_argument("--against", choices=["tau", "K", "d", "L", "M", "d_state", "model"], metavar="FLAG",
-                        help="draw accuracy at the training length against tau, K, d, L, M or d_state instead, or against "
-                             "model: a row for each model and d")
-    parser.add_argument("--inside", nargs="+", default=[], metavar="RUN.pt",
-                        help="checkpoints that train.py wrote: draw what each model does on one sequence, without results")
-    parser.add_argument("--out", default="figures", metavar="DIR", help="where the figures go (default: figures)")
+    """Draw what argv asks for -> paths of the figures. SystemExit, status 2, if that is nothing."""
+    parser = argparse.ArgumentParser("plot.py", allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"plot.py: {text(message, 1000)}\n")
+    parser.add_argument("results", nargs="+", metavar="RUN.json", help="results of train.py")
+    parser.add_argument("--panels", nargs="+", default=["M"], metavar="FLAG", help="(default: M)")
+    parser.add_argument("--against", metavar="FLAG", help="a flag of train.py, model, or state")
+    parser.add_argument("--table", nargs="*", type=int, metavar="LENGTH", help="print a table")
+    parser.add_argument("--name", help="name of a figure's file (default: what it shows)")
+    parser.add_argument("--out", default="figures", metavar="DIR", help="(default: figures)")
     args = parser.parse_args(argv)
-    if bool(args.results) == bool(args.inside):
-        parser.error("give it either results, RUN.json ..., or checkpoints, --inside RUN.pt ...")
-    if args.inside and (args.against or args.panels != ["M"]) or args.panels != ["M"] and args.against not in (None, "model"):
-        parser.error("--inside takes neither --panels nor --against, and --against a flag takes no --panels")
-    matplotlib.rcParams.update(LOOK)
-    try:
-        figures = figures_of_insides(args.inside) if args.inside else figures_of_results(args.results, args.panels, args.against)
-        os.makedirs(args.out, exist_ok=True)
-        for name, fig in figures.items():
-            path = os.path.join(args.out, name)
-            save(fig, path)
-            print(path)
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"--out is {args.out!r}, but it cannot be written to: {error.strerror}")
+    args.panels = [flag.replace("-", "_") for flag in args.panels]
+    args.against = args.against and args.against.replace("-", "_")
+    runs, published = read(args.results, complain)
+    if args.table is not None and runs:
+        print_now(table(runs, args.table))
+        return []
+    known = {"state"}.union(*(run["config"] for run in runs))
+    for flag in {*args.panels, args.against or "state"} - known if runs else ():
+        parser.error(f"{flag!r} is no flag of these runs: {', '.join(sorted(known))}")
+    across = {None: (), "model": (), "state": ("d",)}.get(args.against, (args.against,))
+    panels = tuple(flag for flag in args.panels if flag not in (args.against, *across))
+    curve = next(flag for flag in ("model", "M", *TASK) if flag not in (*panels, *across))
+    fixed = [flag for flag in TASK if flag not in (*panels, curve, *across)]
+    kinds = {None: ["length", "training"], "model": ["model"], "state": ["state"]}
+    kinds = kinds.get(args.against, ["against"])
+    if args.against:
+        for run in runs:
+            if np.isnan(run["at"]) or kinds == ["state"] and not run["state"]:
+                complain(f"left out: {run['path']} was not tested at L, or has no bytes of state")
+        runs = [run for run in runs if run["at"] >= 0 and (run["state"] or kinds != ["state"])]
+    if args.against == "model" and "d" in fixed:
+        fixed.remove("d")
+        for run in runs:
+            run["off"]["d"] = run["config"]["d"]             # part of the names
+    stacks, written = sorted({run["config"]["model"] for run in runs} - set(MODELS)), []
+    for cells in group(runs, fixed, panels, curve, across):
+        for kind in kinds:
+            path = os.path.join(args.out, file_name(kind, cells, args))
+            try:
+                if path in written:
+                    raise ValueError(f"left out: a second figure of the name {path}")
+                with matplotlib.rc_context(LOOK):
+                    fig = draw(kind, cells, panels, curve, across, stacks, published)
+                    os.makedirs(args.out, exist_ok=True)
+                    write(fig, path)
+                written.append(path)
+                print_now(path)
+            except ValueError as error:
+                complain(str(error))
+            except OSError as error:
+                parser.error(f"--out is {args.out!r}, but it cannot be written: {error.strerror}")
+    if not written:
+        parser.error("there is nothing to draw")
+    return written
 
 
 if __name__ == "__main__":

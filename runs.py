@@ -234,7 +234,7 @@ def read_result(path):
             result = json.load(f)
         evaluation = result["eval"]
         whole = len(evaluation["length"]) == len(evaluation["accuracy"]) > 0
-        if whole and isinstance(result["config"], dict):
+        if whole and evaluation["sequences"] and {**result["config"], **result["seconds"]}:
             return result
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass

@@ -2,7 +2,7 @@
 
     python train.py --model rope --M 4 --tau 1
     python train.py --model rope mamba --M 4 16 --seed 0 1 2     all combinations, one after another
-    torchrun --nproc-per-node 8 train.py --seed 0 1 2 3 4 5 6 7          the same, eight at a time
+    torchrun --nproc-per-node 8 -- train.py --seed 0 1 2 3 4 5 6 7       the same, eight at a time
 
 A run writes OUT/NAME.json, the result, and OUT/NAME.pt, the model. Give the same command again to
 continue after it was killed; finished runs are not repeated unless --overwrite says so.
@@ -11,8 +11,16 @@ continue after it was killed; finished runs are not repeated unless --overwrite 
 import argparse
 import math
 import os
+import signal
 import sys
 import time
+
+if __name__ == "__main__":     # Ctrl-C while torch loads, which takes seconds, is no traceback
+    def stop(*_):
+        os.write(2, b"\nstopped before the first step\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, stop)
 
 import torch
 import torch.nn as nn
@@ -253,15 +261,15 @@ def main(argv=None):
     except ValueError as error:
         parser.error(str(error))
 
-    results, failed, threads = [], 0, torch.get_num_threads()
+    results, failed, threads = [], [], torch.get_num_threads()
     if device.type == "cpu" and max(args.d) <= ONE_THREAD_D and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     try:
-        for config, path, title, runs_left in to_make(configs, args.out, args.overwrite):
+        for config, path, title, runs_left in to_make(configs, args.out, args.overwrite, failed):
             try:
                 run(config, path, device, title, runs_left)
             except (FloatingPointError, OSError) as error:
-                failed += 1
+                failed.append(path)
                 if isinstance(error, FloatingPointError):
                     runs.remove(path + ".resume.pt")
                 runs.say(f"{title}{path} failed: {error}")
@@ -273,9 +281,10 @@ def main(argv=None):
     finally:
         torch.set_num_threads(threads)
     if failed:
-        sys.exit(f"train.py: {failed} of {len(configs)} runs failed")
+        sys.exit(f"train.py: {len(failed)} of {len(configs)} runs failed")
     return results
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

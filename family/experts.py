@@ -1,9 +1,19 @@
-"""Layers that look at one token at a time: the gated MLP, and a mixture of experts that uses a few of many such MLPs.
+"""Layers that look at one token at a time: the gated MLP, and a mixture of experts.
 
-Imports nothing of this repository; hybrid stacks them between layers that mix tokens.
+A mixture of experts has E MLPs, and a router that chooses k of them for each token. It has the
+parameters of E MLPs but the cost of k. NormedMamba is what Jamba, the model that joins these with
+Mamba and attention, adds to Mamba.
 
-Letters: B batch, L tokens, d width, F hidden width, E experts, n = B L tokens in all, of which each goes to k experts.
+    symbol   meaning
+    b, L     sequences in the batch, tokens in this call
+    d, F     width of the tokens, hidden width of an MLP
+    E, k     experts, and how many of them each token uses
+    n        b L, all tokens
+
+`python -m family.experts` compares the mixture with its definition, token by token.
 """
+
+import time
 
 import torch
 import torch.nn as nn
@@ -13,72 +23,133 @@ from mamba import Mamba
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 6): W2 (SiLU(W1 x) * W3 x), hidden width 8/3 d, no biases."""
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 6): W2 (SiLU(W1 x) * W3 x), no biases.
+
+    hidden: F, None for 8/3 d, so that it has the 8 d^2 parameters of an MLP of 4 d with two maps.
+    """
 
     def __init__(self, d_model, hidden=None):
         super().__init__()
         hidden = round(8 * d_model / 3) if hidden is None else hidden
-        self.up = nn.Linear(d_model, 2 * hidden, bias=False)   # W1 and W3
-        self.down = nn.Linear(hidden, d_model, bias=False)     # W2
+        self.up = nn.Linear(d_model, 2 * hidden, bias=False)             # W1 and W3
+        self.down = nn.Linear(hidden, d_model, bias=False)               # W2
 
-    def forward(self, x, state=None, extra=0.0):
-        """x (B, L, d) -> y (B, L, d), and None: there is nothing to remember. extra is added to W1 x and W3 x, side by side."""
-        gate, up = (self.up(x) + extra).chunk(2, dim=-1)
+    def forward(self, x, state=None):
+        """x (b, L, d) -> y (b, L, d), and None: there is nothing to remember."""
+        gate, up = self.up(x).chunk(2, dim=-1)                           # (b, L, F) each
         return self.down(F.silu(gate) * up), None
 
 
 class MixtureOfExperts(nn.Module):
-    """Several MLPs, of which each token uses the top_k that a router likes best (Shazeer et al. 2017, arXiv 1701.06538).
+    """E MLPs, of which each token uses the k that a router gives the largest weights.
 
-    The weights of those are a softmax over their scores alone, as in Mixtral (Jiang et al. 2024, arXiv 2401.04088, section 2.1),
-    so top_k must be 2 or more for the router to learn. Left out: the noise on the scores and the loss that keep a few experts
-    from winning everything.
+        w = softmax(router(x))                             (E,)
+        y = sum over the k largest w_e of w_e MLP_e(x)
 
-    Each token costs top_k MLPs, however many experts there are. Which expert gets how many tokens is not known beforehand, but
-    a CUDA graph needs fixed shapes. So sort the n k pairs of token and expert by expert and fill each expert's share up to
-    whole blocks of rows: at most n k / block + E blocks, all of one size and each with one expert, which one batched product
-    computes. Three tokens that want the experts 1, 0 and 1 go to the rows 2, 0 and 3 of two blocks of two.
+    As in Jamba (Lieber et al. 2024, arXiv 2403.19887, section 3.1), the k weights are not scaled to
+    sum to 1; Mixtral does that. Left out: the loss that keeps a few experts from winning
+    everything.
+
+    How many tokens an expert gets is known only when it runs, but a CUDA graph needs fixed shapes.
+    So `forward` sorts the n k pairs of a token and an expert by expert, and fills up the rows of
+    each expert to whole blocks. There are at most n k / block + E blocks, each of one expert, and a
+    batched matmul computes them all. With blocks of two rows, tokens that want experts 1, 0 and 1
+    go to the rows 2, 0 and 3.
     """
 
     def __init__(self, d_model, experts=4, top_k=2):
         super().__init__()
-        hidden = round(8 * d_model / 3)
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"top_k is {top_k}, but a token uses from 1 to all {experts} experts")
         self.experts, self.top_k = experts, top_k
         self.router = nn.Linear(d_model, experts, bias=False)
-        mlps = [MLP(d_model, hidden) for _ in range(experts)]                          # for their usual start
-        self.up = nn.Parameter(torch.stack([mlp.up.weight.detach().T for mlp in mlps]))        # (E, d, 2F)
-        self.down = nn.Parameter(torch.stack([mlp.down.weight.detach().T for mlp in mlps]))    # (E, F, d)
+        mlps = [MLP(d_model) for _ in range(experts)]                    # for their initial values
+        self.up = nn.Parameter(torch.stack([mlp.up.weight.detach().T for mlp in mlps]))
+        self.down = nn.Parameter(torch.stack([mlp.down.weight.detach().T for mlp in mlps]))
+        # up (E, d, 2F), down (E, F, d)
+
+    def route(self, tokens):
+        """tokens (n, d) -> the weights of the k chosen experts (n, k), and which they are (n,
+        k)."""
+        return self.router(tokens).softmax(-1).topk(self.top_k)
 
     def forward(self, x, state=None):
-        """x (B, L, d) -> y (B, L, d), and None: there is nothing to remember."""
-        tokens = x.flatten(0, 1)                                                       # (n, d)
-        scores, chosen = self.router(tokens).topk(self.top_k)                          # (n, k) each
-        expert, pair = chosen.flatten().sort(stable=True)                              # (n k,): pair is token * k + choice
-        experts = torch.arange(self.experts, device=x.device)
-        counts = (expert[:, None] == experts).sum(0)                                   # (E,) pairs of each expert
-        block = max(16, len(expert) // (8 * self.experts))     # rows; few blocks, for each takes a copy of its expert's weights
-        filled = (counts + block - 1) // block * block                                 # (E,) rows of each expert
-        end = filled.cumsum(0)
-        rank = torch.arange(len(expert), device=x.device) - (counts.cumsum(0) - counts)[expert]        # within its expert
-        row = (end - filled)[expert] + rank                                            # (n k,) where each pair is put
+        """x (b, L, d) -> y (b, L, d), and None: there is nothing to remember."""
+        tokens = x.flatten(0, 1)                                         # (n, d)
+        weights, chosen = self.route(tokens)                             # (n, k) each
 
-        blocks = len(expert) // block + self.experts           # at least as many as are needed
-        rows = x.new_zeros(blocks * block, x.shape[-1]).index_copy(0, row, tokens[pair // self.top_k])
-        first = torch.arange(blocks, device=x.device) * block                          # the first row of each block
-        owner = (first[:, None] >= end).sum(1).clamp(max=self.experts - 1)             # and its expert
-        # index_select, whose gradient is added up in the same order every time; that of indexing is not.
-        gate, up = (rows.view(blocks, block, -1) @ self.up.index_select(0, owner)).chunk(2, dim=-1)
-        y = ((F.silu(gate) * up) @ self.down.index_select(0, owner)).flatten(0, 1)[row]        # (n k, d), sorted by expert
-        y = torch.empty_like(y).index_copy(0, pair, y).view(len(tokens), self.top_k, -1)
-        return (scores.softmax(-1)[..., None] * y).sum(1).view_as(x), None
+        # Sort the pairs by expert. pair = token k + choice.
+        expert, pair = chosen.flatten().sort(stable=True)                # (n k,) each
+        experts = torch.arange(self.experts, device=x.device)
+        counts = (expert[:, None] == experts).sum(0)                     # (E,) pairs per expert
+
+        # Give each expert whole blocks of rows. Few blocks: each copies its expert's weights.
+        block = max(16, len(expert) // (8 * self.experts))
+        rows = (counts + block - 1) // block * block                     # (E,) rows per expert
+        end = rows.cumsum(0)
+        within = torch.arange(len(expert), device=x.device) - (counts.cumsum(0) - counts)[expert]
+        row = (end - rows)[expert] + within                              # (n k,)
+
+        # The expert of each block; blocks after the last row belong to any.
+        blocks = len(expert) // block + self.experts
+        first_row = torch.arange(blocks, device=x.device) * block
+        owner = (first_row[:, None] >= end).sum(1).clamp(max=self.experts - 1)
+
+        # index_select: unlike indexing, its gradient adds up in the same order each time.
+        up, down = self.up.index_select(0, owner), self.down.index_select(0, owner)
+        inputs = x.new_zeros(blocks * block, x.shape[-1])
+        inputs = inputs.index_copy(0, row, tokens[pair // self.top_k]).view(blocks, block, -1)
+        gate, up = (inputs @ up).chunk(2, dim=-1)                        # (blocks, block, F) each
+        y = ((F.silu(gate) * up) @ down).flatten(0, 1)[row]              # (n k, d), by expert
+        y = torch.empty_like(y).index_copy(0, pair, y)                   # (n k, d), by token
+        y = weights[..., None] * y.view(*chosen.shape, x.shape[-1])     # (n, k, d)
+        return y.sum(1).view_as(x), None
 
 
 class NormedMamba(Mamba):
-    """Mamba with an RMSNorm on dt, B and C, which Jamba adds (Lieber et al. 2024, arXiv 2403.19887, section 6.4)."""
+    """Mamba with an RMSNorm on dt, B and C, which Jamba adds (arXiv 2403.19887, section 6.4)."""
 
     def __init__(self, d_model, d_state=16, dt_rank=None):
         super().__init__(d_model, d_state, dt_rank=dt_rank)
-        self.inner_norms = nn.ModuleList(map(nn.RMSNorm, (self.dt_rank, d_state, d_state)))
+        sizes = (self.dt_rank, d_state, d_state)
+        self.inner_norms = nn.ModuleList([nn.RMSNorm(size) for size in sizes])
 
     def dt_B_C(self, x):
-        return (norm(v) for norm, v in zip(self.inner_norms, super().dt_B_C(x)))
+        """x (b, L, d_inner) -> dt (b, L, dt_rank); B, C (b, L, d_state)."""
+        dt, B, C = super().dt_B_C(x)
+        norm_dt, norm_B, norm_C = self.inner_norms
+        return norm_dt(dt), norm_B(B), norm_C(C)
+
+
+def one_by_one(layer, x):
+    """The definition of MixtureOfExperts: one token and one expert at a time. -> y as x (b, L,
+    d)."""
+    y = torch.zeros_like(x)
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            w = layer.router(x[b, t]).softmax(0)                         # (E,)
+            for e in w.topk(layer.top_k).indices:
+                gate, up = (x[b, t] @ layer.up[e]).chunk(2)
+                y[b, t] += w[e] * ((F.silu(gate) * up) @ layer.down[e])
+    return y
+
+
+@torch.no_grad()
+def main():
+    """Show that the two forms agree, and their times."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)     # for operations this small; two may be far slower
+    layer, x = MixtureOfExperts(64), torch.randn(8, 64, 64)
+    layer(x)                                                             # warms up
+    times = [time.perf_counter()]
+    exact = one_by_one(layer, x)
+    times.append(time.perf_counter())
+    y, _ = layer(x)
+    times.append(time.perf_counter())
+    print(f"one token at a time {1000 * (times[1] - times[0]):8.1f} ms")
+    print(f"blocks              {1000 * (times[2] - times[1]):8.1f} ms   "
+          f"difference {(y - exact).abs().max():.0e}")
+
+
+if __name__ == "__main__":
+    main()

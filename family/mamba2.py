@@ -1,27 +1,38 @@
 """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060): a state space model that is also attention.
 
-The recurrence is Mamba's, with one simplification: all channels of a head share one number A < 0 and one dt_t,
+The recurrence is Mamba's, but all channels of a head share one number A < 0 and one step size dt_t:
 
-    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t         y_t = C_t h_t
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t          y_t = C_t h_t
 
-Unrolled, with a_ts = exp(A (dt_{s+1} + ... + dt_t)) for what is left at t of what was written at s,
+    symbol   meaning                                  as attention
+    x        inputs (b, L, H, P)                      values
+    B, C     what is written where, what is read      keys, queries
+    dt       step size (b, L, H), positive
+    A        decay rate (H,), negative
+    h        state (b, H, P, N)
+    b, L     sequences in the batch, steps
+    H, P     heads, and channels per head
+    N        size of the state per channel            size of a key
+    G        groups of heads that share B and C
+    c, T     chunks, and steps per chunk
+
+Unrolled, with the decay a_ts = exp(A (dt_{s+1} + ... + dt_t)) between two steps,
 
     y_t = sum over s <= t of (C_t . B_s) a_ts dt_s x_s
 
-This is attention with queries C, keys B and values dt x; where attention has a softmax, here a decay weights the past (the
-paper's "duality", section 5). As a sum over all s it costs L^2, as a recurrence it takes L steps, one after another; ssd below
-is between the two, and made of matrix products, for which a GPU is built:
+This is attention whose softmax has become a decay (the paper's "duality", its section 5). The sum
+costs L^2 products; the recurrence has L steps, one after another. Between them is the form for a
+GPU, made of matmuls:
 
     ssd_ref     the recurrence, one step at a time
-    ssd         chunks of T steps: attention within a chunk, the recurrence from chunk to chunk (section 6)
-    Mamba2      the layer, which goes on from where an earlier piece of the sequence ended
+    Mamba2      the layer
+    ssd         chunks of T steps: attention in a chunk, the recurrence from chunk to chunk
 
-Imports fused_scan, for its way to cut time, and mamba, for its convolution; hybrid and ladder use it.
-
-Letters as in mamba.py, and H heads, P channels in a head, G groups of heads that share B and C, c chunks of T steps.
+`python -m family.mamba2` shows that they agree, and their times.
 """
 
 import math
+import time
 from typing import NamedTuple
 
 import torch
@@ -29,127 +40,196 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fused_scan import split
-from mamba import causal_conv
+from mamba import DepthwiseConv1d, causal_conv
 
 
 def ssd_ref(x, dt, A, B, C, h=None):
     """The recurrence, in any dtype; autograd finds the gradient.
 
-    x (b, L, H, P); dt (b, L, H); A (H,), negative; B, C (b, L, G, N), G a divisor of H; h (b, H, P, N), the state before the
-    first step, or None for zero. Returns y (b, L, H, P) and the state after the last step (b, H, P, N).
-    The official counterpart is ssd_minimal_discrete / mamba_chunk_scan_combined, less its D, z and softplus.
+    x (b, L, H, P); dt (b, L, H); A (H,), negative; B, C (b, L, G, N), where G divides H; h (b, H,
+    P, N), the state before the first step, None for zero. Returns y (b, L, H, P) and the state
+    after the last step (b, H, P, N). The official mamba_chunk_scan_combined, without D, z and
+    softplus.
     """
-    heads = x.shape[2] // B.shape[2]
-    B, C = B.repeat_interleave(heads, 2), C.repeat_interleave(heads, 2)                # (b, L, H, N)
+    H = x.shape[2]
+    B = B.repeat_interleave(H // B.shape[2], dim=2)                      # (b, L, H, N)
+    C = C.repeat_interleave(H // C.shape[2], dim=2)
     if h is None:
-        h = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3])                # (b, H, P, N)
+        h = x.new_zeros(x.shape[0], H, x.shape[3], B.shape[3])           # (b, H, P, N)
     y = []
     for t in range(x.shape[1]):
-        decay = torch.exp(dt[:, t] * A)[..., None, None]                               # (b, H, 1, 1)
-        h = decay * h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]    # (b, H, P, N)
-        y.append((h @ C[:, t, ..., None])[..., 0])                                     # (b, H, P)
+        decay = torch.exp(dt[:, t] * A)[..., None, None]                 # (b, H, 1, 1)
+        u = dt[:, t, :, None] * x[:, t]                                  # (b, H, P)
+        h = decay * h + u[..., None] * B[:, t, :, None]                  # (b, H, P, N)
+        y.append((h @ C[:, t, ..., None])[..., 0])                       # (b, H, P)
     return torch.stack(y, dim=1), h
 
 
-def ssd(x, dt, A, B, C, h=None, T=None):
-    """ssd_ref in chunks of at most T steps: same arguments, same results, same gradients, to rounding.
-
-    A GPU likes few large products best, and for a CPU a larger T is more arithmetic: T, if not given, is 64 on the one, or all
-    of up to 128 steps, and 16 on the other.
-    """
-    L, (H, P), (G, N) = x.shape[1], x.shape[2:], B.shape[2:]
-    T = T or (16 if not x.is_cuda else L if L <= 128 else 64)
-    # A step that decays by exp(-40) has forgotten everything; a larger number would only swallow the digits of its neighbours.
-    u, log_decay, B, C = (split(v, T).transpose(2, 3) for v in (dt[..., None] * x, (dt * A).clamp(min=-40), B, C))
-    chunks = u.shape[1]                                        # u (b, c, H, T, P), log_decay (b, c, H, T), B, C (b, c, G, T, N)
-    def of_heads(v):                                           # what the heads of a group share, for each of them
-        return v.repeat_interleave(H // G, 2) if 1 < G < H else v
-
-    # (1) Within a chunk: attention, with a_ts from differences of running sums. Each is <= 0 where s <= t, so nothing overflows;
-    # a CPU's exp is slow below exp(-80), which is as good as 0.
-    sums = log_decay.cumsum(-1)                                                        # (b, c, H, T)
-    a = (sums[..., :, None] - sums[..., None, :]).clamp(-80, 0).exp().tril()           # (b, c, H, T, T)
-    y = (of_heads(C @ B.mT) * a) @ u                                                   # (b, c, H, T, P)
-
-    # (2) What a chunk adds to the state by its end, and the recurrence from chunk to chunk.
-    left = (sums[..., -1:] - sums).clamp(min=-80).exp()[..., None]                     # (b, c, H, T, 1)
-    ends = (left * u).mT @ of_heads(B)                                                 # (b, c, H, P, N)
-    decay = sums[..., -1].clamp(min=-80).exp()[..., None, None]                        # (b, c, H, 1, 1)
-    from_zero, starts = h is None, []
-    h = x.new_zeros(x.shape[0], H, P, N) if from_zero else h
-    for k in range(chunks):
-        starts.append(h)
-        h = decay[:, k] * h + ends[:, k]
-
-    # (3) What a chunk's first state adds to its outputs: nothing, if there is one chunk, from zero.
-    if chunks > 1 or not from_zero:
-        y = y + sums.clamp(min=-80).exp()[..., None] * (of_heads(C) @ torch.stack(starts, dim=1).mT)
-    return y.transpose(2, 3).flatten(1, 2)[:, :L], h
-
-
 class Mamba2State(NamedTuple):
-    """All that a Mamba-2 layer remembers of the tokens so far. Its size does not depend on how many they were."""
-    conv: torch.Tensor  # (b, d_inner + 2 G N, d_conv - 1), the convolution's window
-    h: torch.Tensor     # (b, H, P, N)
-
-
-def normed(v, eps=1e-5):
-    """v / sqrt(mean of v^2) over the last dimension, in plain operations, which torch.compile fuses with others."""
-    return v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
-
-
-class GatedNorm(nn.Module):
-    """RMSNorm of y * SiLU(z), each group of channels by itself. The official RMSNormGated with norm_before_gate=False."""
-
-    def __init__(self, d, groups=1):
-        super().__init__()
-        self.groups, self.weight = groups, nn.Parameter(torch.ones(d))
-
-    def forward(self, y, z):
-        y = (y * F.silu(z)).unflatten(-1, (self.groups, -1))
-        return normed(y).flatten(-2) * self.weight
+    """All that a Mamba-2 layer keeps of the tokens so far, however many they were."""
+    conv: torch.Tensor   # (b, d_inner + 2 G N, d_conv - 1), the last inputs of the convolution
+    h: torch.Tensor      # (b, H, P, N)
 
 
 class Mamba2(nn.Module):
-    r"""The Mamba-2 layer (section 7.1, figure 6), without a residual or a norm before it.
+    r"""The Mamba-2 layer (paper, section 7.1 and figure 6), without a residual connection or a
+    norm.
 
-            x -> in_proj -> x, B, C -> causal convolution -> SiLU -> ssd -> gated norm -> out_proj -> y
-                        \-> dt -> softplus --------------------------/       /
-                        \-> z ----------------------------------------------/
+        x -> in_proj -> x, B, C -> causal convolution -> SiLU -> ssd -> gated norm -> out_proj -> y
+                    \-> dt -> softplus --------------------------/       /
+                    \-> z ----------------------------------------------/
 
-    In Mamba, dt, B and C are computed from the convolved x. Here one map of the input makes z, x, B, C and dt at once, and x, B
-    and C then pass through the convolution.
-    d_inner = expand * d_model channels, in heads of headdim; d_state: N; ngroups: G. Names, shapes and initial values are
-    those of mamba_ssm.Mamba2 with its default arguments: state dicts move between the two.
+    In Mamba, dt, B and C are computed from x after the convolution. Here one map of the input makes
+    z, x, B, C and dt at once, and x, B and C pass through the convolution.
+
+    d_inner = expand * d_model channels, in heads of headdim; d_state: N; ngroups: G. Names, shapes
+    and initial values are those of mamba_ssm.Mamba2 with its default arguments, so state dicts move
+    between the two.
     """
 
     takes_bias = True
 
     def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1):
         super().__init__()
-        self.d_inner, self.d_state, self.d_conv = expand * d_model, d_state, d_conv
-        self.headdim, self.ngroups, self.nheads = headdim, ngroups, expand * d_model // headdim
-        if self.nheads * headdim != self.d_inner or self.nheads % ngroups:
-            raise ValueError(f"headdim {headdim} must divide {self.d_inner} channels into a multiple of {ngroups} heads")
-        channels = self.d_inner + 2 * ngroups * d_state
-        self.in_proj = nn.Linear(d_model, self.d_inner + channels + self.nheads, bias=False)
-        self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels, padding=d_conv - 1)
+        d_inner = expand * d_model
+        self.d_inner, self.d_state, self.d_conv = d_inner, d_state, d_conv
+        self.headdim, self.ngroups, self.nheads = headdim, ngroups, d_inner // headdim
+        if self.nheads * headdim != d_inner or self.nheads % ngroups:
+            raise ValueError(f"headdim {headdim} must divide {d_inner} channels "
+                             f"into a multiple of {ngroups} heads")
+        channels = d_inner + 2 * ngroups * d_state                       # x, B and C
+        self.in_proj = nn.Linear(d_model, d_inner + channels + self.nheads, bias=False)
+        self.conv1d = DepthwiseConv1d(channels, d_conv)
+        # dt starts between 0.001 and 0.1, uniform on a log scale; the bias is the inverse of
+        # softplus.
         dt = torch.exp(torch.empty(self.nheads).uniform_(math.log(1e-3), math.log(1e-1)))
         self.dt_bias = nn.Parameter(torch.log(torch.expm1(dt)))
         self.A_log = nn.Parameter(torch.log(torch.empty(self.nheads).uniform_(1, 16)))
         self.D = nn.Parameter(torch.ones(self.nheads))
-        self.norm = GatedNorm(self.d_inner, ngroups)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.norm = GatedNorm(d_inner, ngroups)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
     def forward(self, x, state=None):
-        """x (b, L, d_model), state a Mamba2State or None at the start -> y (b, L, d_model), the state after the last token."""
+        """Run a segment of a sequence, continuing from `state`: a Mamba2State, None at the start.
+
+        x (b, L, d_model) -> y (b, L, d_model), the Mamba2State after the last token.
+        """
+        if x.shape[1] == 0:
+            return x, state
+        window, h = (None, None) if state is None else state
         GN = self.ngroups * self.d_state
         z, x, dt = self.in_proj(x).split([self.d_inner, self.d_inner + 2 * GN, self.nheads], dim=-1)
-        x, window = causal_conv(x, self.conv1d, None if state is None else state.conv)
+        x, window = causal_conv(x, self.conv1d, window)
         x, B, C = F.silu(x).split([self.d_inner, GN, GN], dim=-1)
-        x = x.unflatten(-1, (self.nheads, self.headdim))                               # (b, L, H, P)
-        B, C = (v.unflatten(-1, (self.ngroups, self.d_state)) for v in (B, C))         # (b, L, G, N)
-        dt, A = F.softplus(dt + self.dt_bias), -torch.exp(self.A_log)                  # (b, L, H), (H,)
-        y, h = ssd(x, dt, A, B, C, None if state is None else state.h)
-        y = (y + self.D[:, None] * x).flatten(2)                                       # (b, L, d_inner)
+        x = x.unflatten(-1, (self.nheads, self.headdim))                 # (b, L, H, P)
+        B = B.unflatten(-1, (self.ngroups, self.d_state))                # (b, L, G, N)
+        C = C.unflatten(-1, (self.ngroups, self.d_state))                # (b, L, G, N)
+        dt = F.softplus(dt + self.dt_bias)                               # (b, L, H), positive
+        A = -torch.exp(self.A_log)                                       # (H,), negative
+        y, h = ssd(x, dt, A, B, C, h)                                    # (b, L, H, P)
+        y = (y + self.D[:, None] * x).flatten(2)                         # (b, L, d_inner)
         return self.out_proj(self.norm(y, z)), Mamba2State(window, h)
+
+
+class GatedNorm(nn.Module):
+    """RMSNorm of y * SiLU(z), each group of channels by itself; the official RMSNormGated."""
+
+    def __init__(self, d, groups=1):
+        super().__init__()
+        self.groups, self.weight = groups, nn.Parameter(torch.ones(d))
+
+    def forward(self, y, z):
+        """y, z (b, L, d) -> (b, L, d)."""
+        y = (y * F.silu(z)).unflatten(-1, (self.groups, -1))
+        return rms_norm(y).flatten(-2) * self.weight
+
+
+def rms_norm(v, eps=1e-5):
+    """v / sqrt(mean of v^2) over the last dimension. Squares and sums are at least float32."""
+    wide = v.to(torch.promote_types(v.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(v.dtype)
+
+
+# ---- Chunks --------------------------------------------------------------------------------------
+
+def ssd(x, dt, A, B, C, h=None, T=None):
+    """ssd_ref in chunks of at most T steps: same arguments, same results and gradients, to
+    rounding.
+
+    States and sums are at least float32; y has the dtype of x. T: None for 64 on a GPU, or all of
+    up to 128 steps, as it computes few large matmuls fastest; 16 on a CPU, where a larger T is more
+    arithmetic. The four steps are those of the paper's listing 1.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x_dtype, L, (H, P), (G, N) = x.dtype, x.shape[1], x.shape[2:], B.shape[2:]
+    x, dt, A, B, C = (v.to(dtype) for v in (x, dt, A, B, C))
+    if T is None:
+        T = 16 if not x.is_cuda else L if L <= 128 else 64
+    # A step that decays by exp(-40) has forgotten everything; a larger number would only cost its
+    # neighbours their digits in the running sum.
+    log_decay = (dt * A).clamp(min=-40)
+    u = split(dt[..., None] * x, T).transpose(2, 3)                      # (b, c, H, T, P)
+    log_decay = split(log_decay, T).transpose(2, 3)                      # (b, c, H, T)
+    B = split(B, T).transpose(2, 3)                                      # (b, c, G, T, N)
+    C = split(C, T).transpose(2, 3)                                      # (b, c, G, T, N)
+
+    def per_head(v):
+        return v if G in (1, H) else v.repeat_interleave(H // G, 2)
+
+    # 1. In a chunk: attention. a_ts is the exp of a difference of running sums, which is <= 0 where
+    # s <= t, so nothing overflows. Below -80, where the result is effectively 0, a CPU's exp is
+    # slow.
+    sums = log_decay.cumsum(-1)                                          # (b, c, H, T)
+    a = (sums[..., :, None] - sums[..., None, :]).clamp(-80, 0).exp().tril()     # (b, c, H, T, T)
+    y = (per_head(C @ B.mT) * a) @ u                                     # (b, c, H, T, P)
+
+    # 2. The state at the end of each chunk, had it started from zero.
+    to_end = (sums[..., -1:] - sums).clamp(min=-80).exp()[..., None]     # (b, c, H, T, 1)
+    ends = (to_end * u).mT @ per_head(B)                                 # (b, c, H, P, N)
+
+    # 3. The recurrence from chunk to chunk.
+    decay = sums[..., -1].clamp(min=-80).exp()[..., None, None]          # (b, c, H, 1, 1)
+    from_zero = h is None
+    h = x.new_zeros(x.shape[0], H, P, N) if from_zero else h.to(dtype)
+    starts = []
+    for k in range(u.shape[1]):
+        starts.append(h)
+        h = decay[:, k] * h + ends[:, k]                                 # (b, H, P, N)
+
+    # 4. The contribution of each chunk's first state to its outputs; none in a single chunk from
+    # zero.
+    if len(starts) > 1 or not from_zero:
+        from_start = sums.clamp(min=-80).exp()[..., None]                # (b, c, H, T, 1)
+        y = y + from_start * (per_head(C) @ torch.stack(starts, dim=1).mT)
+    return y.transpose(2, 3).flatten(1, 2)[:, :L].to(x_dtype), h
+
+
+@torch.no_grad()
+def main():
+    """Show that recurrence, chunks and single steps of the layer agree, and their times."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)     # for operations this small; two may be far slower
+    b, L, H, P, N = 4, 256, 4, 32, 16
+    x, dt, A = torch.randn(b, L, H, P), torch.rand(b, L, H), -torch.rand(H)
+    B, C = torch.randn(2, b, L, 1, N)
+    ssd(x, dt, A, B, C)                                                  # warms up
+    times = [time.perf_counter()]
+    exact, _ = ssd_ref(x, dt, A, B, C)
+    times.append(time.perf_counter())
+    y, _ = ssd(x, dt, A, B, C)
+    times.append(time.perf_counter())
+    print(f"recurrence  {1000 * (times[1] - times[0]):7.1f} ms")
+    print(f"chunks      {1000 * (times[2] - times[1]):7.1f} ms   "
+          f"difference {(y - exact).norm() / exact.norm():.0e}")
+
+    layer, x, state, steps = Mamba2(32, d_state=N, headdim=16), torch.randn(2, 64, 32), None, []
+    for x_t in x.split(1, dim=1):
+        y_t, state = layer(x_t, state)
+        steps.append(y_t)
+    y, _ = layer(x)
+    difference = (torch.cat(steps, dim=1) - y).norm() / y.norm()
+    print(f"the layer in single steps         difference {difference:.0e}")
+
+
+if __name__ == "__main__":
+    main()

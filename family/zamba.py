@@ -1,60 +1,117 @@
 """One block of attention and MLP whose weights are used several times: Zamba and Zamba2.
 
-Zamba: Glorioso et al. 2024, arXiv 2405.16712, section II and figure 2. Zamba2: the same, arXiv 2411.15242, figure 2.
+Zamba: Glorioso et al. 2024, arXiv 2405.16712, section II and figure 2. Zamba2: arXiv 2411.15242,
+figure 2.
 
-A block of attention and MLP has many parameters, and all its uses share them; each has a cache of its own. A use differs from
-another in what it is fed, the stream beside the token's embedding, in the map that brings its result back into the stream,
-and, in Zamba2, in a small correction of its own to the shared MLP (LoRA, Hu et al. 2021, arXiv 2106.09685).
+Attention and MLP have most of a hybrid's parameters. Here all uses of a block share them, while
+each use has a cache of its own. A use of the block at depth l computes
 
-What differs from the published models: there the result is added to the input of the next Mamba layer only, here it stays in
-the stream; there the block has no residuals of its own and an MLP of width d with GELU, here two residuals and SwiGLU at 2d.
+    y_l = out_proj_l(block([x_l, e]))
 
-Imports attention and mlp; hybrid places the uses.
+from the residual stream x_l and the token's embedding e, side by side. A use owns out_proj_l and,
+in Zamba2, a small correction to the block's MLP (LoRA, Hu et al. 2021, arXiv 2106.09685).
+
+Differs from the published models: y_l is added to the residual stream (there to the input of the
+next Mamba layer only); the block has two residual connections (there none); its attention has
+biases and scores divided by sqrt(head size) (there no biases, and by the root of half of it); its
+MLP is SwiGLU of hidden width 8/3 of 2d (there a gated GELU of 4d); Mamba layers have one head
+(there two).
+
+`python -m family.zamba` counts the parameters of three uses and shows that single steps agree.
 """
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from attention import Attention
 from family.experts import MLP
 
 
 class SharedBlock(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)), on vectors of width 2d: the weights that all uses have in common."""
+    """x + attention(norm(x)), then x + MLP(norm(x)), on vectors of width 2d. All uses share it."""
 
     def __init__(self, width, n_heads=1, position="none"):
         super().__init__()
+        if n_heads < 1 or width % n_heads:
+            raise ValueError(f"--n-heads is {n_heads}, but it must divide 2 d = {width}, "
+                             "the width of the shared block")
         self.norms = nn.ModuleList([nn.RMSNorm(width), nn.RMSNorm(width)])
-        self.attention, self.mlp = Attention(width, n_heads, position), MLP(width)
+        self.attention = Attention(width, n_heads, position)
+        self.mlp = MLP(width)
 
-    def forward(self, x, state, correction):
+    def forward(self, x, state, lora=None):
+        """x (b, L, 2d), state a KVCache or None, lora: added to the MLP's first map -> y,
+        KVCache."""
         y, state = self.attention(self.norms[0](x), state)
-        x = x + y
+        x = x + y                                                        # (b, L, 2d)
         u = self.norms[1](x)
-        return x + self.mlp(u, extra=correction(u))[0], state
+        hidden = self.mlp.up(u)                                          # (b, L, 2F)
+        if lora is not None:
+            hidden = hidden + lora(u)
+        gate, up = hidden.chunk(2, dim=-1)                               # (b, L, F) each
+        return x + self.mlp.down(F.silu(gate) * up), state
 
 
 class SharedUse(nn.Module):
-    """One use of a SharedBlock. Its state is a KVCache of its own: the weights are shared, the memory is not.
+    """One use of a SharedBlock. Its state is a KVCache of its own.
 
-    rank: of the correction to the MLP's first map, 0 for none, as in Zamba. The 1.2B Zamba2 corrects its attention as well.
+    before: the layers in front of it. Among those, uses of the same kind (the arguments below)
+    share
+        their block with this one; the first creates it.
+    blocks: how many blocks take turns; Zamba2 has two.
+    rank: of the correction to the MLP's first map, 0 for none, as in Zamba. Zamba2's 1.2B model
+        corrects its attention too, which is left out.
     """
 
     attends = norms_itself = needs_embedding = True
 
     def __init__(self, d_model, before, n_heads=1, blocks=1, rank=0, position="none"):
         super().__init__()
-        uses = [layer for layer in before if isinstance(layer, SharedUse)]
-        block = uses[-blocks].block if len(uses) >= blocks else SharedBlock(2 * d_model, n_heads, position)
-        self.block, self.rank = block, rank
+        self.kind = (d_model, n_heads, blocks, rank, position)
+        uses = [layer for layer in before if getattr(layer, "kind", None) == self.kind]
+        if len(uses) < blocks:
+            self.block = SharedBlock(2 * d_model, n_heads, position)
+        else:
+            # Not registered as a submodule: the first use has it, and parameters(), state_dict()
+            # and torch.func.functional_call must find it once.
+            object.__setattr__(self, "block", uses[-blocks].block)
         self.out_proj = nn.Linear(2 * d_model, d_model, bias=False)
+        self.lora = None
         if rank:
-            self.lora_a = nn.Linear(2 * d_model, rank, bias=False)
-            self.lora_b = nn.Linear(rank, block.mlp.up.out_features, bias=False)
-            nn.init.zeros_(self.lora_b.weight)                 # all uses start alike
+            hidden = self.block.mlp.up.out_features
+            down = nn.Linear(2 * d_model, rank, bias=False)
+            self.lora = nn.Sequential(down, nn.Linear(rank, hidden, bias=False))
+            nn.init.zeros_(self.lora[1].weight)                          # all uses start the same
 
     def forward(self, x, state=None, embedding=None):
-        """x and the embedding of the same tokens, (b, L, d) each -> y (b, L, d), the next state."""
-        correction = (lambda u: self.lora_b(self.lora_a(u))) if self.rank else (lambda u: 0.0)
-        y, state = self.block(torch.cat([x, embedding], dim=-1), state, correction)
+        """x and the embedding of the same tokens, (b, L, d) each -> y (b, L, d), the next
+        KVCache."""
+        if x.shape[1] == 0:
+            return x, state
+        y, state = self.block(torch.cat([x, embedding], dim=-1), state, self.lora)
         return self.out_proj(y), state
+
+
+@torch.no_grad()
+def main():
+    """Show what sharing saves, and that one call equals single steps."""
+    torch.manual_seed(0)
+    layers = []
+    for _ in range(3):
+        layers.append(SharedUse(16, layers))
+    shared = sum(p.numel() for p in nn.ModuleList(layers).parameters())
+    alone = sum(p.numel() for p in layers[0].parameters())
+    print(f"three uses have {shared:,} parameters; three blocks would have {3 * alone:,}")
+    x, e = torch.randn(2, 3, 32, 16)
+    whole, _ = layers[2](x, None, e)
+    state, steps = None, []
+    for x_t, e_t in zip(x.split(1, dim=1), e.split(1, dim=1)):
+        y_t, state = layers[2](x_t, state, e_t)
+        steps.append(y_t)
+    difference = (torch.cat(steps, dim=1) - whole).abs().max()
+    print(f"single steps against one call: difference {difference:.0e}")
+
+
+if __name__ == "__main__":
+    main()

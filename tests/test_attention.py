@@ -1,19 +1,28 @@
-"""Attention against a plain softmax, its cache, and the ways of telling it positions."""
+"""Attention against its formula, its cache, and the ways to tell it positions."""
 
 import math
 
 import pytest
 import torch
 
-from attention import Attention, LearnedPosition, rotary
-from conftest import in_pieces
+from attention import Attention, KVCache, LearnedPosition, SlidingWindow, rotary
+from hybrid import build_model
 
-PIECES = [[], [1, 4], [5], [3, 1, 2], [2, 2, 2, 2]]  # the rest goes one token at a time
+SEGMENTS = [[], [1, 4], [5], [3, 1, 2], [2, 2, 2, 2]]  # the rest goes one token at a time
 
 
-def layer_and_input(n_heads, position, L=11, d=8):
+def in_segments(layer, x, sizes, state=None):
+    """Feed x in segments of these sizes, then one token at a time -> y, the last state."""
+    y = []
+    for segment in x.split([*sizes, *[1] * (x.shape[1] - sum(sizes))], dim=1):
+        out, state = layer(segment, state)
+        y.append(out)
+    return torch.cat(y, dim=1), state
+
+
+def layer_and_input(n_heads=2, position="none", L=11, d=8, **options):
     torch.manual_seed(0)
-    layer = Attention(d, n_heads, position).double()
+    layer = Attention(d, n_heads, position, **options).double()
     torch.nn.init.normal_(layer.qkv.bias)
     return layer, 2 * torch.randn(3, L, d, dtype=torch.float64)
 
@@ -26,47 +35,57 @@ def turn(v, t):
     return torch.cat([z.real, z.imag])
 
 
-def plain_attention(layer, x, position):
+def formula(layer, x, position):
     """The definition, one query at a time."""
     y = torch.zeros_like(x)
     P = x.shape[2] // layer.n_heads
     q, k, v = (x @ layer.qkv.weight.T + layer.qkv.bias).chunk(3, dim=-1)
+    place = turn if position == "rope" else lambda vector, _: vector
     for b in range(x.shape[0]):
         for head in range(layer.n_heads):
             part = slice(head * P, (head + 1) * P)
             for t in range(x.shape[1]):
-                place = turn if position == "rope" else lambda vector, _: vector
-                scores = torch.stack([place(q[b, t, part], t) @ place(k[b, s, part], s) for s in range(t + 1)])
-                y[b, t, part] = torch.softmax(scores / math.sqrt(P), dim=0) @ v[b, :t + 1, part]
+                query = place(q[b, t, part], t)
+                scores = torch.stack([query @ place(k[b, s, part], s) for s in range(t + 1)])
+                weights = torch.softmax(scores / math.sqrt(P), dim=0)
+                y[b, t, part] = weights @ v[b, :t + 1, part]
     return y @ layer.out_proj.weight.T + layer.out_proj.bias
 
 
 @pytest.mark.parametrize("position", ["none", "rope"])
 @pytest.mark.parametrize("n_heads", [1, 2, 4])
-def test_equals_plain_softmax(n_heads, position):
+def test_equals_the_formula(n_heads, position):
     layer, x = layer_and_input(n_heads, position)
     y, cache = layer(x)
-    tolerance = 1e-6 if position == "rope" else 1e-12      # angles are float32
-    assert torch.allclose(y, plain_attention(layer, x, position), atol=tolerance, rtol=0)
+    assert torch.allclose(y, formula(layer, x, position), atol=1e-12, rtol=0)
     assert cache.k.shape == cache.v.shape == (3, n_heads, 11, 8 // n_heads)
 
 
-def test_rope_scores_depend_on_distance_only():
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_rope_scores_depend_on_distance_only(dtype, tolerance):
+    """The same pair at distance 5, from the start of a sequence to ten million tokens on."""
     torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+    q, k = torch.randn(2, 1, 1, 1, 64, dtype=torch.float64)
+    scores = []
+    for s in (0, 1, 300, 65_536, 10**6, 10**7):
+        scores.append((rotary(q.to(dtype), s + 5) * rotary(k.to(dtype), s)).sum().item())
+    assert max(scores) - min(scores) < tolerance * q.norm() * k.norm(), scores
+    assert abs(scores[0] - (rotary(q, 0) * rotary(k, 0)).sum()) > 1e-2
+    assert abs(scores[0] - (rotary(q, 0) * rotary(k, 5)).sum()) > 1e-2
 
-    def score(t, s):
-        return (rotary(q, t) * rotary(k, s)).sum().item()
-    for distance in (0, 1, 5, 40):
-        assert all(math.isclose(score(s + distance, s), score(distance, 0), abs_tol=1e-4) for s in (1, 2, 17, 300))
-    assert abs(score(1, 0) - score(0, 0)) > 1e-2 and abs(score(0, 1) - score(1, 0)) > 1e-2
+
+def test_rope_tells_neighbours_apart_however_far():
+    x = torch.ones(1, 1, 2, 8)
+    near, far = rotary(x, 2**24)[0, 0]
+    assert (near - far).norm() > 0.5       # one unit of angle in the fastest pair of channels
 
 
 def test_rope_sees_order_and_none_does_not():
     for position, differs in (("rope", True), ("none", False)):
         layer, x = layer_and_input(1, position)
         swapped = x[:, [1, 0, *range(2, 11)]]
-        assert (layer(x)[0][:, -1] - layer(swapped)[0][:, -1]).abs().max().gt(1e-4).item() == differs
+        change = (layer(x)[0][:, -1] - layer(swapped)[0][:, -1]).abs().max()
+        assert (change > 1e-4) == differs
 
 
 def test_recency_looks_at_what_is_near():
@@ -79,24 +98,27 @@ def test_recency_looks_at_what_is_near():
 
 
 @pytest.mark.parametrize("position", ["none", "rope"])
-@pytest.mark.parametrize("sizes", PIECES)
-def test_pieces_equal_one_call(position, sizes):
+@pytest.mark.parametrize("sizes", SEGMENTS)
+def test_segments_equal_one_call(position, sizes):
     layer, x = layer_and_input(2, position)
     y, cache = layer(x)
-    y_pieces, cache_pieces = in_pieces(layer, x, sizes)
-    assert torch.allclose(y, y_pieces, atol=1e-12)
-    assert torch.allclose(cache.k, cache_pieces.k, atol=1e-12) and torch.allclose(cache.v, cache_pieces.v, atol=1e-12)
+    y_segments, last = in_segments(layer, x, sizes)
+    assert torch.allclose(y, y_segments, atol=1e-12)
+    assert torch.allclose(cache.k, last.k, atol=1e-12)
+    assert torch.allclose(cache.v, last.v, atol=1e-12)
 
 
 @pytest.mark.parametrize("position", ["none", "rope"])
-@pytest.mark.parametrize("queries", [1, 3, 5])
 @pytest.mark.parametrize("seen", [0, 4])
-def test_last_queries_alone(position, queries, seen):
+@pytest.mark.parametrize("window", [None, 3])
+def test_last_token_alone(position, seen, window):
     layer, x = layer_and_input(2, position)
+    if window:
+        layer = SlidingWindow(8, 2, window, position).double()
     state = layer(x[:, :seen])[1] if seen else None
     y, cache = layer(x[:, seen:seen + 5], state)
-    y_last, cache_last = layer(x[:, seen:seen + 5], state, queries)
-    assert y_last.shape[1] == queries and torch.allclose(y[:, -queries:], y_last, atol=1e-12)
+    y_last, cache_last = layer(x[:, seen:seen + 5], state, last_only=True)
+    assert y_last.shape == (3, 1, 8) and torch.allclose(y[:, -1:], y_last, atol=1e-12)
     assert torch.equal(cache.k, cache_last.k) and torch.equal(cache.v, cache_last.v)
 
 
@@ -109,12 +131,59 @@ def test_causal(position):
     assert (difference[:6] == 0).all() and (difference[6:] > 1e-6).all()
 
 
+def held(state):
+    """Bytes of memory that a state keeps alive: each storage once."""
+    storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in state}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("position", ["none", "rope"])
+@pytest.mark.parametrize("build", [
+    lambda position: Attention(64, 4, position), lambda position: SlidingWindow(64, 4, 9, position),
+    lambda position: Attention(64, 4, position, kv_heads=2)], ids=["plain", "window", "grouped"])
+def test_cache_holds_only_what_it_shows(build, position):
+    layer, state = build(position), None
+    for L in (100, 1, 5):
+        _, state = layer(torch.randn(1, L, 64), state)
+        assert held(state) == sum(v.numel() * v.element_size() for v in state)
+
+
+@pytest.mark.parametrize("L", [1, 3])
+def test_cache_of_a_short_first_segment(L):
+    _, state = Attention(8)(torch.randn(1, L, 8))
+    assert held(state) == 2 * L * 8 * 4
+
+
+@pytest.mark.parametrize("layer", [
+    Attention(8, 2), Attention(8, 2, "rope"), SlidingWindow(8, 2, 3), LearnedPosition(8, 40)],
+    ids=["none", "rope", "window", "learned"])
+def test_empty_segments_and_empty_batches(layer):
+    x = torch.randn(3, 5, 8)
+    _, state = layer(x)
+    y, same = layer(x[:, :0], state)
+    assert y.shape[1:] == (0, 8) and same is state
+    assert layer(x[:, :0])[0].shape[1:] == (0, 8)
+    continued = layer(x[:, :0])[1]
+    assert torch.equal(layer(x, continued)[0], layer(x)[0])
+    y, state = layer(x[:0])
+    y, _ = layer(x[:0], state)
+    assert y.shape[1:] == (5, 8)
+
+
 @pytest.mark.parametrize("arguments, sentence", [
-    ((8, 3), "number of heads, 3"), ((8, 0), "number of heads, 0"), ((8, -1), "number of heads, -1"), ((6, 2, "rope"), "odd size 3"),
-    ((7, 1, "rope"), "odd size 7"), ((8, 1, "learned"), "position is 'learned'")])
+    ((8, 3), "n-heads is 3, .* width 8"), ((8, 0), "n-heads is 0"), ((8, -1), "n-heads is -1"),
+    ((6, 2, "rope"), "odd size 3"), ((7, 1, "rope"), "odd size 7"),
+    ((8, 1, "learned"), "position is 'learned'"), ((8, 4, "none", None, 3), "kv_heads is 3"),
+    ((8, 4, "none", None, 0), "kv_heads is 0")])
 def test_wrong_arguments(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         Attention(*arguments)
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_window_of_no_token(window):
+    with pytest.raises(ValueError, match=f"window is {window}"):
+        SlidingWindow(8, 1, window)
 
 
 def test_odd_heads_need_no_rope():
@@ -123,46 +192,76 @@ def test_odd_heads_need_no_rope():
 
 def test_grouped_heads_are_heads_whose_keys_and_values_agree():
     torch.manual_seed(0)
-    grouped, full, x = Attention(8, 4, "rope", kv_heads=2), Attention(8, 4, "rope"), torch.randn(2, 7, 8)
-    rows = [*range(8), *[8 + p for g in (0, 0, 1, 1) for p in (2 * g, 2 * g + 1)],
-            *[12 + p for g in (0, 0, 1, 1) for p in (2 * g, 2 * g + 1)]]
-    full.load_state_dict({"qkv.weight": grouped.qkv.weight[rows], "qkv.bias": grouped.qkv.bias[rows],
-                          "out_proj.weight": grouped.out_proj.weight, "out_proj.bias": grouped.out_proj.bias})
+    grouped, full = Attention(8, 4, "rope", kv_heads=2), Attention(8, 4, "rope")
+    x = torch.randn(2, 7, 8)
+    copies = [p for g in (0, 0, 1, 1) for p in (2 * g, 2 * g + 1)]
+    rows = [*range(8), *[8 + p for p in copies], *[12 + p for p in copies]]
+    full.load_state_dict({
+        "qkv.weight": grouped.qkv.weight[rows], "qkv.bias": grouped.qkv.bias[rows],
+        "out_proj.weight": grouped.out_proj.weight, "out_proj.bias": grouped.out_proj.bias})
     (y, cache), (same, _) = grouped(x), full(x)
-    assert torch.allclose(y, same, atol=1e-6) and cache.k.shape == cache.v.shape == (2, 2, 7, 2)
-    for kv_heads in (3, 0):
-        with pytest.raises(ValueError, match=f"kv_heads is {kv_heads}"):
-            Attention(8, 4, kv_heads=kv_heads)
+    assert torch.allclose(y, same, atol=1e-6)
+    assert cache.k.shape == cache.v.shape == (2, 2, 7, 2)
+    assert torch.allclose(in_segments(grouped, x, [3])[0], y, atol=1e-6)
 
 
 @pytest.mark.parametrize("position", ["none", "rope"])
 @pytest.mark.parametrize("window", [1, 3, 20])
 def test_sliding_window(window, position):
     torch.manual_seed(0)
-    layer, x = Attention(8, 2, position, window=window).double(), torch.randn(3, 11, 8).double()
+    layer, x = SlidingWindow(8, 2, window, position).double(), torch.randn(3, 11, 8).double()
     whole, cache = layer(x)
-    for t in range(11):                                        # a token's output is that of the window alone
+    for t in range(11):                                  # an output depends on the window alone
         seen = x[:, max(0, t - window + 1):t + 1]
-        assert torch.allclose(layer(seen)[0][:, -1], whole[:, t], atol=1e-6)
-    assert torch.allclose(layer(x, queries=2)[0], whole[:, -2:], atol=1e-6)
-    for sizes in PIECES:
-        y, state = in_pieces(layer, x, sizes)
-        assert torch.allclose(y, whole, atol=1e-6) and state.k.shape[2] == min(11, window - 1) == cache.k.shape[2]
+        assert torch.allclose(formula(layer, seen, position)[:, -1], whole[:, t], atol=1e-12)
+    for sizes in SEGMENTS:
+        y, state = in_segments(layer, x, sizes)
+        assert torch.allclose(y, whole, atol=1e-12)
+        assert state.k.shape[2] == min(11, window - 1) == cache.k.shape[2]
 
 
-@pytest.mark.parametrize("sizes", PIECES)
+@pytest.mark.parametrize("sizes", SEGMENTS)
 def test_learned_position(sizes):
     layer, x = LearnedPosition(8, 11), torch.randn(3, 11, 8)
     y, count = layer(x)
     assert torch.equal(y, layer.table[None]) and count == 11
-    y_pieces, count = in_pieces(layer, x, sizes)
-    assert torch.equal(y, y_pieces) and count == 11
+    y_segments, count = in_segments(layer, x, sizes)
+    assert torch.equal(y, y_segments) and count == 11
+    assert (y.norm(dim=-1) > 0.02).all() and (y.norm(dim=-1) < 0.3).all()
     with pytest.raises(ValueError, match="sequence of 12 tokens is longer than the table of 11"):
         layer(x[:, :1], count)
     with pytest.raises(ValueError, match="sequence of 12 tokens"):
         layer(torch.zeros(1, 12, 8))
-    layer.reach(10)
-    assert layer.table.shape == (11, 8)
-    layer.reach(40)
-    longer, _ = layer(torch.zeros(1, 40, 8))
+
+
+def test_extended_positions_train_and_load():
+    """The new rows are random and short; training, saving and loading go on as before."""
+    layer, x = LearnedPosition(8, 11), torch.zeros(1, 40, 8)
+    saved = {name: v.clone() for name, v in layer.state_dict().items()}
+    y, _ = layer(x[:, :11])
+    layer.extend_positions(10)
+    assert layer(x[:, :11])[0].shape == (1, 11, 8)
+    layer.extend_positions(30)
+    layer.extend_positions(40)
+    longer, _ = layer(x)
     assert torch.equal(longer[:, :11], y) and 0.05 < longer[0, 11:].norm(dim=1).mean() < 0.15
+    assert torch.equal(longer, layer(x)[0]), "the new rows stay the same"
+
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    layer(x)[0].square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(layer.table, saved["table"])
+    assert torch.equal(layer(x)[0][:, 11:], longer[:, 11:])
+    assert layer.state_dict().keys() == saved.keys()
+    layer.load_state_dict(saved)
+    assert torch.equal(layer(x[:, :11])[0], y)
+
+
+def test_model_with_extended_positions_trains():
+    model = build_model("learned", L=8)
+    saved = {name: v.clone() for name, v in model.state_dict().items()}
+    model.extend_positions(60)
+    model(torch.zeros(2, 60, dtype=torch.long)).square().sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model.load_state_dict(saved)
+    assert isinstance(model.run_layers(torch.zeros(1, 60, dtype=torch.long))[1][1], KVCache)

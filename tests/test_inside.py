@@ -1,196 +1,172 @@
-"""inside.py and plot.py --inside: what is shown is what the layers did; files that are no checkpoints."""
+"""inside.py: what is shown is what the layers did, and the figure says it."""
 
 import os
 
-import matplotlib.image
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import inside
-import plot
 from conftest import relative
 from hybrid import build_model
 from mamba import selective_scan_ref
 
 
-def look_into(pattern, L=12, n_heads=1):
-    """A model with random weights, its inputs and outputs at each layer, and what inside says of each -> a list of triples."""
+def look_into(stack, L=12, n_heads=1):
+    """A model with random weights -> for each layer (layer, x, y, what inside says of it)."""
     torch.manual_seed(0)
-    model = build_model(pattern, L=L, n_heads=n_heads).double()
-    for layer in model.layers:
-        if hasattr(layer, "qkv"):
-            torch.nn.init.normal_(layer.qkv.bias)
+    model = build_model(stack, L=L, n_heads=n_heads).double()
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(p)
     tokens, calls = torch.randint(16, (L + 1,)), []
-    hooks = [layer.register_forward_hook(lambda layer, inputs, output: calls.append((layer, inputs[0], output[0])))
-             for layer in model.layers]
-    logits, found = inside.look_at(model, tokens)
-    for hook in hooks:
-        hook.remove()
+
+    def watch(layer, inputs, output):
+        calls.append((layer, inputs[0].detach(), output[0].detach()))
+    for layer in model.layers:
+        layer.register_forward_hook(watch)
+    with torch.no_grad():
+        model.run_layers(tokens[None])                          # all tokens of the last layer too
+    seen, calls = calls, []
+    logits, found = inside.look_into(model, tokens)
     assert np.allclose(logits, model(tokens[None])[0].detach())
-    assert not any(module._forward_hooks for module in model.modules()), "a hook was left behind"
-    return [(*call, of_layer) for call, of_layer in zip(calls, found)]
+    inner = [m for m in model.modules() if m not in list(model.layers)]
+    assert not any(module._forward_hooks for module in inner), "a hook was left behind"
+    return [(*call, of_layer) for call, of_layer in zip(seen, found)]
 
 
-@pytest.mark.parametrize("pattern, n_heads", [("AA", 1), ("RR", 1), ("AR", 2), ("PA", 4), ("SFG", 4)])
-def test_maps_are_what_attention_used(pattern, n_heads):
-    seen = [call for call in look_into(pattern, n_heads=n_heads) if call[3]]
-    assert len(seen) == sum(pattern.count(letter) for letter in "ARSG")
-    for layer, x, y, found in seen:
-        maps = torch.tensor(found["maps"])                                             # (H, L, L)
-        L = x.shape[1]
+@pytest.mark.parametrize("stack, n_heads, attentions", [
+    ("2xattention", 1, 2), ("2xrope", 1, 2), ("attention+rope", 2, 2), ("position+attention", 4, 1),
+    ("window+mlp+grouped", 4, 2)])
+def test_maps_are_the_weights_that_attention_used(stack, n_heads, attentions):
+    layers = [call for call in look_into(stack, n_heads=n_heads) if call[3]]
+    assert len(layers) == attentions
+    for layer, x, y, found in layers:
+        maps, L = torch.tensor(found["maps"]), x.shape[1]                       # (H, L, L)
         assert maps.shape == (n_heads, L, L)
-        assert torch.allclose(maps.sum(-1), torch.ones(()).double())
-        assert (maps.triu(1) == 0).all() and (maps >= 0).all()
-        v = layer.qkv(x[0]).split(layer.sizes, dim=-1)[2].view(L, layer.kv_heads, -1).transpose(0, 1)
-        v = v.repeat_interleave(n_heads // layer.kv_heads, 0)                          # (H, L, P)
-        assert relative(layer.out_proj((maps @ v).transpose(0, 1).reshape(L, -1)), y[0]) < 1e-6  # rotary is in float32
+        assert torch.allclose(maps.sum(-1), torch.ones(()).double()) and (maps >= 0).all()
+        assert (maps.triu(1) == 0).all()
+        v = layer.qkv(x[0]).split(layer.sizes, dim=-1)[2]
+        v = v.view(L, layer.kv_heads, -1).transpose(0, 1)
+        v = v.repeat_interleave(n_heads // layer.kv_heads, 0)                   # (H, L, P)
+        out = layer.out_proj((maps @ v).transpose(0, 1).reshape(L, -1))
+        assert relative(out, y[0]) < 1e-6                               # angles may be float32
 
 
-def test_steps_are_what_mamba_used():
-    for layer, x, y, found in look_into("MM"):
-        dt = torch.tensor(found["dt"]).T                                               # (L, D)
+def test_steps_are_those_that_mamba_used():
+    for layer, x, y, found in look_into("2xmamba"):
+        dt = torch.tensor(found["dt"]).T                                        # (L, D)
         assert dt.shape == (13, 16) and (dt > 0).all()
         u, z = layer.in_proj(x).chunk(2, dim=-1)
-        u = F.silu(layer.conv1d(u.mT)[..., :-3].mT)
+        u = F.silu(layer.conv1d(F.pad(u.mT, (3, 0))).mT)
         _, B, C = layer.x_proj(u).split([layer.dt_rank, 16, 16], dim=-1)
         scanned, _ = selective_scan_ref(u, dt[None], -layer.A_log.exp(), B, C)
         assert relative(layer.out_proj((scanned + layer.D * u) * F.silu(z)), y) < 1e-12
+        decays = (-dt[:, :, None] * layer.A_log.exp()).exp()                    # (L, D, N)
+        left = torch.stack([decays[t + 1:].prod(0) for t in range(13)])
+        assert np.allclose(found["left"], left.mean(-1).T.detach())
 
 
-def test_what_is_left_is_the_product_of_the_decays():
-    for layer, _, _, found in look_into("MA")[:1]:
-        dt, A = torch.tensor(found["dt"]).T, -layer.A_log.detach().exp()
-        left = torch.stack([torch.exp(dt[t + 1:, :, None] * A).prod(0) for t in range(len(dt))])  # (L, D, N)
-        assert torch.allclose(inside.what_is_left(dt, A), left)
-        assert np.allclose(found["left"], left.mean(-1).T)
-        assert (found["left"][:, -1] == 1).all() and (np.diff(found["left"]) > 0).all()
-
-
-def test_the_weights_add_up_to_the_state():
+def test_the_weights_of_all_tokens_add_up_to_the_state():
     torch.manual_seed(0)
     u, dt, A = torch.randn(9, 3).double(), torch.rand(9, 3).double(), -torch.rand(3, 4).double()
     B, C = torch.randn(2, 9, 4).double()
     _, h = selective_scan_ref(u[None], dt[None], A, B[None], C[None])
-    weighted = inside.what_is_left(dt, A) * (dt * u)[:, :, None] * B[:, None]          # (L, D, N)
+    weighted = inside.share_left(dt, A) * (dt * u)[:, :, None] * B[:, None]    # (L, D, N)
     assert torch.allclose(weighted.sum(0), h[0])
 
 
-def draw(tmp_path, capsys, paths):
-    capsys.readouterr()
-    plot.main(["--inside", *map(str, paths), "--out", str(tmp_path / "figures")])
-    return capsys.readouterr().out.split()
-
-
-@pytest.mark.parametrize("flags, texts", [
-    (["--model", "rope"], ["layer 1 of 2: attention", "layer 2 of 2: attention"]),
-    (["--model", "PMA", "--n-heads", "2", "--tau", "7"], ["layer 2 of 3: Mamba", "layer 3 of 3: attention"]),
-    (["--model", "M", "--d", "16", "--L", "40", "--tau", "15"], ["layer 1 of 1: Mamba"]),
-])
-def test_the_figure(train_tiny, tmp_path, capsys, flags, texts):
-    train_tiny(*flags)
-    path, = (tmp_path / "out").glob("*.pt")
-    name, = draw(tmp_path, capsys, [path])
-    assert os.listdir(tmp_path / "figures") == [f"inside_{path.stem}.png"] == [os.path.basename(name)]
-    image = matplotlib.image.imread(name)[..., :3]
-    assert image.shape[1] >= 1000 and 0.2 < (image == 1).all(-1).mean() < 0.99         # white, but not blank
-
-    look = inside.look(str(path))
-    tokens, q, v = look["tokens"], look["q"], look["v"]
-    assert len(tokens) - 1 == min(max(24, 2 * look["config"]["tau"]), look["config"]["L"])
-    assert v == q + look["config"]["tau"] < len(tokens) - 1
-    assert tokens[q] == tokens[-1] and tokens[v] == look["label"] and (tokens == tokens[-1]).sum() == 2
-    fig = inside.draw(look)
-    assert [part.get_suptitle() for part in fig.subfigs] == texts
-    verdict = "right" if look["answer"] == look["label"] else "wrong"
-    assert f"answer {look['answer']}, label v = {look['label']}, {verdict}" in fig.get_suptitle()
-    fig.draw_without_rendering()
-    titles = [part._suptitle for part in fig.subfigs] + [ax.title for ax in fig.axes if ax.get_title()] + [fig._suptitle]
-    boxes = [title.get_window_extent() for title in titles]
-    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
-    assert all(fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1 for box in boxes)
-    for ax in fig.axes:
-        if ax.images:
-            marks = {(text.get_text(), text.xy[0]) for text in ax.texts if text.xy[1] == 1}
-            assert marks == {("q", q), ("v", v), ("q", len(tokens) - 1)}
-
-
-def test_the_map_says_who_looks_at_whom(train_tiny, tmp_path):
-    train_tiny("--model", "A")
-    look = inside.look(str(next((tmp_path / "out").glob("*.pt"))))
-    last = len(look["tokens"]) - 1
-    w = np.zeros((1, last + 1, last + 1))
-    w[0, look["v"], look["q"]], w[0, last, look["v"]] = 0.25, 0.75
-    (title, image, _, _), = inside.images({"maps": w}, look)
-    assert title == "v looks at q: 0.25\nlast q looks at v: 0.75"
-    assert np.isnan(image[0, 1:]).all() and not np.isnan(image[-1]).any()              # the future is not drawn as a zero
-
-
-def test_channels_that_hold_the_value():
-    dt = np.zeros((5, 25))                                     # q at 5, v at 6, which the convolution sees until 9
-    dt[:, [0, 1, 2, 5, 24]] = 1.0                              # the start, q and the last q: no matter
+def test_channels_that_keep_the_value():
+    dt = np.zeros((5, 25))                                     # q at 5, v at 6, seen until 9
+    dt[:, [0, 1, 2, 5, 24]] = 1.0                              # the start and both q do not count
     dt[:3, 9] = 0.2
-    dt[0, [3, 4, 10, 23]] = 2e-6                               # of 16 tokens that do not matter: a mean of 5e-7
+    dt[0, [3, 4, 10, 23]] = 2e-6                               # over 16 idle tokens a mean of 5e-7
     dt[1, 10] = 1e-4                                           # leaks
     dt[3, 10] = 0.2                                            # writes too late
-    assert inside.holding(dt, 5, 6) == 2                       # channels 0 and 2
-    assert inside.holding(dt[:, :5], 1, 3) is None
+    assert inside.count_keepers(dt, 5, 6) == 2                 # channels 0 and 2
+    assert inside.count_keepers(dt[:, :5], 1, 3) is None
 
 
-def test_channels_stay_together():
-    layer = {"dt": np.array([[0.1, 0.1, 0.1], [0.0, 2.0, 0.0]]), "left": np.array([[0.8, 0.9, 1.0], [0.1, 1.0, 1.0]])}
-    images = [image.tolist() for _, image, _, _ in inside.images(layer, {"q": 0, "v": 1})]
-    assert images == [layer["dt"][::-1].tolist(), layer["left"][::-1].tolist(), (layer["dt"] * layer["left"])[::-1].tolist()]
-    _, dt, _, colours = inside.images(layer, {"q": 0, "v": 1})[0]
-    assert colours["norm"](dt)[0].tolist()[0] == 0  # a step that underflows is pale, not missing
+def a_look(layers, K=16):
+    tokens = np.arange(25) % K
+    config = dict(model="a$b", M=4, tau=1, K=K, d=8, L=64, seed=3)
+    return {"config": config, "tokens": tokens, "q": 11, "v": 12, "label": 12, "answer": 5,
+            "layers": layers}
 
 
-def test_one_figure_for_each_checkpoint(train_tiny, tmp_path, capsys, refuses):
-    train_tiny("--model", "A", "--seed", "0", "1", "--steps", "1")
-    paths = sorted((tmp_path / "out").glob("*.pt"))
-    assert len(draw(tmp_path, capsys, paths + paths[:1])) == 2                         # the same file twice is harmless
-    train_tiny("--model", "A", "--steps", "1", out=tmp_path / "other")
-    other = tmp_path / "other" / paths[0].name
-    assert "give each its own --out" in refuses(plot.main, ["--inside", paths[0], other, "--out", tmp_path / "none"])
-    assert not (tmp_path / "none").exists()
+def test_the_figure_of_attention_says_who_looks_at_whom():
+    weights = np.zeros((1, 25, 25))
+    weights[0, 12, 11], weights[0, 24, 12] = 0.25, 0.75
+    fig = inside.draw(a_look([{}, {"maps": weights}]))
+    assert fig.get_suptitle() == ("a$b, M = 4, tau = 1, d = 8, L = 64, seed 3\n"
+                                  "24 tokens, then the query: answer 5, label v = 12, wrong")
+    part, = fig.subfigs
+    assert part.get_suptitle() == "layer 2 of 2: attention"
+    ax = part.axes[0]
+    assert ax.get_title() == "v looks at q: 0.25\nlast q looks at v: 0.75"
+    assert ax.get_xlabel() == "token looked at (key)"
+    assert ax.get_ylabel() == "token that looks (query)"
+    image = ax.images[0].get_array().filled(np.nan)
+    assert image[12, 11] == 0.25 and image[24, 12] == 0.75
+    assert np.isnan(image[0, 1:]).all() and not np.isnan(image[-1]).any()      # grey, not 0
+    assert [t.get_text() for t in ax.get_xticklabels()] == [str(t % 16) for t in range(25)]
+    marks = {(t.get_text(), t.xy[0]) for t in ax.texts if t.xy[1] == 1}
+    assert marks == {("q", 11), ("v", 12), ("q", 24)}
+    edges = {line.get_xdata()[0] for line in ax.lines if line.get_ydata() == [0, 1]}
+    assert edges == {10.5, 11.5, 12.5, 23.5, 24.5}
 
 
-BAD = {
-    "missing": lambda path: path.unlink(),
-    "empty": lambda path: path.write_bytes(b""),
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:1000]),
-    "no checkpoint": lambda path: path.write_text("{}"),
-    "another checkpoint": lambda path: torch.save({"weights": torch.ones(3)}, path),
-    "a tensor": lambda path: torch.save(torch.ones(3), path),
-    "without its JSON": lambda path: path.with_suffix(".json").unlink(),
-}
+def test_the_figure_of_mamba_keeps_channels_together():
+    dt = np.full((2, 25), 0.1)
+    dt[1] = 0.0
+    dt[1, 12] = 2.0                                            # a wide range: on top
+    left = np.linspace(0.5, 1, 50).reshape(2, 25)
+    fig = inside.draw(a_look([{"dt": dt, "left": left}]))
+    axes = [ax for ax in fig.axes if ax.images and ax.get_title()]
+    shown = [ax.images[0].get_array() for ax in axes]
+    for image, expected in zip(shown, (dt, left, dt * left)):
+        assert np.allclose(image, expected[::-1])
+    said = "1 of 2 channels write at v (Δ > 0.1)\nand idle elsewhere (Δ < 1e-6)"
+    assert said in axes[0].get_title()
+    assert [ax.get_ylabel() for ax in axes] == ["2 channels"] * 3
+    assert axes[-1].get_xlabel() == "token, mixed by the convolution with the 3 before it"
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_checkpoints(train_tiny, tmp_path, capsys, refuses, case):
-    train_tiny("--model", "A", "--seed", "0", "1", "--steps", "1")
+@pytest.mark.parametrize("flags", [
+    ["--model", "rope"], ["--model", "position+mamba+attention", "--n-heads", "2", "--tau", "7"],
+    ["--model", "mamba", "--d", "16", "--L", "40", "--tau", "15"]])
+def test_a_checkpoint_is_drawn(train_tiny, tmp_path, capsys, flags):
+    train_tiny(*flags, "--steps", "2")
+    path, = (tmp_path / "out").glob("*.pt")
+    capsys.readouterr()
+    found = inside.look(str(path))
+    tokens, q, v, config = found["tokens"], found["q"], found["v"], found["config"]
+    assert len(tokens) - 1 == min(max(24, 2 * config["tau"]), config["L"])
+    assert v == q + config["tau"] < len(tokens) - 1 and tokens[v] == found["label"]
+    assert tokens[q] == tokens[-1] and (tokens == tokens[-1]).sum() == 2
+    written = inside.main([str(path), str(path), "--out", str(tmp_path / "figures")])
+    assert written == [str(tmp_path / "figures" / f"inside_{path.stem}.png")]
+    assert capsys.readouterr().out.split() == written
+    assert os.listdir(tmp_path / "figures") == [os.path.basename(written[0])]
+    with open(written[0], "rb") as f:
+        assert f.read(4) == b"\x89PNG"
+
+
+def test_one_unfit_checkpoint_does_not_prevent_the_others(train_tiny, tmp_path, capsys, refuses):
+    train_tiny("--model", "attention", "--seed", "0", "1", "--steps", "1")
+    train_tiny("--model", "mlp", "--steps", "1", out=tmp_path / "mlp")
+    train_tiny("--model", "attention", "--steps", "1", out=tmp_path / "other")
     good, bad = sorted((tmp_path / "out").glob("*.pt"))
-    BAD[case](bad)
-    error = refuses(plot.main, ["--inside", good, bad, "--out", tmp_path / "figures"])
-    assert error.startswith("plot.py: ") and bad.stem in error
-    assert not (tmp_path / "figures").exists() and capsys.readouterr().out == ""
-
-
-def test_wrong_commands(train_tiny, tmp_path, refuses):
-    train_tiny("--model", "P", "--steps", "1")
-    path, = (tmp_path / "out").glob("*.pt")
-    result, out = path.with_suffix(".json"), tmp_path / "figures"
-    assert "nothing to look at" in refuses(plot.main, ["--inside", path, "--out", out])
-    assert "--inside" in refuses(plot.main, ["--inside"])
-    assert "either results" in refuses(plot.main, [result, "--inside", path, "--out", out])
-    assert "not a whole checkpoint" in refuses(plot.main, ["--inside", result, "--out", out])
-    assert "not a whole result" in refuses(plot.main, [path, "--out", out])
-    assert "either results" in refuses(plot.main, [])
-    assert not out.exists()
-
-
-def test_no_place_for_the_figure(train_tiny, tmp_path, refuses):
-    train_tiny("--model", "A", "--steps", "1")
-    path, = (tmp_path / "out").glob("*.pt")
-    assert "--out" in refuses(plot.main, ["--inside", path, "--out", path])
+    bad.write_bytes(bad.read_bytes()[:1000])
+    mlp, same = next((tmp_path / "mlp").glob("*.pt")), tmp_path / "other" / good.name
+    capsys.readouterr()
+    paths = [mlp, bad, tmp_path / "none.pt", good, same]
+    assert len(inside.main([*map(str, paths), "--out", str(tmp_path / "figures")])) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 4 and all(line.startswith("inside.py: left out: ") for line in errors)
+    with pytest.raises(SystemExit) as stop:
+        inside.main([str(bad), "--out", str(tmp_path / "x")])
+    assert stop.value.code == 2 and capsys.readouterr().err.endswith("nothing to draw\n")
+    assert "--out" in refuses(inside.main, [good, "--out", good])
+    assert not (tmp_path / "x").exists()

@@ -1,5 +1,6 @@
-"""The scan in all its forms against each other and against numpy, and the Mamba layer."""
+"""The selective scan: all its forms agree with the recurrence, and the recurrence with numpy."""
 
+import gc
 import math
 
 import numpy as np
@@ -8,31 +9,29 @@ import torch
 import torch.nn.functional as F
 
 import fused_scan
-import mamba
-from conftest import in_pieces, relative
-from fused_scan import parallel_scan
-from mamba import ChunkedScan, Mamba, selective_scan, selective_scan_ref
+from mamba import chunked_scan
+from conftest import relative
+from fused_scan import parallel_scan, two_chunks
+from mamba import decode, selective_scan, selective_scan_ref
 
-CHUNK = 8  # steps in a chunk of either scan, once small_chunks has set it
+CHUNK = 8  # steps in a chunk of either scan, under the fixture small_chunks
 NAMES = ["y", "last state", "x", "dt", "A", "B", "C", "h"]
 
-
-def parallel(x, dt, A, B, C, h=None):
-    return parallel_scan(x, dt, A, B, C, h, off=True)
-
-
-scans = pytest.mark.parametrize("scan", [ChunkedScan.apply, parallel], ids=["chunked", "parallel"])
+scans = pytest.mark.parametrize("scan", [chunked_scan, parallel_scan], ids=["chunked", "parallel"])
+all_forms = pytest.mark.parametrize(
+    "scan", [selective_scan_ref, chunked_scan, parallel_scan, selective_scan],
+    ids=["recurrence", "chunked", "parallel", "selective_scan"])
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(mamba, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("mamba.CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(fused_scan, "CHUNK_STEPS", CHUNK)
     monkeypatch.setattr(fused_scan, "GROUP_CHUNKS", 4)
 
 
 def operands(L, b=2, D=3, N=4, h=True, dtype=torch.float64, seed=0):
-    """x, dt, A, B, C, h with the sizes of values that a trained layer has."""
+    """x, dt, A, B, C, h with values as large as a trained layer's."""
     torch.manual_seed(seed)
     x, B, C = torch.randn(b, L, D), torch.randn(b, L, N), torch.randn(b, L, N)
     dt, A = 0.5 * F.softplus(torch.randn(b, L, D)), -4 * torch.rand(D, N) - 0.1
@@ -40,12 +39,13 @@ def operands(L, b=2, D=3, N=4, h=True, dtype=torch.float64, seed=0):
 
 
 def everything(scan, inputs, dtype=None, device=None):
-    """y, the last state, and the gradients of a weighted sum of both, for every input that is there."""
-    inputs = [None if v is None else v.detach().to(device=device, dtype=dtype).requires_grad_() for v in inputs]
-    y, last = scan(*inputs)
+    """y, the last state, and the gradients of a weighted sum of both for every input there is."""
+    here = dict(device=device, dtype=dtype)
+    leaves = [v if v is None else v.detach().to(**here).requires_grad_() for v in inputs]
+    y, last = scan(*leaves)
     weights = torch.Generator().manual_seed(1)
     dy, dh = (torch.randn(v.shape, generator=weights, dtype=torch.float64).to(v) for v in (y, last))
-    gradients = torch.autograd.grad([y, last], [v for v in inputs if v is not None], [dy, dh])
+    gradients = torch.autograd.grad([y, last], [v for v in leaves if v is not None], [dy, dh])
     return dict(zip(NAMES, [y, last, *gradients]))
 
 
@@ -61,91 +61,64 @@ def assert_close(found, expected, outputs=1e-5, gradients=1e-4):
 # ---- the recurrence ----
 
 @pytest.mark.parametrize("with_h", [False, True])
-def test_reference_equals_numpy_loop(with_h):
+def test_recurrence_equals_numpy_loop(with_h):
     x, dt, A, B, C, h = operands(9, h=with_h)
     y, last = selective_scan_ref(x, dt, A, B, C, h)
+    expected = np.zeros(y.shape)
     for b in range(2):
         for d in range(3):
             for n in range(4):
                 state = h[b, d, n].item() if with_h else 0.0
                 for t in range(9):
                     step = dt[b, t, d].item()
-                    state = math.exp(step * A[d, n].item()) * state + step * B[b, t, n].item() * x[b, t, d].item()
-                    y[b, t, d] -= C[b, t, n].item() * state         # what is left in the end is nothing
+                    decay = math.exp(step * A[d, n].item())
+                    state = decay * state + step * B[b, t, n].item() * x[b, t, d].item()
+                    expected[b, t, d] += C[b, t, n].item() * state
                 assert np.isclose(last[b, d, n].item(), state, rtol=1e-12)
-    assert y.abs().max() < 1e-12
+    assert np.allclose(y, expected, rtol=0, atol=1e-12)
 
 
-# ---- the fast scans ----
+def test_two_chunks_equal_the_recurrence():
+    inputs = operands(10)
+    found, expected = two_chunks(selective_scan_ref, *inputs), selective_scan_ref(*inputs)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(found, expected))
+
+
+# ---- the fast scans equal the recurrence ----
 
 @scans
 @pytest.mark.parametrize("with_h", [False, True])
-@pytest.mark.parametrize("L", [1, 2, 3, CHUNK - 1, CHUNK, CHUNK + 1, 13, 2 * CHUNK, 29, 5 * CHUNK, 5 * CHUNK + 3, 9 * CHUNK + 2,
-                               65 * CHUNK + 3])
-def test_equals_reference(scan, L, with_h, small_chunks):
+@pytest.mark.parametrize("L", [1, 2, 3, CHUNK - 1, CHUNK, CHUNK + 1, 13, 2 * CHUNK, 29, 5 * CHUNK,
+                               5 * CHUNK + 3, 9 * CHUNK + 2, 65 * CHUNK + 3])
+def test_equals_recurrence(scan, L, with_h, small_chunks):
     inputs = operands(L, h=with_h)
     assert_close(everything(scan, inputs), everything(selective_scan_ref, inputs), 1e-12, 1e-12)
 
 
-@pytest.mark.parametrize("b, L, transposed", [(1, 1, False), (2, CHUNK, True), (1, CHUNK * CHUNK + 1, False), (2, 37, True)])
-def test_the_fused_operators_are_what_they_are_declared_to_be(b, L, transposed, small_chunks):
-    x, dt, A, B, C, h = operands(L, b=b)
-    if transposed:
-        x, h = x.mT.contiguous().mT, h.mT.contiguous().mT
-    x_k, dt_k, B_k, C_k = (fused_scan.split(v, CHUNK) for v in (x, dt, B, C))
-    torch.library.opcheck(fused_scan._scan, (x_k, dt_k, A, B_k, C_k, h, True))
-    y, last, starts, span = fused_scan._scan(x_k, dt_k, A, B_k, C_k, h, True)
-    torch.library.opcheck(fused_scan._scan_backward, (x_k, dt_k, A, B_k, C_k, starts, span, y, last, True))
-    assert last.untyped_storage().nbytes() == 8 * last.numel(), "the last state keeps others alive"
-    assert parallel(x, dt, A.mT.contiguous().mT, B, C, h)[1].is_contiguous()
-
-
-@scans
-def test_refuses_a_second_derivative(scan):
-    """It would be wrong, and nothing would say so: the buffers that a chunk is computed in are no part of the graph."""
-    x, dt, A, B, C, h = operands(5)
-    x.requires_grad_(), A.requires_grad_()
-    with pytest.raises(RuntimeError, match="second derivative|register_autograd"):
-        y, _ = scan(x, dt, A, B, C, h)
-        gradient, = torch.autograd.grad(y.sum(), x, create_graph=True)
-        torch.autograd.grad(y.square().sum() + gradient.square().sum(), A)
-
-
 @scans
 @pytest.mark.parametrize("L", [1, 16, 100])
-def test_equals_reference_with_the_real_chunks(scan, L):
-    inputs = operands(L, b=3, D=5, N=2)
+@pytest.mark.parametrize("b, D, N", [(3, 5, 2), (1, 1, 1)])
+def test_equals_recurrence_with_the_real_chunks(scan, b, L, D, N):
+    inputs = operands(L, b, D, N)
     assert_close(everything(scan, inputs), everything(selective_scan_ref, inputs), 1e-12, 1e-12)
 
 
+@pytest.mark.parametrize("with_h", [False, True])
+def test_decode_steps_equal_one_call(with_h):
+    inputs = operands(20, h=with_h)
+    assert_close(everything(decode, inputs), everything(selective_scan, inputs), 1e-12, 1e-12)
+
+
 @scans
-@pytest.mark.parametrize("used", [0, 1])
+@pytest.mark.parametrize("used", [0, 1], ids=["y", "last state"])
 def test_gradient_of_one_of_the_two_results(scan, used, small_chunks):
     """Of y alone, as in training, or of the last state alone."""
     gradients = []
     for function in scan, selective_scan_ref:
         inputs = [v.requires_grad_() for v in operands(2 * CHUNK + 1)]
-        gradients.append(torch.autograd.grad(function(*inputs)[used].square().sum(), inputs, allow_unused=True,
-                                             materialize_grads=True))
+        loss = function(*inputs)[used].square().sum()
+        gradients.append(torch.autograd.grad(loss, inputs, materialize_grads=True))
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*gradients))
-
-
-@pytest.mark.parametrize("scan", [selective_scan, parallel], ids=["selective_scan", "parallel"])
-def test_bfloat16_inputs_and_float32_state(scan, small_chunks):
-    x, dt, A, B, C, h = (v.float() for v in operands(2 * CHUNK))
-    inputs = [x.bfloat16(), dt.bfloat16(), A, B.bfloat16(), C.bfloat16(), h]
-    found, exact = everything(scan, inputs), everything(selective_scan_ref, [v.double() for v in inputs])
-    assert found["y"].dtype == found["x"].dtype == found["dt"].dtype == found["C"].dtype == torch.bfloat16
-    assert found["last state"].dtype == found["A"].dtype == torch.float32
-    # What is stored in bfloat16 is off by up to 2^-9 of itself; the last state, which is not, only by float32's rounding.
-    assert_close({"last state": found["last state"]}, {"last state": exact["last state"]})
-    assert_close(found, exact, outputs=1e-2, gradients=1e-2)
-
-
-@scans
-def test_sizes_of_one(scan, small_chunks):
-    inputs = operands(CHUNK + 2, b=1, D=1, N=1)
-    assert_close(everything(scan, inputs), everything(selective_scan_ref, inputs), 1e-12, 1e-12)
 
 
 @scans
@@ -154,6 +127,15 @@ def test_gradcheck(scan, with_h, small_chunks):
     inputs = operands(CHUNK + 2, b=1, D=2, N=2, h=with_h)
     assert torch.autograd.gradcheck(scan, [v if v is None else v.requires_grad_() for v in inputs])
 
+
+def test_selective_scan_is_the_chunked_one_on_the_cpu():
+    inputs = operands(20, dtype=torch.float32)
+    for arguments in inputs, inputs[:5]:
+        for found, expected in zip(selective_scan(*arguments), chunked_scan(*arguments)):
+            assert torch.equal(found, expected)
+
+
+# ---- accuracy ----
 
 @scans
 def test_float32(scan):
@@ -164,22 +146,22 @@ def test_float32(scan):
 
 
 @scans
-@pytest.mark.parametrize("low, high", [(1e-6, 1e-6), (1e-3, 1e-3), (0.1, 0.1), (1, 1), (1e3, 1e3), (1e-6, 1e3)])
+@pytest.mark.parametrize("low, high", [(1e-6, 1e-6), (1e-3, 1e-3), (0.1, 0.1), (1, 1), (1e3, 1e3),
+                                       (1e-6, 1e3)])
 def test_strong_and_weak_decay(scan, low, high, small_chunks):
     x, dt, A, B, C, h = operands(50, N=7)
     dt = torch.exp(math.log(low) + (math.log(high) - math.log(low)) * torch.rand_like(dt))
-    A = -torch.logspace(-2, 6, 7, base=2, dtype=torch.float64).repeat(3, 1)        # -1/4 ... -64
-    inputs = x, dt, A, B, C, h
-    inputs = [v.float().double() for v in inputs]                                  # what float32 can hold
+    A = -torch.logspace(-2, 6, 7, base=2, dtype=torch.float64).repeat(3, 1)      # -1/4 ... -64
+    inputs = [v.float().double() for v in (x, dt, A, B, C, h)]                   # exact in float32
     assert_close(everything(scan, inputs, torch.float32), everything(selective_scan_ref, inputs))
 
 
 @pytest.fixture(scope="module")
 def long_run():
     inputs = operands(2**16, b=1, D=2, N=2)
-    inputs[1] = inputs[1] / 500                                                    # memory of thousands of steps
+    inputs[1] = inputs[1] / 500                                 # a memory of thousands of steps
     inputs = [v.float().double() for v in inputs]
-    return inputs, everything(ChunkedScan.apply, inputs)
+    return inputs, everything(chunked_scan, inputs)
 
 
 @scans
@@ -188,128 +170,131 @@ def test_long(scan, long_run):
     assert_close(everything(scan, inputs, torch.float32), expected)
 
 
+@pytest.mark.parametrize("scan", [selective_scan, parallel_scan], ids=["chosen", "parallel"])
+def test_bfloat16_inputs_and_float32_state(scan, small_chunks):
+    x, dt, A, B, C, h = (v.float() for v in operands(2 * CHUNK))
+    inputs = [x.bfloat16(), dt.bfloat16(), A, B.bfloat16(), C.bfloat16(), h]
+    found = everything(scan, inputs)
+    exact = everything(selective_scan_ref, [v.double() for v in inputs])
+    assert {found[name].dtype for name in ("y", "x", "dt", "B", "C")} == {torch.bfloat16}
+    assert {found[name].dtype for name in ("last state", "A", "h")} == {torch.float32}
+    # The last state is stored in float32. What is stored in bfloat16 is off by up to 2^-9.
+    assert_close({"last state": found["last state"]}, {"last state": exact["last state"]})
+    assert_close(found, exact, outputs=1e-2, gradients=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scan", [selective_scan, decode], ids=["one call", "decode steps"])
+def test_half_precision_adds_up_in_float32(scan, dtype):
+    """4,096 small inputs that decay slowly add up to 1.0007, in a bfloat16 state to 0.26."""
+    one = torch.ones(1, 4096, 1, dtype=dtype)
+    y, last = scan(one, 0.002 * one, -torch.ones(1, 1, dtype=dtype), one, one)
+    assert y.dtype == dtype and last.dtype == torch.float32
+    assert last.item() == pytest.approx(1.0007, abs=2e-4)
+    assert y[0, -1].item() == pytest.approx(1.0007, abs=torch.finfo(dtype).eps)
+
+
+# ---- memory, layout, arguments ----
+
 @scans
 def test_any_memory_layout(scan, small_chunks):
     inputs = operands(CHUNK + 3)
     strided = [v.mT.contiguous().mT for v in inputs]
     assert not any(v.is_contiguous() for v in strided)
-    assert_close(everything(scan, strided), everything(selective_scan_ref, inputs), 1e-12, 1e-12)
+    expected = everything(selective_scan_ref, inputs)
+    assert_close(everything(scan, strided), expected, 1e-12, 1e-12)
 
     def gradients(f):
         leaves = [v.clone().requires_grad_() for v in inputs]
-        f(*leaves)[0].sum().backward()                                             # dy has stride 0, dh is not there
+        f(*leaves)[0].sum().backward()                          # dy has stride 0, dh does not exist
         return dict(zip(NAMES[2:], [v.grad for v in leaves]))
     assert_close(gradients(scan), gradients(selective_scan_ref), gradients=1e-12)
 
 
 @scans
-def test_inputs_are_left_alone(scan, small_chunks):
-    inputs = operands(CHUNK + 3, b=1, D=1, N=1)    # sizes at which a transposed copy would be no copy
+@pytest.mark.parametrize("b, D, N", [(1, 1, 1), (2, 3, 1), (1, 3, 4)])
+def test_inputs_are_left_alone(scan, b, D, N, small_chunks):
+    """At sizes of 1 a transposed copy would be a view of the input."""
+    inputs = operands(CHUNK + 3, b=b, D=D, N=N)
     copies = [v.clone() for v in inputs]
     everything(scan, inputs)
     assert all(torch.equal(v, copy) for v, copy in zip(inputs, copies))
 
 
 @scans
+@pytest.mark.parametrize("b, D", [(1, 1), (2, 3)])
+def test_an_initial_state_overwritten_before_the_backward_pass(scan, b, D):
+    """The gradient is right, or torch says that it cannot be; it was wrong without a word."""
+    x = torch.zeros(b, 2, D)
+    dt = torch.full((b, 2, D), math.log(2.0), requires_grad=True)
+    one, A, h = torch.ones(b, 2, 1), -torch.ones(D, 1), torch.full((b, D, 1), 8.0)
+    y, _ = scan(x, dt, A, one, one, h)
+    h.zero_()
+    try:
+        y.sum().backward()
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        assert torch.allclose(dt.grad, torch.tensor([-6.0, -2.0])[:, None].expand(b, 2, D))
+
+
+@scans
 def test_keeps_no_state_for_every_step(scan):
     L, D, N = 2048, 64, 32
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v) or v, lambda v: v):
-        y, _ = scan(*(v.requires_grad_() for v in operands(L, b=1, D=D, N=N, dtype=torch.float32)))
-    kept += getattr(y.grad_fn, "starts", [])
-    assert kept
-    assert sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in kept}.values()) < 4 * L * D * N / 4
+    kept = {}
+
+    def keep(v):
+        kept[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
+        return v
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda v: v):
+        scan(*(v.requires_grad_() for v in operands(L, b=1, D=D, N=N, dtype=torch.float32)))
+    assert 0 < sum(kept.values()) < 4 * L * D * N / 4
 
 
-def test_selective_scan_is_the_chunked_one_on_the_cpu():
-    inputs = operands(20, dtype=torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(selective_scan(*inputs), ChunkedScan.apply(*inputs)))
-    assert all(torch.equal(a, b) for a, b in zip(selective_scan(*inputs[:5]), ChunkedScan.apply(*inputs[:5], None)))
+@scans
+def test_states_are_freed_by_the_backward_pass(scan, small_chunks):
+    """A loss that is kept, for a curve, must not keep the states of its scan."""
+    def live_bytes():
+        gc.collect()
+        tensors = [v for v in gc.get_objects() if issubclass(type(v), torch.Tensor)]
+        storages = [v.untyped_storage() for v in tensors]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+    before = live_bytes()
+    loss = scan(*(v.requires_grad_() for v in operands(4 * CHUNK)))[0].sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="have already been freed"):
+        loss.backward()
+    arguments = sum(v.nbytes for v in operands(4 * CHUNK))
+    assert live_bytes() - before <= arguments + loss.nbytes
 
 
-# ---- the layer ----
-
-@pytest.mark.parametrize("d_model, d_inner, dt_rank", [(8, 16, 1), (64, 128, 4), (20, 40, 2)])
-def test_state_dict_is_the_official_one(d_model, d_inner, dt_rank):
-    official = {
-        "A_log": (d_inner, 16), "D": (d_inner,), "in_proj.weight": (2 * d_inner, d_model),
-        "conv1d.weight": (d_inner, 1, 4), "conv1d.bias": (d_inner,), "x_proj.weight": (dt_rank + 32, d_inner),
-        "dt_proj.weight": (d_inner, dt_rank), "dt_proj.bias": (d_inner,), "out_proj.weight": (d_model, d_inner)}
-    assert {name: tuple(v.shape) for name, v in Mamba(d_model).state_dict().items()} == official
-
-
-def test_initial_values():
-    torch.manual_seed(0)
-    layer = Mamba(64)
-    assert torch.allclose(-torch.exp(layer.A_log), -torch.arange(1.0, 17).expand(128, 16))
-    assert (layer.D == 1).all()
-    dt = F.softplus(layer.dt_proj.bias)
-    assert 0.999e-3 < dt.min() < 2e-3 and 5e-2 < dt.max() < 1.001e-1
-    assert 5e-3 < dt.median() < 2e-2                                               # even on a log scale
-    assert 0.4 < layer.dt_proj.weight.abs().max() <= 0.5                           # dt_rank^-1/2
+@all_forms
+@pytest.mark.parametrize("name, shape", [
+    ("dt", (2, 5, 1)), ("dt", (2, 1, 3)), ("A", (1, 4)), ("B", (1, 5, 4)), ("C", (1, 5, 4)),
+    ("C", (2, 5, 1)), ("B", (2, 6, 4)), ("h", (1, 3, 4)), ("h", (2, 3, 1))])
+def test_refuses_shapes_that_would_broadcast(scan, name, shape):
+    arguments = dict(zip(NAMES[2:], operands(5)))
+    arguments[name] = torch.ones(shape).double()
+    with pytest.raises(ValueError, match=f"^{name} has shape ") as error:
+        scan(*arguments.values())
+    assert "\n" not in str(error.value) and str(shape) in str(error.value)
 
 
-def plain_mamba(layer, x):
-    """The layer as the paper's figure 3 and the official module have it, from PyTorch's own convolution."""
-    L = x.shape[1]
-    x, z = layer.in_proj(x).chunk(2, dim=-1)
-    weight, bias = layer.conv1d.weight, layer.conv1d.bias
-    x = F.conv1d(x.mT, weight, bias, padding=weight.shape[2] - 1, groups=len(weight))[:, :, :L].mT
-    x = F.silu(x)
-    dt, B, C = (x @ layer.x_proj.weight.T).split([layer.dt_rank, layer.d_state, layer.d_state], dim=-1)
-    dt = F.softplus(dt @ layer.dt_proj.weight.T + layer.dt_proj.bias)
-    y, _ = selective_scan_ref(x, dt, -layer.A_log.exp(), B, C)
-    return ((y + layer.D * x) * F.silu(z)) @ layer.out_proj.weight.T
+@all_forms
+@pytest.mark.parametrize("with_h", [False, True])
+@pytest.mark.parametrize("b, L", [(2, 0), (0, 5), (0, 0), (0, 1)])
+def test_nothing_to_read(scan, b, L, with_h):
+    inputs = operands(L, b, h=with_h)
+    y, last = scan(*inputs)
+    assert y.shape == (b, L, 3)
+    assert torch.equal(last, inputs[5] if with_h else torch.zeros(b, 3, 4, dtype=torch.float64))
 
 
-def layer_and_input(L, **options):
-    torch.manual_seed(0)
-    layer = Mamba(6, **options).double()
-    torch.nn.init.normal_(layer.D)
-    return layer, torch.randn(2, L, 6, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("options", [{}, dict(d_state=3, d_conv=2, expand=3, dt_rank=2), dict(d_conv=7)])
-@pytest.mark.parametrize("L", [1, 2, 20])
-def test_layer_equals_plain_mamba(L, options):
-    layer, x = layer_and_input(L, **options)
-    y, expected = layer(x)[0], plain_mamba(layer, x)
-    assert torch.allclose(y, expected, atol=1e-12)
-    dy = torch.randn_like(y)
-    for p, a, b in zip(layer.parameters(), *(torch.autograd.grad(v, list(layer.parameters()), dy) for v in (y, expected))):
-        assert torch.allclose(a, b, atol=1e-12)
-
-
-@pytest.mark.parametrize("d_conv", [2, 4])
-@pytest.mark.parametrize("sizes", [[], [1, 2, 5], [2, 2], [9], [16, 3]])
-def test_pieces_equal_one_call(sizes, d_conv):
-    layer, x = layer_and_input(20, d_conv=d_conv)
-    y, state = layer(x)
-    y_pieces, state_pieces = in_pieces(layer, x, sizes)
-    assert torch.allclose(y, y_pieces, atol=1e-12)
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(state, state_pieces))
-
-
-def test_gradient_through_pieces():
-    layer, x = layer_and_input(20)
-    whole = torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters()))
-    pieces = torch.autograd.grad(in_pieces(layer, x, [7, 9])[0].square().sum(), list(layer.parameters()))
-    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(whole, pieces))
-
-
-def test_causal():
-    layer, x = layer_and_input(12)
-    changed = x.clone()
-    changed[:, 5:] += 1
-    difference = (layer(x)[0] - layer(changed)[0]).abs().amax((0, 2))
-    assert (difference[:5] == 0).all() and (difference[5:] > 1e-6).all()
-
-
-@torch.no_grad()
-def test_state_does_not_grow():
-    layer, x = layer_and_input(100)
-    for L in (1, 2, 100):
-        state = layer(x[:, :L])[1]
-        assert state.conv.shape == (2, 12, 3) and state.h.shape == (2, 12, 16)
-        # Nor may it hold on to more memory than it shows.
-        assert all(v.untyped_storage().nbytes() <= 8 * 2 * 12 * 16 for v in state), f"after {L} tokens"
+@scans
+def test_refuses_a_second_derivative(scan):
+    """It would be wrong: the buffers in which a chunk is computed are no part of the graph."""
+    x, *others = operands(5)
+    y, _ = scan(x.requires_grad_(), *others)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)

@@ -1,18 +1,34 @@
-"""mamba2.py: the chunked form equals the recurrence, and the layer has the official parameters."""
+"""family/mamba2.py: the chunked form equals the recurrence, and the layer has the official
+parameters."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import in_pieces, relative
-from mamba2 import Mamba2, ssd, ssd_ref
+from family.mamba2 import Mamba2, rms_norm, ssd, ssd_ref
+
+
+def relative(a, b):
+    """How far a is from b, as a share of b's norm."""
+    a, b = a.detach().double(), b.detach().double()
+    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+
+
+def in_segments(layer, x, sizes, state=None):
+    """Feed x in segments of these sizes, then one token at a time -> y, the last state."""
+    y = []
+    for segment in x.split([*sizes, *[1] * (x.shape[1] - sum(sizes))], dim=1):
+        out, state = layer(segment, state)
+        y.append(out)
+    return torch.cat(y, dim=1), state
 
 
 def operands(b=2, L=13, H=4, P=3, G=2, N=5, h=True):
     torch.manual_seed(0)
     x, dt, A = torch.randn(b, L, H, P), 2 * torch.rand(b, L, H), -3 * torch.rand(H)
     B, C = torch.randn(2, b, L, G, N).unbind()
-    return [v.double() for v in (x, dt, A, B, C)] + [torch.randn(b, H, P, N).double() if h else None]
+    first = torch.randn(b, H, P, N).double() if h else None
+    return [*(v.double() for v in (x, dt, A, B, C)), first]
 
 
 def everything(scan, inputs):
@@ -24,11 +40,13 @@ def everything(scan, inputs):
     return [y, h, *torch.autograd.grad(loss, [v for v in inputs if v is not None])]
 
 
-@pytest.mark.parametrize("shape", [{}, dict(L=1), dict(L=16), dict(L=65), dict(G=1), dict(G=4), dict(H=1, G=1), dict(h=False)])
+@pytest.mark.parametrize("shape", [
+    {}, dict(L=1), dict(L=16), dict(L=65), dict(G=1), dict(G=4), dict(H=1, G=1), dict(h=False)])
 @pytest.mark.parametrize("T", [1, 4, 16, 100])
 def test_chunks_equal_the_recurrence(shape, T):
     inputs = operands(**shape)
-    for found, exact in zip(everything(lambda *v: ssd(*v, T=T), inputs), everything(ssd_ref, inputs), strict=True):
+    chunks, reference = everything(lambda *v: ssd(*v, T=T), inputs), everything(ssd_ref, inputs)
+    for found, exact in zip(chunks, reference, strict=True):
         assert found.shape == exact.shape and relative(found, exact) < 1e-12
 
 
@@ -47,25 +65,30 @@ def test_one_head_and_one_state_is_a_leaky_sum():
     ones = torch.ones(1, L, 1, 1).double()
     y, h = ssd(ones, ones[..., 0], torch.tensor([-0.5]).double(), ones, ones)
     kept = torch.exp(torch.tensor(-0.5).double())
-    assert torch.allclose(y[0, :, 0, 0], sum(kept**k * (torch.arange(L) >= k) for k in range(L)).double())
+    right = torch.stack([sum(kept**k for k in range(t + 1)) for t in range(L)])
+    assert torch.allclose(y[0, :, 0, 0], right)
     assert torch.allclose(h.flatten(), y[0, -1, 0])
 
 
 def test_names_and_shapes_are_the_official_ones():
-    layer = Mamba2(128)                                        # mamba_ssm.Mamba2(128): 256 channels in 4 heads of 64, 128 states
+    """mamba_ssm.Mamba2(128) has 256 channels in 4 heads of 64, and 128 states."""
+    layer = Mamba2(128)
     assert {name: tuple(p.shape) for name, p in layer.state_dict().items()} == {
         "dt_bias": (4,), "A_log": (4,), "D": (4,), "in_proj.weight": (2 * 256 + 2 * 128 + 4, 128),
-        "conv1d.weight": (256 + 2 * 128, 1, 4), "conv1d.bias": (512,), "norm.weight": (256,), "out_proj.weight": (128, 256)}
+        "conv1d.weight": (256 + 2 * 128, 1, 4), "conv1d.bias": (512,), "norm.weight": (256,),
+        "out_proj.weight": (128, 256)}
     A, dt = layer.A_log.exp(), torch.nn.functional.softplus(layer.dt_bias)
     assert (A >= 1).all() and (A <= 16).all() and (dt >= 0.99e-3).all() and (dt <= 0.101).all()
+    many = Mamba2(512, headdim=8)                            # 128 heads
+    assert many.A_log.exp().max() > 12 and many.A_log.exp().min() < 4
 
 
 @pytest.mark.parametrize("sizes", [[], [5], [3, 1, 20], [64]])
-def test_layer_in_pieces(sizes):
+def test_layer_in_segments(sizes):
     torch.manual_seed(0)
     layer, x = Mamba2(16, d_state=8, headdim=8, ngroups=2).double(), torch.randn(2, 65, 16).double()
-    (whole, state), (pieces, last) = layer(x), in_pieces(layer, x, sizes)
-    assert relative(pieces, whole) < 1e-12 and relative(last.h, state.h) < 1e-12
+    (whole, state), (segments, last) = layer(x), in_segments(layer, x, sizes)
+    assert relative(segments, whole) < 1e-12 and relative(last.h, state.h) < 1e-12
     assert relative(last.conv, state.conv) < 1e-12
 
 
@@ -82,11 +105,13 @@ def test_layer_is_its_figure():
     for p in layer.parameters():
         p.data = torch.randn_like(p) / 2
     z, xBC, dt = layer.in_proj(x).split([32, 64, 4], dim=-1)
-    u, B, C = F.silu(layer.conv1d(xBC.mT)[..., :9].mT).split([32, 16, 16], dim=-1)
+    u, B, C = F.silu(layer.conv1d(F.pad(xBC.mT, (3, 0))).mT).split([32, 16, 16], dim=-1)
     u = u.view(2, 9, 4, 8)
-    y, _ = ssd_ref(u, F.softplus(dt + layer.dt_bias), -layer.A_log.exp(), B.view(2, 9, 2, 8), C.view(2, 9, 2, 8))
+    dt, A = F.softplus(dt + layer.dt_bias), -layer.A_log.exp()
+    y, _ = ssd_ref(u, dt, A, B.view(2, 9, 2, 8), C.view(2, 9, 2, 8))
     y = (y + layer.D[:, None] * u).flatten(2) * F.silu(z)
-    y = torch.cat([F.rms_norm(half, (16,), eps=1e-5) for half in y.chunk(2, dim=-1)], dim=-1)          # each group by itself
+    groups = [F.rms_norm(half, (16,), eps=1e-5) for half in y.chunk(2, dim=-1)]
+    y = torch.cat(groups, dim=-1)                            # each group by itself
     assert relative(layer(x)[0], layer.out_proj(y * layer.norm.weight)) < 1e-12
 
 
@@ -95,5 +120,52 @@ def test_one_step_that_forgets_leaves_its_neighbours_their_digits():
     dt = dt / 100
     dt[:, ::16] = 1e4
     exact = everything(ssd_ref, [x, dt, A, B, C, h])
-    for found, right in zip(everything(ssd, [v.float() for v in (x, dt, A, B, C, h)])[:4], exact):         # of h nothing is left
+    # Nothing is left of h, so its gradient is not compared.
+    for found, right in zip(everything(ssd, [v.float() for v in (x, dt, A, B, C, h)])[:4], exact):
         assert relative(found, right) < 1e-4
+
+
+def test_sums_are_float32_for_half_types():
+    x, dt = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1), 0.001)
+    B = torch.full((1, 1, 1, 16), 100.0)
+    y, h = ssd(*(v.half() for v in (x, dt, -torch.ones(1), B, B)))
+    assert y.item() == pytest.approx(160, rel=2e-3) and h.dtype == torch.float32
+
+    # A leaky sum of 4,096 terms: 0.26 in bfloat16.
+    ones = torch.ones(1, 4096, 1, 1)
+    for dtype in (torch.bfloat16, torch.float16):
+        inputs = (ones, 0.002 * ones[..., 0], -torch.ones(1), ones, ones)
+        y, _ = ssd(*(v.to(dtype) for v in inputs))
+        assert y.dtype == dtype and y[0, -1].item() == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norm_squares_in_float32(dtype):
+    v = torch.tensor([300.0, -300.0, 300.0, 300.0], dtype=dtype)
+    assert torch.equal(rms_norm(v), torch.tensor([1.0, -1.0, 1.0, 1.0], dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
+def test_half_precision(dtype, tolerance):
+    torch.manual_seed(0)
+    layer, x = Mamba2(16, d_state=8, headdim=8), torch.randn(2, 40, 16)
+    exact, _ = layer(x)
+    y, state = layer.to(dtype)(x.to(dtype))
+    assert y.dtype == dtype and relative(y, exact) < tolerance and state.h.dtype == torch.float32
+
+
+def test_autocast():
+    torch.manual_seed(0)
+    layer, x = Mamba2(16, d_state=8, headdim=8), torch.randn(2, 40, 16)
+    exact, _ = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = layer(x)
+    assert relative(y, exact) < 3e-2 and state.h.dtype == torch.float32
+
+
+def test_empty_segments_and_batches():
+    layer, x = Mamba2(16, d_state=8, headdim=8), torch.randn(3, 5, 16)
+    _, state = layer(x)
+    y, same = layer(x[:, :0], state)
+    assert y.shape == (3, 0, 16) and same is state
+    assert layer(x[:, :0])[0].shape == (3, 0, 16) and layer(x[:0])[0].shape == (0, 5, 16)

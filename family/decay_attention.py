@@ -1,0 +1,141 @@
+"""Attention whose scores decay: by a fixed amount per token (ALiBi), or as each token says
+(forgetting).
+
+ALiBi (Press et al. 2022, arXiv 2108.12409) subtracts from a score the distance of query and key
+times a slope m of the head. The forgetting transformer (FoX, Lin et al. 2025, arXiv 2503.02130) has
+a gate per token and head, f_t in 0 ... 1; a key's score falls by log f_r at each later token r:
+
+    score_ts = q_t . k_s / sqrt(P) + log f_{s+1} + ... + log f_t
+    y_t = sum over s <= t of softmax_s(score_ts) v_s
+
+    alibi         log f_t = -m                          m = 2^(-8 h / H) for the heads h = 1 ... H
+    forgetting    log f_t = log sigmoid(w x_t + b)      the attention that corresponds to Mamba's dt
+
+Both know order through the decay and have no other positions.
+
+    symbol   meaning
+    B, L     sequences in the batch, tokens in this call
+    S        tokens seen in earlier calls, now in the cache
+    H, P     heads, and channels per head; d = H P
+    Q        tokens that ask: all L, or the last one alone
+
+`python -m family.decay_attention` shows that one call, single steps and the formula agree.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class DecayCache(NamedTuple):
+    """Keys and values of all tokens so far, and how much each has decayed since."""
+    k: torch.Tensor        # (B, H, S, P)
+    v: torch.Tensor        # (B, H, S, P)
+    decay: torch.Tensor    # (B, H, S), log f_{s+1} + ... up to the last token; at least float32
+
+
+class DecayAttention(nn.Module):
+    """Multi-head causal attention with decaying scores, without a residual connection or a norm.
+
+    decay: "alibi" or "forgetting". Left out of FoX: its "Pro" block (output gate and norm, norm of
+    q and k, a mix of neighbouring keys and values). Differs: q, k and v have biases, as in
+    attention.py.
+    """
+
+    attends = answers_last = True
+
+    def __init__(self, d_model, n_heads=1, decay="forgetting"):
+        super().__init__()
+        if n_heads < 1 or d_model % n_heads:
+            raise ValueError(f"--n-heads is {n_heads}, but it must divide the width {d_model}")
+        if decay not in ("alibi", "forgetting"):
+            raise ValueError(f"decay is {decay!r}, but it must be 'alibi' or 'forgetting'")
+        self.n_heads, self.decay = n_heads, decay
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.out_proj = nn.Linear(d_model, d_model)
+        if decay == "forgetting":
+            self.f_proj = nn.Linear(d_model, n_heads)
+
+    def log_f(self, x):
+        """x (B, L, d) -> log f (B, H, L), at most 0, at least float32."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.decay == "forgetting":
+            return F.logsigmoid(self.f_proj(x).to(dtype)).mT
+        h = torch.arange(1, self.n_heads + 1, device=x.device, dtype=dtype)
+        m = 2.0 ** (-8 * h / self.n_heads)                               # (H,)
+        return -m[:, None].expand(x.shape[0], -1, x.shape[1])
+
+    def forward(self, x, state=None, last_only=False):
+        """Run a segment of a sequence, continuing from `state`: a DecayCache, None at the start.
+
+        x (B, L, d) -> y (B, L, d), the longer DecayCache. last_only: y of the last token alone,
+        (B, 1, d).
+        """
+        L = x.shape[1]
+        if L == 0:
+            return x, state
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)     # (B, L, H, P) each
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)        # (B, H, L, P) each
+
+        # now: log f summed from the start of the segment to a token. A key of the segment has
+        # decayed by now_t - now_s at t, one of an earlier segment by now_t + its decay so far.
+        now = self.log_f(x).cumsum(-1)                                   # (B, H, L)
+        since = -now                                                     # (B, H, L), for s < L
+        if state is None:
+            k, v = k.clone(), v.clone()          # views would keep all of qkv in memory
+        else:
+            k = torch.cat([state.k, k], dim=2)                           # (B, H, S+L, P)
+            v = torch.cat([state.v, v], dim=2)
+            since = torch.cat([state.decay, since], dim=2)               # (B, H, S+L)
+        cache = DecayCache(k, v, since + now[:, :, -1:])
+        if last_only:
+            q, now = q[:, :, -1:], now[:, :, -1:]
+
+        Q, length = q.shape[2], k.shape[2]
+        bias = now[..., :, None] + since[..., None, :]                   # (B, H, Q, S+L)
+        later = torch.ones(Q, length, dtype=torch.bool, device=x.device).triu(length - Q + 1)
+        score = q @ k.mT / math.sqrt(q.shape[-1]) + bias                 # (B, H, Q, S+L)
+        w = score.masked_fill(later, -math.inf).softmax(-1).to(v.dtype)
+        y = w @ v                                                        # (B, H, Q, P)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), cache
+
+
+def formula(layer, x):
+    """The definition, one score at a time. x (B, L, d) -> y (B, L, d)."""
+    q, k, v = layer.qkv(x).unflatten(-1, (3, layer.n_heads, -1)).unbind(2)
+    log_f = layer.log_f(x)
+    y = torch.zeros_like(v)                                              # (B, L, H, P)
+    for h in range(layer.n_heads):
+        for t in range(x.shape[1]):
+            scores = []
+            for s in range(t + 1):
+                product = (q[:, t, h] * k[:, s, h]).sum(-1)              # (B,)
+                decay = log_f[:, h, s + 1:t + 1].sum(-1)                 # (B,)
+                scores.append(product / math.sqrt(q.shape[-1]) + decay)
+            w = torch.softmax(torch.stack(scores, dim=-1), dim=-1)       # (B, t + 1)
+            y[:, t, h] = (w[..., None] * v[:, :t + 1, h]).sum(1)
+    return layer.out_proj(y.flatten(2))
+
+
+@torch.no_grad()
+def main():
+    """Show that one call, single steps and the formula agree."""
+    torch.manual_seed(0)
+    for decay in ("alibi", "forgetting"):
+        layer, x = DecayAttention(16, 2, decay), torch.randn(2, 24, 16)
+        exact = formula(layer, x)
+        y, _ = layer(x)
+        print(f"{decay:11} one call      difference {(y - exact).norm() / exact.norm():.0e}")
+        state, steps = None, []
+        for x_t in x.split(1, dim=1):
+            y_t, state = layer(x_t, state)
+            steps.append(y_t)
+        y = torch.cat(steps, dim=1)
+        print(f"{decay:11} single steps  difference {(y - exact).norm() / exact.norm():.0e}")
+
+
+if __name__ == "__main__":
+    main()

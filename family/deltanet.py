@@ -1,0 +1,239 @@
+"""DeltaNet and Gated DeltaNet: a state that is corrected, not only added to.
+
+Linear attention keeps a matrix S that maps keys to values, and adds v_t k_t^T to it for each token.
+What is written twice under one key is then read as a sum. The delta rule first looks up what S has
+under k_t, and moves that by a share beta_t towards v_t (Yang et al. 2024, arXiv 2406.06484); the
+gate a_t lets all of S decay (Gated DeltaNet, Yang et al. 2024, arXiv 2412.06464, equation 10):
+
+    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T          y_t = S_t q_t
+
+    symbol   meaning
+    q, k     queries and keys (b, L, H, N), of length 1
+    v        values (b, L, H, P)
+    beta     how much of the old value is replaced (b, L, H), in 0 ... 1
+    log_a    the logarithm of the decay (b, L, H), at most 0; DeltaNet has 0
+    S        state (b, H, P, N)
+    b, L     sequences in the batch, steps
+    H        heads
+    N, P     size of a key, size of a value
+    c, T     chunks, and steps per chunk
+
+With beta_t = 1 and a_t = 1, S_t k_t = v_t exactly: associative recall is what the rule does.
+
+`python -m family.deltanet` shows that recurrence, chunks and single steps agree, and their times.
+"""
+
+import math
+import time
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from fused_scan import split
+from mamba import DepthwiseConv1d, causal_conv
+
+
+def delta_rule_ref(q, k, v, beta, log_a, S=None):
+    """The recurrence, one step at a time, in any dtype; autograd finds the gradient.
+
+    S (b, H, P, N), the state before the first step, None for zero. Returns y (b, L, H, P) and the
+    state after the last step (b, H, P, N).
+    """
+    if S is None:
+        S = v.new_zeros(v.shape[0], *v.shape[2:], k.shape[-1])           # (b, H, P, N)
+    y = []
+    for t in range(q.shape[1]):
+        S = torch.exp(log_a[:, t])[..., None, None] * S
+        old = (S @ k[:, t, ..., None])[..., 0]                           # (b, H, P), under k_t
+        u = beta[:, t, :, None] * (v[:, t] - old)                        # (b, H, P)
+        S = S + u[..., None] * k[:, t, :, None]                          # (b, H, P, N)
+        y.append((S @ q[:, t, ..., None])[..., 0])                       # (b, H, P)
+    return torch.stack(y, dim=1), S
+
+
+class DeltaState(NamedTuple):
+    """All that a GatedDeltaNet layer keeps of the tokens so far, however many they were."""
+    conv: torch.Tensor   # (b, H (2 N + P), conv - 1), the last inputs of the convolution
+    S: torch.Tensor      # (b, H, P, N)
+
+
+class GatedDeltaNet(nn.Module):
+    r"""The Gated DeltaNet layer (arXiv 2412.06464, figure 1), without a residual connection or a
+    norm.
+
+        x -> qkv -> causal convolution -> SiLU -> q, k of length 1, v -> delta rule -> norm -> * ->
+        o_proj -> y
+          \-> a_proj -> log_a, b_proj -> sigmoid -> beta ------------/                        /
+          \-> g_proj -> SiLU ----------------------------------------------------------------/
+
+    n_heads: H; d_state: N; the H heads divide expand * d_model channels of values among them.
+    gated: False for DeltaNet, without the decay a and without the gate after the norm.
+    conv: taps of the convolution, None for no convolution.
+
+    Differs from the published code, whose names and initial values these are: there q, k and v have
+    a map and a convolution each, here those are stacked in one; the convolution has a bias here.
+    """
+
+    takes_bias = True
+
+    def __init__(self, d_model, n_heads=1, d_state=16, expand=2, gated=True, conv=4):
+        super().__init__()
+        channels = expand * d_model
+        if n_heads < 1 or channels % n_heads:
+            raise ValueError(f"n_heads is {n_heads}, but it must divide {channels} channels")
+        self.n_heads, self.d_state, self.headdim = n_heads, d_state, channels // n_heads
+        self.gated, self.taps = gated, conv or 1
+        self.sizes = [n_heads * d_state, n_heads * d_state, channels]    # of q, k and v
+        self.qkv = nn.Linear(d_model, sum(self.sizes), bias=False)
+        self.b_proj = nn.Linear(d_model, n_heads, bias=False)
+        if conv is not None:
+            self.conv1d = DepthwiseConv1d(sum(self.sizes), conv)
+        if gated:
+            self.a_proj = nn.Linear(d_model, n_heads, bias=False)
+            self.g_proj = nn.Linear(d_model, channels, bias=False)
+            # As Mamba-2: A in 1 ... 16, dt in 0.001 ... 0.1 through the inverse of softplus.
+            self.A_log = nn.Parameter(torch.log(torch.empty(n_heads).uniform_(1, 16)))
+            dt = torch.exp(torch.empty(n_heads).uniform_(math.log(1e-3), math.log(1e-1)))
+            self.dt_bias = nn.Parameter(torch.log(torch.expm1(dt)))
+        self.o_norm = nn.Parameter(torch.ones(self.headdim))
+        self.o_proj = nn.Linear(channels, d_model, bias=False)
+
+    def forward(self, x, state=None):
+        """Run a segment of a sequence, continuing from `state`: a DeltaState, None at the start.
+
+        x (b, L, d_model) -> y (b, L, d_model), the DeltaState after the last token.
+        """
+        if x.shape[1] == 0:
+            return x, state
+        window, S = (None, None) if state is None else state
+        qkv = self.qkv(x)                                                # (b, L, H (2 N + P))
+        if self.taps > 1:
+            qkv, window = causal_conv(qkv, self.conv1d, window)
+        else:
+            window = qkv.new_zeros(len(x), qkv.shape[2], 0)              # nothing to keep
+        q, k, v = F.silu(qkv).split(self.sizes, dim=-1)
+        q = unit(q.unflatten(-1, (self.n_heads, -1)))                    # (b, L, H, N)
+        k = unit(k.unflatten(-1, (self.n_heads, -1)))                    # (b, L, H, N)
+        v = v.unflatten(-1, (self.n_heads, -1))                          # (b, L, H, P)
+        beta = torch.sigmoid(self.b_proj(x))                             # (b, L, H)
+        log_a = torch.zeros_like(beta)
+        if self.gated:
+            dt = F.softplus(self.a_proj(x) + self.dt_bias)               # (b, L, H)
+            log_a = -torch.exp(self.A_log) * dt
+        y, S = delta_rule(q / self.d_state**0.5, k, v, beta, log_a, S)   # (b, L, H, P)
+        y = rms_norm(y) * self.o_norm
+        if self.gated:
+            y = y * F.silu(self.g_proj(x)).unflatten(-1, (self.n_heads, -1))
+        return self.o_proj(y.flatten(2)), DeltaState(window, S)
+
+
+def unit(v, eps=1e-6):
+    """v / |v| over the last dimension. Squares and sums are at least float32."""
+    wide = v.to(torch.promote_types(v.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(v.dtype)
+
+
+def rms_norm(v, eps=1e-5):
+    """v / sqrt(mean of v^2) over the last dimension. Squares and sums are at least float32."""
+    wide = v.to(torch.promote_types(v.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(v.dtype)
+
+
+# ---- Chunks --------------------------------------------------------------------------------------
+#
+# Write u_t = beta_t (v_t - a_t S_{t-1} k_t) for the correction at step t, and g_t = log a_1 + ... +
+# log a_t. Then S_t = a_t S_{t-1} + u_t k_t^T is a decayed sum of corrections,
+#
+#     S_t = exp(g_t) S_0 + sum over s <= t of exp(g_t - g_s) u_s k_s^T
+#
+# and with it put into u_t, the corrections of a chunk solve a triangular system of T equations:
+#
+#     u_t + sum over s < t of beta_t exp(g_t - g_s) (k_t . k_s) u_s = beta_t (v_t - exp(g_t) S_0
+# k_t)
+#
+# The right-hand side has a part that is known, beta v, and one that waits for S_0. Solve for both
+# in all chunks at once; then only S_0 goes from chunk to chunk. Only g_t - g_s <= 0 enters exp:
+# nothing overflows.
+
+def delta_rule(q, k, v, beta, log_a, S=None, T=None):
+    """delta_rule_ref in chunks of at most T steps: same arguments, same results and gradients.
+
+    States and sums are at least float32; y has the dtype of v. T: None for 64 on a GPU, 16 on a
+    CPU.
+    """
+    dtype, y_dtype = torch.promote_types(v.dtype, torch.float32), v.dtype
+    L, T = v.shape[1], T or (64 if v.is_cuda else 16)
+    q, k, v, beta, log_a = (split(u.to(dtype), T).transpose(2, 3) for u in (q, k, v, beta, log_a))
+    # q, k (b, c, H, T, N); v (b, c, H, T, P); beta, log_a (b, c, H, T). The steps that fill up the
+    # last chunk have beta = 0 and log_a = 0 and leave the state alone.
+    b, c, H, T, P = v.shape
+    beta = beta[..., None]                                               # (b, c, H, T, 1)
+
+    # 1. The decay between two steps of a chunk. Below -80 its exp is effectively 0, and slow on a
+    # CPU; a step of -40 has forgotten everything, and a larger number would cost its neighbours
+    # their digits.
+    g = log_a.clamp(min=-40).cumsum(-1)                                  # (b, c, H, T)
+    decay = (g[..., :, None] - g[..., None, :]).clamp(-80, 0).exp().tril()       # (b, c, H, T, T)
+    from_start = g.clamp(min=-80).exp()[..., None]                       # (b, c, H, T, 1)
+    to_end = (g[..., -1:] - g).clamp(min=-80).exp()[..., None]           # (b, c, H, T, 1)
+
+    # 2. The triangular system: corrections u = known - waiting @ S_0^T.
+    system = (beta * decay * (k @ k.mT)).to(dtype)                       # (b, c, H, T, T)
+    right = torch.cat([beta * v, beta * from_start * k], dim=-1)         # (b, c, H, T, P + N)
+    # Only below the diagonal is `system` read; its diagonal counts as 1.
+    u = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    known, waiting = u.split([P, k.shape[-1]], dim=-1)
+
+    # 3. From chunk to chunk: corrections and the state at the end of the chunk.
+    S = v.new_zeros(b, H, P, k.shape[-1]) if S is None else S.to(dtype)
+    whole = from_start[:, :, :, -1:]                                     # (b, c, H, 1, 1)
+    kept = to_end * k                                                    # (b, c, H, T, N)
+    starts, corrections = [], []
+    for i in range(c):
+        starts.append(S)
+        corrections.append(known[:, i] - waiting[:, i] @ S.mT)           # (b, H, T, P)
+        S = whole[:, i] * S + corrections[i].mT @ kept[:, i]             # (b, H, P, N)
+
+    # 4. The outputs: from each chunk's first state, and from its corrections, by attention.
+    y = from_start * (q @ torch.stack(starts, dim=1).mT)                 # (b, c, H, T, P)
+    y = y + (decay * (q @ k.mT)) @ torch.stack(corrections, dim=1)
+    return y.transpose(2, 3).flatten(1, 2)[:, :L].to(y_dtype), S
+
+
+@torch.no_grad()
+def main():
+    """Show that recurrence, chunks and single steps of the layer agree, and their times."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)     # for operations this small; two may be far slower
+    b, L, H, N, P = 4, 256, 4, 16, 16
+    q, k = unit(torch.randn(2, b, L, H, N))
+    v, beta, log_a = torch.randn(b, L, H, P), torch.rand(b, L, H), -torch.rand(b, L, H)
+    delta_rule(q, k, v, beta, log_a)                                     # warms up
+    times = [time.perf_counter()]
+    exact, _ = delta_rule_ref(q, k, v, beta, log_a)
+    times.append(time.perf_counter())
+    y, _ = delta_rule(q, k, v, beta, log_a)
+    times.append(time.perf_counter())
+    print(f"recurrence  {1000 * (times[1] - times[0]):7.1f} ms")
+    print(f"chunks      {1000 * (times[2] - times[1]):7.1f} ms   "
+          f"difference {(y - exact).norm() / exact.norm():.0e}")
+    layer, x, state, steps = GatedDeltaNet(32), torch.randn(2, 64, 32), None, []
+    for x_t in x.split(1, dim=1):
+        y_t, state = layer(x_t, state)
+        steps.append(y_t)
+    y, _ = layer(x)
+    difference = (torch.cat(steps, dim=1) - y).norm() / y.norm()
+    print(f"the layer in single steps         difference {difference:.0e}")
+
+    # Two values under one key: the sum of linear attention would have both.
+    key = unit(torch.randn(1, 1, 1, 4)).expand(1, 2, 1, 4)
+    values = torch.tensor([3.0, 5.0]).view(1, 2, 1, 1)
+    y, _ = delta_rule_ref(key, key, values, torch.ones(1, 2, 1), torch.zeros(1, 2, 1))
+    first, second = y.flatten().tolist()
+    print(f"3, then 5 written under one key; read after each: {first:.1f}, {second:.1f}")
+
+
+if __name__ == "__main__":
+    main()

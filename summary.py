@@ -1,0 +1,300 @@
+"""Results of train.py in numbers and words: read, grouped into the seeds of a setting, summarized.
+
+plot.py draws what is here and prints the table. A run is a dict, see `load`. Needs no torch.
+"""
+
+import json
+import os
+
+import numpy as np
+
+DEFAULTS = {  # of train.py, for files that lack a flag; any other flag was off before it came
+    "task": "recall", "batch_size": 64, "steps": 20000, "n_heads": 1, "d_state": 16,
+    "train_lengths": "fixed", "init": "official", "stop_early": True}
+TASK = ["task", "tau", "K", "d", "L", "M"]                   # the flags that say what is learned
+IGNORED = {"model", "seed", "device", "compile", "out", "overwrite"}       # no settings of a run
+MODELS = [  # in the order of figures and tables
+    "nope", "learned", "rope", "mamba", "hybrid-a", "hybrid-b", "rnn", "lti", "retention",
+    "griffin", "mamba2", "samba", "mamba2-hybrid", "jamba", "zamba", "zamba2", "zamba2-mini"]
+TEST_BATCH = 512  # sequences of a test during training, as in train.py
+SOLVED = 0.99     # the accuracy to which steps are counted
+KEPT = 0.95       # a model that stays above it beyond L does not fade
+
+def load(path):
+    """Read a result of train.py -> a run; or published numbers. ValueError for other files.
+
+    A run has "path", "config" with defaults for flags that the file lacks, "off" (flags off their
+    defaults, without those of TASK), curves "length" and "training" (x, accuracy), "at" and
+    "lowest" (accuracy at L, the lowest from L to 3L; NaN if not tested), "steps" (the first with a
+    test at 0.99, or infinite), "state" ({tokens: bytes} or None), "sequences" (of each test).
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            result = json.load(f)
+        if "published" in result:
+            return {"published": text(result["published"]), "task": dict(result["task"]),
+                    "curves": {name: points(curve, "length")
+                               for name, curve in result["curves"].items()}}
+        config = {flag: value if isinstance(value, (int, float)) else str(value)
+                  for flag, value in {**DEFAULTS, **result["config"]}.items() if value is not None}
+        whole = all(type(config[flag]) is int and 0 < config[flag] < 2**53 for flag in TASK[1:])
+        if not (whole and type(config["seed"]) is int and isinstance(config["model"], str)):
+            raise ValueError
+        defaults = {**DEFAULTS, "lr": min(8e-3, 0.128 / config["d"])}    # lr as in train.py
+        config = {"lr": defaults["lr"], **config}
+        off = {flag: value for flag, value in config.items()
+               if flag not in IGNORED.union(TASK) and (value or 0) != (defaults.get(flag) or 0)}
+        L, (x, y) = config["L"], points(result["eval"], "length")
+        step, test = points(result["train"], "step")
+        beyond = y[(x >= L) & (x <= 3 * L)] if L in x and x[-1] >= 3 * L else [np.nan]
+        return {"path": path, "config": config, "off": off, "length": (x, y),
+                "training": (step, test), "at": y[x == L][0] if L in x else np.nan,
+                "lowest": min(beyond), "steps": min(step[test >= SOLVED], default=np.inf),
+                "state": state_bytes(config, result.get("state_bytes")),
+                "sequences": np.ravel(result["eval"].get("sequences", 0)).astype(int)}
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise ValueError(f"{path} is no result of train.py") from None
+
+
+def points(section, x):
+    """A curve of a result -> x, accuracy, both (n,). Raises ValueError if it is none."""
+    x, y = np.array(section[x], float), np.array(section["accuracy"], float)
+    rising = x.ndim == 1 and len(x) > 0 and np.all(np.diff(x) > 0) and 0 < x[0] and x[-1] < np.inf
+    if not (rising and x.shape == y.shape and np.all((0 <= y) & (y <= 1))):
+        raise ValueError
+    return x, y
+
+
+def state_bytes(config, written):
+    """{tokens: bytes of state after them}: from the file, or, in float32, for the six models."""
+    if written:
+        return {n: int(written[str(n)]) for n in (64, 4096)}
+    layers = dict(zip(MODELS, [(0, 2), (0, 2), (0, 2), (2, 0), (1, 1), (2, 1)]))  # Mamba, attention
+    if config["model"] not in layers:
+        return None
+    mambas, attentions = layers[config["model"]]
+    mamba = 2 * config["d"] * (config["d_state"] + 3)    # 2d channels: states, 3 inputs of the conv
+    key_and_value = 2 * config["d"]                      # of each token
+    return {n: 4 * (mambas * mamba + attentions * key_and_value * n) for n in (64, 4096)}
+
+
+def read(paths, complain):
+    """Read files -> runs, published numbers. What is no result, or the same run again, is left out,
+    and complain(sentence) says so."""
+    files, runs, published = {}, {}, []
+    for path in paths:
+        files.setdefault(os.path.realpath(path), path)
+    for path in files.values():
+        try:
+            found = load(path)
+        except ValueError as error:
+            complain(f"left out: {error}")
+            continue
+        if "published" in found:
+            published.append(found)
+            continue
+        key = values(found, ["model", *TASK, "seed"]), tuple(sorted(found["off"].items()))
+        if key in runs:
+            complain(f"left out: {path} has the model, settings and seed of {runs[key]['path']}")
+        runs.setdefault(key, found)
+    return list(runs.values()), published
+
+def rank(value):
+    """A sort key: numbers by size, models in the order of MODELS, everything else by name."""
+    if isinstance(value, tuple):
+        return tuple(rank(part) for part in value)
+    if isinstance(value, (int, float)):
+        return 0, value, ""
+    return 1, MODELS.index(value) if value in MODELS else len(MODELS), str(value)
+
+
+def values(run, flags):
+    """What a run's flags are, None for those that it lacks."""
+    return tuple(run["config"].get(flag) for flag in flags)
+
+
+def group(runs, fixed, panels, curve, across=()):
+    """Put runs into figures -> a list of {(panel, curve, x): its seeds}, sorted.
+
+    A figure, a panel and an x are the values of the flags in fixed, panels and across. A curve is
+    (value of the flag `curve`, extra), where extra are (flag, value) of its other flags: those off
+    the default in which it differs from runs with the same value.
+    """
+    figures, found = {}, []
+    for run in runs:
+        figures.setdefault(values(run, fixed), []).append(run)
+    for key in sorted(figures, key=rank):
+        cells = {}
+        for run in figures[key]:
+            base, extra = run["config"].get(curve), []
+            same = [other for other in figures[key] if other["config"].get(curve) == base]
+            for flag, value in sorted(run["off"].items()):
+                others = figures[key] if flag == "d" else same         # plot.py --against model
+                differs = any(other["off"].get(flag) != value for other in others)
+                if differs and flag not in (*panels, curve, *across):
+                    extra.append((flag, value))
+            cell = values(run, panels), (base, tuple(extra)), values(run, across)
+            cells.setdefault(cell, []).append(run)
+        found.append(dict(sorted(cells.items(), key=lambda item: rank(item[0]))))
+    return found
+
+
+def middle(runs, what):
+    return np.median([run[what] for run in runs])
+
+
+def median(runs, kind):
+    """The median of some seeds -> x, y. kind: "length", where all were tested, or "training", where
+    a seed that has stopped keeps its last accuracy."""
+    x = np.unique(np.concatenate([run[kind][0] for run in runs]))
+    if kind == "length":
+        x = x[[all(n in run[kind][0] for run in runs) for n in x]]
+    else:
+        x = x[x >= max(run[kind][0][0] for run in runs)]
+    return x, np.median([np.interp(x, *run[kind]) for run in runs], axis=0)
+
+def text(value, most=40):
+    """A name or number as it may be shown: without control characters, shortened."""
+    value = f"{value:g}" if isinstance(value, float) else str(value)
+    value = "".join(c if c.isprintable() else "?" for c in value)
+    return value if len(value) <= most else value[:most - 1] + "…"
+
+
+def name_of(flag, curve):
+    """What a curve of `group` is called."""
+    base, extra = curve
+    first = text(base) if flag == "model" else f"{flag} = {text(base)}"
+    return ", ".join([first, *(f"{flag} = {text(value)}" for flag, value in extra)])
+
+
+def listed(names):
+    """Names in words, which do not break within a name."""
+    names = [name.replace(" ", "\u00a0") for name in names] or ["none"]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def numbered(numbers):
+    """Whole numbers in words: all of them, or the first and the last if they are many."""
+    numbers = [f"{n:,}" for n in sorted(set(numbers))]
+    return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 3 else ", ".join(numbers)
+
+
+def verdict(runs, kind):
+    """What the median of some seeds says: a key of the phrases in `finding`, None if not tested."""
+    x, y = median(runs, "length")
+    at, lowest = middle(runs, "at"), middle(runs, "lowest")
+    if kind == "length":                                     # as far as the figure goes, not to 3L
+        lowest = min(y[x >= runs[0]["config"]["L"]], default=np.nan)
+    if kind == "training":
+        return "good" if middle(runs, "steps") < np.inf else "bad"
+    if np.isnan(at + lowest):
+        return None
+    if kind in ("against", "state"):
+        return "good" if at >= SOLVED else "bad"
+    return "stay" if lowest >= KEPT else "fade" if at >= KEPT else "miss"
+
+
+def finding(cells, flags, kind):
+    """A figure's title: the verdict on each model, and in which settings, if not in all of them.
+
+    flags: what the values in a cell are, those of its panel, its curve and its x. kind: of `draw`.
+    """
+    rows = [(*panel, base, *x) for panel, (base, _), x in cells]
+    shown = [i for i, flag in enumerate(flags)
+             if flag != "model" and len({row[i] for row in rows}) > 1]
+    everywhere, found = {}, {}
+    for row, ((_, (_, extra), _), runs) in zip(rows, cells.items()):
+        name = name_of("model", (runs[0]["config"]["model"], extra))
+        place = [f"{flags[i]} = {text(row[i])}" for i in shown]
+        everywhere.setdefault(name, []).append(place)
+        found.setdefault(verdict(runs, kind), {}).setdefault(name, []).append(place)
+    L, parts = numbered(runs[0]["config"]["L"] for runs in cells.values()), []
+    after = "" if kind == "training" else f" after {L} tokens"
+    stay = f"above {KEPT} beyond {L} tokens" + (" in every panel" if kind == "model" else "")
+    for key, phrase in {
+            "stay": f"{{}} stay{{}} {stay}", "fade": f"{{}} fade{{}} beyond {L}",
+            "miss": f"below {KEPT} at {L} already: {{}}",
+            "good": f"at {SOLVED}{after}: {{}}", "bad": f"below {SOLVED}: {{}}"}.items():
+        names = []
+        for name, places in found.get(key, {}).items():
+            some = "; ".join(", ".join(place) for place in places)
+            if len(shown) == 1:                              # M = 4; M = 8 -> M = 4, 8
+                some = some.replace(f"; {flags[shown[0]]} =", ",")
+            if places == everywhere[name] or kind != "model":      # of rows, only who always stays
+                names.append(name if places == everywhere[name] else f"{name} ({some})")
+        if names and (kind != "model" or key == "stay"):
+            parts.append(phrase.format(listed(names), "s" if len(names) == 1 else ""))
+    title = "; ".join(parts)
+    name_first = title.replace("\u00a0", " ").startswith(tuple(everywhere))
+    return title if name_first else title[:1].upper() + title[1:]
+
+
+def caption(cells, flags, kind):
+    """The settings behind all panels, and what the marks mean. flags: those the figure shows."""
+    runs = [run for seeds in cells.values() for run in seeds]
+    config = {flag: sorted({run["config"][flag] for run in runs}, key=rank)
+              for flag in (*TASK, "batch_size")}
+    words = [f"{flag} = {text(', '.join(map(str, config[flag])))}" for flag in TASK[1:]]
+    shown = {flag for _, (_, extra), _ in cells for flag, _ in extra} | {*flags, "d"}
+    notes = {(*note, run["config"]["model"]) for run in runs for note in run["off"].items()}
+    words += [f"{flag} = {text(v)} ({text(m)})" for flag, v, m in sorted(notes, key=rank)
+              if flag not in shown]
+    seeds = {}
+    for run in runs:
+        seeds.setdefault(run["config"]["model"], set()).add(run["config"]["seed"])
+    everyone = set().union(*seeds.values())
+    marks = [f"thin or small: seeds {numbered(everyone)}, thick or large: their median"]
+    marks += [f"{text(model)} has seeds {numbered(found)} only" for model, found in seeds.items()
+              if found != everyone]
+    tests = numbered(np.concatenate([run["sequences"] for run in runs]).tolist())
+    marks.append(f"test sequences per length: {tests}")
+    if kind == "training":
+        batch = text(", ".join(map(str, config["batch_size"])))
+        marks[-1] = f"batch size {batch}, tests of {TEST_BATCH}, numbers: median steps to {SOLVED}"
+    if kind == "model":
+        marks.append("dots: at L, diamonds: the lowest from L to 3L, dotted: chance")
+    return f"task {text(', '.join(config['task']))}: {', '.join(words)}\n{'; '.join(marks)}"
+
+def file_name(kind, cells, args):
+    """The name of a figure: what it shows, or --name."""
+    if args.name:
+        return args.name + ("_training" if kind == "training" else "") + ".png"
+    parts = [f"against_{args.against}" if args.against else kind]
+    parts += [f"by_{'-'.join(args.panels)}"] if args.panels != ["M"] else []
+    for flag in TASK:
+        found = sorted({run["config"][flag] for runs in cells.values() for run in runs})
+        found = found if len(found) < 6 else [found[0], "to", found[-1]]
+        parts.append(flag + "-".join(map(str, found)))
+    return text("_".join(parts).replace("taskrecall_", "").replace(os.sep, "-"), 200) + ".png"
+
+
+def table(runs, lengths=None):
+    """A Markdown table with a row for each setting, as a string.
+
+    Without lengths: median steps to 0.99, median and worst accuracy at L, median and worst of the
+    lowest from L to 3L. With lengths: the median at each, empty unless all seeds were tested there.
+    """
+    flags = ["model", "d", "M", "tau"]
+    flags += [flag for flag in ("task", "K", "L") if len({run["config"][flag] for run in runs}) > 1]
+    flags += [flag for flag in sorted({flag for run in runs for flag in run["off"]})
+              if len({run["off"].get(flag) for run in runs}) > 1]
+    rows, order = {}, ["task", "K", "L", "tau", "M", "model", "d", *flags]
+    for run in sorted(runs, key=lambda run: rank(values(run, order))):
+        rows.setdefault(values(run, flags), []).append(run)
+
+    titles = [f"steps to {SOLVED}", "at L, median", "at L, worst", "to 3L, median", "to 3L, worst"]
+    lines = [[*flags, "seeds", *map(str, lengths or titles)]]
+    lines.append(["---"] * len(lines[0]))
+    for setting, seeds in rows.items():
+        x, y = median(seeds, "length")
+        cells = [f"{y[x == length][0]:.3f}" if length in x else "" for length in lengths or ()]
+        if not lengths:
+            steps = middle(seeds, "steps")
+            cells = [f"{steps:,.0f}" if steps < np.inf else "never"]
+            for what in ("at", "lowest"):
+                cells += [f"{middle(seeds, what):.3f}", f"{min(run[what] for run in seeds):.3f}"]
+        lines.append([f"`{text(setting[0])}`", *map(text, setting[1:]), str(len(seeds)),
+                      *(cell.replace("nan", "") for cell in cells)])
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

@@ -1,0 +1,165 @@
+"""family/deltanet.py: the chunks equal the recurrence, and the recurrence is the published
+formula."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from family.deltanet import GatedDeltaNet, delta_rule, delta_rule_ref
+
+
+def relative(a, b):
+    """How far a is from b, as a share of b's norm."""
+    a, b = a.detach().double(), b.detach().double()
+    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+
+
+def in_segments(layer, x, sizes, state=None):
+    """Feed x in segments of these sizes, then one token at a time -> y, the last state."""
+    y = []
+    for segment in x.split([*sizes, *[1] * (x.shape[1] - sum(sizes))], dim=1):
+        out, state = layer(segment, state)
+        y.append(out)
+    return torch.cat(y, dim=1), state
+
+
+def operands(b=2, L=37, H=2, N=5, P=3, first=True, decay=1.0):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, b, L, H, N).double()
+    v, beta = torch.randn(b, L, H, P).double(), torch.rand(b, L, H).double()
+    log_a = -decay * torch.rand(b, L, H).double()
+    S = torch.randn(b, H, P, N).double() if first else None
+    return [F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, beta, log_a, S]
+
+
+def everything(form, inputs):
+    """y, the last state, and the gradient of a random sum of both with respect to each input."""
+    inputs = [None if v is None else v.clone().requires_grad_() for v in inputs]
+    y, S = form(*inputs)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((v * torch.randn(v.shape, generator=generator)).sum() for v in (y, S))
+    return [y, S, *torch.autograd.grad(loss, [v for v in inputs if v is not None])]
+
+
+def test_recurrence_is_the_formula_of_the_paper():
+    """S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, with the matrix written out."""
+    inputs = operands(b=1, L=9, H=1)
+    y, last = delta_rule_ref(*inputs)
+    q, k, v, beta, log_a, S = (u.numpy()[0] for u in inputs)
+    S = S[0]
+    for t in range(9):
+        kt, bt = k[t, 0], beta[t, 0]
+        S = np.exp(log_a[t, 0]) * S @ (np.eye(5) - bt * np.outer(kt, kt))
+        S = S + bt * np.outer(v[t, 0], kt)
+        assert np.allclose(y[0, t, 0].numpy(), S @ q[t, 0], atol=1e-12)
+    assert np.allclose(last[0, 0].numpy(), S, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [
+    {}, dict(L=1), dict(L=16), dict(L=65), dict(H=1), dict(first=False)])
+@pytest.mark.parametrize("T", [1, 4, 16, 100])
+def test_chunks_equal_the_recurrence(shape, T):
+    inputs = operands(**shape)
+    chunks = everything(lambda *v: delta_rule(*v, T=T), inputs)
+    for found, exact in zip(chunks, everything(delta_rule_ref, inputs), strict=True):
+        assert found.shape == exact.shape and relative(found, exact) < 1e-10
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-6, 30.0, 1e4])
+def test_weak_and_strong_decay(decay):
+    inputs = operands(L=70, decay=decay)
+    exact = everything(delta_rule_ref, inputs)
+    found = everything(delta_rule, [v.float() for v in inputs])
+    assert relative(found[0], exact[0]) < 1e-4 and relative(found[1], exact[1]) < 1e-4
+    assert all(v.isfinite().all() for v in found)
+
+
+def test_gradients_against_differences():
+    inputs = [v.requires_grad_() for v in operands(b=1, L=5, N=3, P=2)]
+    assert torch.autograd.gradcheck(lambda *v: delta_rule(*v, T=2), inputs)
+
+
+def test_a_full_correction_recalls_the_last_value():
+    """beta = 1 and no decay: what is read under a key is the value last written there."""
+    torch.manual_seed(0)
+    keys = torch.eye(4).double()[torch.tensor([0, 1, 2, 0, 3])][None, :, None]
+    values = torch.randn(1, 5, 1, 3).double()
+    ones = torch.ones(1, 5, 1).double()
+    _, S = delta_rule(keys, keys, values, ones, 0 * ones)
+    assert torch.allclose(S[0, 0].T, values[0, [3, 1, 2, 4], 0], atol=1e-12)
+
+
+KINDS = [dict(gated=True), dict(gated=False), dict(conv=None), dict(gated=False, conv=None)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [[], [1], [5, 2, 11], [30]])
+def test_layer_in_segments(kind, sizes):
+    torch.manual_seed(0)
+    layer, x = GatedDeltaNet(8, 2, d_state=4, **kind).double(), torch.randn(2, 37, 8).double()
+    (whole, last), (y, state) = layer(x), in_segments(layer, x, sizes)
+    assert relative(y, whole) < 1e-10 and relative(state.S, last.S) < 1e-10
+    assert torch.allclose(state.conv, last.conv, atol=1e-12)
+    assert state.S.shape == (2, 2, 8, 4) and state.conv.shape[2] == (0 if "conv" in kind else 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_is_causal_and_differentiable(kind):
+    torch.manual_seed(0)
+    layer, x = GatedDeltaNet(4, d_state=3, **kind).double(), torch.randn(1, 9, 4).double()
+    changed = x.clone()
+    changed[:, 5:] += 1
+    difference = (layer(x)[0] - layer(changed)[0]).abs().amax((0, 2))
+    assert (difference[:5] < 1e-12).all() and (difference[5:] > 1e-6).all()
+    assert torch.autograd.gradcheck(lambda x: layer(x)[0], x.requires_grad_())
+    layer(x)[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+
+
+def test_layer_is_its_figure():
+    torch.manual_seed(0)
+    layer, x = GatedDeltaNet(8, 2, d_state=4).double(), torch.randn(2, 9, 8).double()
+    for p in layer.parameters():
+        p.data = torch.randn_like(p) / 2
+    qkv = F.silu(F.conv1d(F.pad((x @ layer.qkv.weight.T).mT, (3, 0)), layer.conv1d.weight,
+                          layer.conv1d.bias, groups=32).mT)
+    q, k, v = qkv[..., :8].view(2, 9, 2, 4), qkv[..., 8:16].view(2, 9, 2, 4), qkv[..., 16:]
+    q, k = (u / (u.square().sum(-1, keepdim=True) + 1e-6).sqrt() for u in (q, k))
+    beta = torch.sigmoid(x @ layer.b_proj.weight.T)
+    log_a = -layer.A_log.exp() * F.softplus(x @ layer.a_proj.weight.T + layer.dt_bias)
+    y, _ = delta_rule_ref(q / 2, k, v.reshape(2, 9, 2, 8), beta, log_a)
+    y = F.rms_norm(y, (8,), eps=1e-5) * layer.o_norm
+    y = y.flatten(2) * F.silu(x @ layer.g_proj.weight.T)
+    assert relative(layer(x)[0], y @ layer.o_proj.weight.T) < 1e-12
+
+
+def test_what_deltanet_leaves_out():
+    names = {name.split(".")[0] for name in GatedDeltaNet(8, gated=False, conv=None).state_dict()}
+    assert names == {"qkv", "b_proj", "o_norm", "o_proj"}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 5e-2), (torch.float16, 1e-2)])
+def test_half_precision_and_autocast(dtype, tolerance):
+    torch.manual_seed(0)
+    layer, x = GatedDeltaNet(16), torch.randn(2, 40, 16)
+    exact, _ = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = layer(x)
+    assert relative(y, exact) < 5e-2 and state.S.dtype == torch.float32
+    y, state = layer.to(dtype)(x.to(dtype))
+    assert y.dtype == dtype and relative(y, exact) < tolerance and state.S.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty_segments_and_batches(kind):
+    layer, x = GatedDeltaNet(8, **kind), torch.randn(3, 5, 8)
+    _, state = layer(x)
+    y, same = layer(x[:, :0], state)
+    assert y.shape == (3, 0, 8) and same is state
+    assert layer(x[:, :0])[0].shape == (3, 0, 8) and layer(x[:0])[0].shape == (0, 5, 8)
+
+
+def test_heads_that_do_not_fit():
+    with pytest.raises(ValueError, match="n_heads is 3, but it must divide 16 channels"):
+        GatedDeltaNet(8, 3)

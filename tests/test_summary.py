@@ -1,0 +1,81 @@
+"""summary.py: what a file is worth, which runs are the seeds of a setting, and the table."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+import plot
+import summary
+from test_plot import figures, thin, write  # noqa: F401, a fixture
+
+
+def test_a_seed_that_stopped_keeps_its_accuracy_and_lengths_are_common():
+    runs = [{"training": (np.array([200, 400]), np.array([0.5, 0.9])),
+             "length": (np.array([8, 64, 99]), np.array([1, 0.5, 0]))},
+            {"training": (np.array([100, 200, 400, 1000]), np.array([0.1, 0.1, 0.7, 0.3])),
+             "length": (np.array([8, 64]), np.array([0.5, 0.7]))}]
+    x, y = summary.median(runs, "training")
+    assert x.tolist() == [200, 400, 1000] and np.allclose(y, [0.3, 0.8, 0.6])
+    x, y = summary.median(runs, "length")
+    assert x.tolist() == [8, 64] and np.allclose(y, [0.75, 0.6])
+
+
+def test_table(tmp_path, capsys):
+    paths = [write(tmp_path, "rope", seed=s, at=a, beyond=b, solved=w)
+             for s, (a, b, w) in enumerate([(1.0, 0.9, 300), (0.995, 0.5, 700), (0.7, 0.6, 500)])]
+    paths += [write(tmp_path, "mamba", at=0.5, lr=0.001)]
+    paths += [write(tmp_path, "a|b", d=16, lengths=[16, 64])]
+    assert plot.main([*paths, "--table"]) == []
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == ("| model | d | M | tau | lr | seeds | steps to 0.99 | at L, median "
+                        "| at L, worst | to 3L, median | to 3L, worst |")
+    assert lines[1] == "|" + " --- |" * 11
+    assert lines[2:] == [
+        "| `rope` | 8 | 1 | 1 | 0.008 | 3 | 700 | 0.995 | 0.700 | 0.600 | 0.500 |",
+        "| `mamba` | 8 | 1 | 1 | 0.001 | 1 | never | 0.500 | 0.500 | 0.500 | 0.500 |",
+        "| `a/b` | 16 | 1 | 1 | 0.008 | 1 | 500 | 1.000 | 1.000 |  |  |"]
+    plot.main([*paths[:3], "--table", "16", "129", "4096"])
+    assert capsys.readouterr().out.splitlines() == [
+        "| model | d | M | tau | seeds | 16 | 129 | 4096 |", "|" + " --- |" * 8,
+        "| `rope` | 8 | 1 | 1 | 3 | 0.995 | 0.600 |  |"]
+
+
+BAD = ["", "{", "[1, 2]", "3", '{"bench": {}}', "[" * 100000, '{"config": {}}', '{"published": 3}']
+CHANGES = [("config", "K", "16"), ("config", "L", 0), ("config", "M", 10**400),
+           ("config", "seed", "x"), ("config", "model", None),
+           ("eval", "length", [2, 3]), ("eval", "length", ["a"]), ("eval", "accuracy", [97.0]),
+           ("train", "accuracy", [float("nan")]), ("train", "step", [])]
+
+
+def test_what_is_no_result_is_left_out(tmp_path, figures, capsys, refuses):
+    good = write(tmp_path, "mamba")
+    bad = [str(tmp_path / "missing.json"), str(tmp_path), write(tmp_path, lengths=[64, 32])]
+    for n, content in enumerate(BAD):
+        (tmp_path / f"bad{n}.json").write_text(content)
+        bad.append(str(tmp_path / f"bad{n}.json"))
+    for n, (section, key, value) in enumerate(CHANGES):
+        result = json.loads(open(write(tmp_path, lengths=[64], steps=[1])).read())
+        result[section][key] = value
+        (tmp_path / f"changed{n}.json").write_text(json.dumps(result))
+        bad.append(str(tmp_path / f"changed{n}.json"))
+    assert len(figures(*bad, good)) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == len(bad)
+    assert all(line.startswith("plot.py: left out: ") for line in errors)
+    with pytest.raises(SystemExit) as stop:
+        plot.main(bad[:3])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith("plot.py: there is nothing to draw\n")
+
+
+def test_the_same_run_twice(tmp_path, figures, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, two = write(tmp_path, at=1.0), write(tmp_path / "copy", at=0.5, device="cuda")
+    fig = figures(one, two)["length_tau1_K16_d8_L64_M1.png"]
+    assert thin(fig.axes[0])[0][0] == 1.0 and len(thin(fig.axes[0])) == 1
+    error = capsys.readouterr().err
+    assert one in error and two in error
+    figures(one, os.path.relpath(one), "./" + os.path.relpath(one))
+    assert capsys.readouterr().err == ""
