@@ -1,5 +1,6 @@
 """What several test files share: the way to the scripts, tiny runs, and checks that repeat."""
 
+import json
 import os
 import sys
 
@@ -20,7 +21,7 @@ collect_ignore = [] if torch.cuda.is_available() else ["test_cuda.py"]
 
 
 def assert_uniform(values, n):
-    """values, int64, look like draws from 0 ... n-1: chi-square within about 5 sigma of its mean."""
+    """values, int64, look like draws from 0 ... n-1: chi-square within 5 sigma of its mean."""
     assert values.min() >= 0 and values.max() < n
     counts, expected = torch.bincount(values.flatten(), minlength=n).double(), values.numel() / n
     assert expected >= 5, "too few draws to say anything"
@@ -53,6 +54,37 @@ def tiny(*flags):
         if flag not in flags:
             flags += [flag, str(value)]
     return flags
+
+
+def names(folder):
+    """The files in a folder, without temporary ones."""
+    return sorted(name for name in os.listdir(folder) if not name.endswith(".tmp"))
+
+
+def numbers(result):
+    """What a run found, without its times and its folder."""
+    return json.dumps([result["train"], result["eval"]])
+
+
+class Stop(BaseException):
+    """What a kill looks like from inside: nothing catches it."""
+
+
+def stopped_run(train_tiny, monkeypatch, flags, at, exception=Stop):
+    """Start a run that saves after every test, and end it at its so-many-th write of a file."""
+    count, replace = [0], os.replace
+
+    def counted(source, target):
+        count[0] += 1
+        if count[0] == at:
+            raise exception
+        replace(source, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "SAVE_SECONDS", -1)
+        patch.setattr(os, "replace", counted)
+        with pytest.raises((exception, SystemExit)) as stop:
+            train_tiny(*flags)
+    return stop.value
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-import data
 from conftest import assert_uniform
 from data import TASKS, check_task, embedding_table, recall_batch, shortest, show, stream
 

@@ -1,0 +1,142 @@
+"""Damaged resume files, planted links, and disks that fail: one sentence each."""
+
+import hashlib
+import io
+import os
+
+import pytest
+import torch
+
+import train
+from conftest import names, numbers, stopped_run
+
+NAME = "rope_M1_tau1_K16_d8_L8_batch-size4_steps20_seed0"
+NO_SPACE = OSError(28, "No space left on device")
+
+
+# ---- damaged and planted files -------------------------------------------------------------------
+
+def damage_nothing(path):
+    pass
+
+
+def flip_bits(path):
+    data = bytearray(path.read_bytes())
+    for k in 40, len(data) // 2, len(data) - 1:
+        data[k] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def make_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+def with_saved(change):
+    def damage(path):
+        """As another version of the repository would have written it, with a right checksum."""
+        saved = torch.load(io.BytesIO(path.read_bytes()[32:]), weights_only=True)
+        change(saved)
+        buffer = io.BytesIO()
+        torch.save(saved, buffer)
+        data = buffer.getvalue()
+        path.write_bytes(hashlib.sha256(data).digest() + data)
+    return damage
+
+
+@pytest.mark.parametrize("damage", [
+    flip_bits, cut, empty, make_directory, with_saved(lambda s: s.pop("testing")),
+    with_saved(lambda s: s.pop("curves")), with_saved(lambda s: s["model"].popitem()),
+    with_saved(lambda s: s["optimizer"]["param_groups"].pop()),
+    with_saved(lambda s: s.update(training=torch.zeros(7, dtype=torch.uint8)))])
+def test_a_damaged_resume_file_starts_anew(damage, train_tiny, monkeypatch, tmp_path, capsys):
+    stopped_run(train_tiny, monkeypatch, [], 12)
+    damage(tmp_path / "out" / (NAME + ".resume.pt"))
+    capsys.readouterr()
+    result, = train_tiny()
+    line, = [line for line in capsys.readouterr().out.splitlines() if ".resume.pt" in line]
+    assert "starts from the beginning" in line
+    assert numbers(result) == numbers(train_tiny(out=tmp_path / "whole")[0])
+    left = [".resume.pt"] if damage is make_directory else []
+    assert names(tmp_path / "out") == sorted(NAME + end for end in (".json", ".pt", *left))
+
+
+def test_planted_links_are_not_followed(train_tiny, monkeypatch, tmp_path):
+    out, target = tmp_path / "out", tmp_path / "mine"
+    out.mkdir()
+    target.write_text("mine")
+    for ending in (".json.tmp", ".pt.tmp", ".resume.pt.tmp", ".tmp", ".json", ".pt", ".resume.pt"):
+        (out / (NAME + ending)).symlink_to(target)
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    train_tiny()
+    assert target.read_text() == "mine"
+    assert not (out / (NAME + ".json")).is_symlink() and not (out / (NAME + ".pt")).is_symlink()
+
+
+def test_a_planted_lock_is_one_sentence(train_tiny, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "out" / (NAME + ".lock")).symlink_to(tmp_path / "mine")
+    with pytest.raises(SystemExit) as stop:
+        train_tiny("--seed", 0, 1)
+    captured = capsys.readouterr()
+    assert stop.value.code and "lock" in captured.out + captured.err
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / "out" / (NAME[:-1] + "1.json")).exists(), "the other run is made"
+
+
+# ---- a disk that fails ---------------------------------------------------------------------------
+
+def test_a_disk_that_is_full_does_not_end_a_run_that_can_go_on(train_tiny, monkeypatch, tmp_path,
+                                                               capsys):
+    fsync, calls = os.fsync, []
+
+    def full(file):
+        calls.append(file)
+        if len(calls) < 6:
+            raise NO_SPACE
+        fsync(file)
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    result, = train_tiny()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "No space left" in line]
+    assert len(lines) == 5 and all("the run goes on" in line for line in lines)
+    assert len(os.listdir(tmp_path / "out")) == 2 and len(result["train"]["step"]) == 20
+
+
+@pytest.mark.parametrize("function", ["replace", "fsync"])
+def test_a_result_that_cannot_be_written_is_one_sentence(function, train_tiny, monkeypatch,
+                                                         tmp_path, capsys):
+    def full(*_):
+        raise NO_SPACE
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, full)
+        with pytest.raises(SystemExit) as stop:
+            train_tiny("--seed", 0, 1)
+    assert "2 of 2 runs failed" in stop.value.code
+    lines = [line for line in capsys.readouterr().out.splitlines() if "No space left" in line]
+    assert len(lines) == 2 and os.listdir(tmp_path / "out") == []
+    assert len(train_tiny("--seed", 0, 1)) == 2
+
+
+def test_a_folder_that_disappears_is_one_sentence(train_tiny, monkeypatch, tmp_path, capsys):
+    out, evaluate = tmp_path / "out", train.evaluate
+
+    def delete(*words, **options):
+        for path in out.iterdir():
+            path.unlink()
+        out.rmdir()
+        return evaluate(*words, **options)
+    monkeypatch.setattr(train, "evaluate", delete)
+    with pytest.raises(SystemExit) as stop:
+        train_tiny("--seed", 0, 1)
+    assert "runs failed" in str(stop.value.code)
+    assert "No such file or directory" in capsys.readouterr().out

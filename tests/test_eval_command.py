@@ -1,0 +1,148 @@
+"""eval.py as a command: what it prints, what it saves, and what it refuses."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+import eval as evaluation
+import train
+from conftest import tiny
+
+LEARNED, HYBRID = (f"{name}_M2_tau2_K16_d8_L8_batch-size4_steps2_seed0"
+                   for name in ("learned", "hybrid-b"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "TEST_SEQUENCES", 32)
+        patch.setattr(train, "EVAL_SEQUENCES", 16)
+        train.main(tiny("--model", "learned", "hybrid-b", "--M", 2, "--tau", 2, "--steps", 2,
+                        "--out", folder))
+    return folder
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "results")
+
+
+def result_of(folder, name=HYBRID):
+    return json.loads((folder / (name + ".json")).read_text())
+
+
+def test_lengths_are_added_to_the_result(folder, capsys):
+    before = result_of(folder)
+    pt = str(folder / (HYBRID + ".pt"))
+    (lengths, accuracies), = evaluation.main([pt, "--lengths", "50", "10", "3", "--sequences", "40",
+                                              "--device", "cpu"])
+    after = result_of(folder)
+    assert lengths == [3, 10, 50]
+    assert after["eval"]["length"] == [*range(3, 25), 50]
+    assert after["eval"]["sequences"] == [
+        40 if n in (3, 10, 50) else 16 for n in after["eval"]["length"]]
+    accuracy = dict(zip(after["eval"]["length"], after["eval"]["accuracy"]))
+    assert [accuracy[n] for n in lengths] == accuracies
+    for n, a in zip(before["eval"]["length"], before["eval"]["accuracy"]):
+        assert n in (3, 10) or accuracy[n] == a
+    assert {**after, "eval": 0, "seconds": 0} == {**before, "eval": 0, "seconds": 0}
+    assert after["seconds"]["train"] == before["seconds"]["train"]
+    path, first, second, last = capsys.readouterr().out.splitlines()
+    assert path == pt and first.split() == ["length", "3", "10", "50"]
+    assert second.split() == ["accuracy", *(f"{a:.3f}" for a in accuracies)]
+    assert sorted(os.listdir(folder)) == sorted(
+        name + end for name in (LEARNED, HYBRID) for end in (".json", ".pt"))
+
+
+def test_default_lengths_repeat_what_train_measured(folder):
+    before = result_of(folder), result_of(folder, LEARNED)
+    paths = [str(folder / (name + ".pt")) for name in (HYBRID, LEARNED)]
+    evaluation.main([*paths, "--device", "cpu", "--sequences", "16"])
+    assert [result_of(folder)["eval"], result_of(folder, LEARNED)["eval"]] == [
+        result["eval"] for result in before]
+
+
+def test_no_save(folder):
+    before = (folder / (HYBRID + ".json")).read_bytes()
+    pt = str(folder / (HYBRID + ".pt"))
+    found = evaluation.main(["--no-save", "--lengths", "5", pt, "--sequences", "900", "--device",
+                             "cpu"])
+    assert len(found) == 1 and found[0][0] == [5]         # a checkpoint after --lengths, too
+    assert (folder / (HYBRID + ".json")).read_bytes() == before
+
+
+def test_fewer_sequences_replace_nothing(folder):
+    before = result_of(folder)
+    evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "5", "--sequences", "1",
+                     "--device", "cpu"])
+    assert result_of(folder)["eval"] == before["eval"]
+
+
+def test_unfinished_runs_and_repeated_paths_are_skipped(folder):
+    pt = folder / (HYBRID + ".pt")
+    (folder / (HYBRID + ".resume.pt")).write_bytes(b"progress")
+    found = evaluation.main([str(pt), str(folder / (HYBRID + ".resume.pt")), str(pt), "--lengths",
+                             "5", "--sequences", "4", "--device", "cpu"])
+    assert len(found) == 1
+
+
+def test_a_checkpoint_alone_is_enough(folder):
+    (folder / (HYBRID + ".json")).unlink()
+    found = evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "5", "--sequences", "4",
+                             "--device", "cpu"])
+    assert found[0][0] == [5] and not (folder / (HYBRID + ".json")).exists()
+
+
+def test_main_leaves_denormals_as_they_were(folder):
+    evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "5", "--sequences", "4",
+                     "--device", "cpu"])
+    assert torch.tensor([1e-310], dtype=torch.float64) / 2 != 0
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "{}", '{"config": {}, "eval": {"length": [1], '
+                                  '"accuracy": [0.5]}}', "\0" * 50])
+def test_a_json_that_is_no_result_is_left_alone(text, folder):
+    path = folder / (HYBRID + ".json")
+    path.write_text(text)
+    evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "5", "--sequences", "4",
+                     "--device", "cpu"])
+    assert path.read_text() == text
+
+
+def test_a_disk_that_is_full_is_one_sentence(folder, monkeypatch, capsys):
+    before = (folder / (HYBRID + ".json")).read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "5", "--sequences", "4",
+                         "--device", "cpu"])
+    captured = capsys.readouterr()
+    sentence = captured.err + (stop.value.code if isinstance(stop.value.code, str) else "")
+    assert "No space left" in sentence and "Traceback" not in sentence
+    assert "accuracy" in captured.out, "the numbers are printed"
+    assert (folder / (HYBRID + ".json")).read_bytes() == before and len(os.listdir(folder)) == 4
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--lengths 9 99999999999999999999", "below 2^31"), ("--lengths 2", "--lengths has 2, but"),
+    ("--lengths 8 0", "--lengths has 0"), ("--lengths -5 9", "-5"),
+    ("--lengths 1.5", "1.5"), ("--lengths", "--lengths"), ("--sequences 0", "--sequences is 0"),
+    ("--seed x", "--seed"), ("--seed -1", "--seed is -1"), ("--seed 1073741824", "--seed is"),
+    ("--length 3", "--length"), ("--device cuda:77", "--device is 'cuda:77'"),
+    ("--device nonsense", "--device is 'nonsense'")])
+def test_wrong_flags(flags, sentence, folder, refuses):
+    before = (folder / (LEARNED + ".json")).read_bytes()
+    argv = [folder / (LEARNED + ".pt"), "--device", "cpu", *flags.split()]
+    assert sentence in refuses(evaluation.main, argv)
+    assert (folder / (LEARNED + ".json")).read_bytes() == before and len(os.listdir(folder)) == 4
+
+
+def test_no_checkpoint(refuses):
+    assert "RUN.pt" in refuses(evaluation.main, [])
+    assert "none.pt is not there" in refuses(evaluation.main, ["none.pt"])

@@ -1,0 +1,51 @@
+"""Commands that train.py refuses: one sentence, status 2, and nothing created."""
+
+import pytest
+
+import train
+from conftest import names, tiny
+from hybrid import FAMILY, LAYERS, MODELS, WORDS
+
+ABSURD = ["--L 1000000000", "--batch-size 1000000000", "--d 1000000", "--model mamba --d-state 1000000000",
+          "--K 1000000000", "--model 100000xmamba",
+          *(f"--{flag} {10**19}" for flag in ("L", "K", "d", "M", "tau", "d-state", "batch-size",
+                                              "steps", "seed", "n-heads"))]
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--M 17", "--M is 17"), ("--M 5 --K 4", "--M is 5"), ("--M 0", "--M is 0"),
+    ("--M -1", "--M is -1"), ("--M 1 17", "--M is 17"), ("--M 1 --M 17", "--M is 17"),
+    ("--tau 8", "at least 9"), ("--tau 0", "--tau is 0"), ("--tau x", "--tau"),
+    ("--K 0", "--K is 0"), ("--K 1", "--K is 1"), ("--d 0", "--d is 0"), ("--d -8", "--d is -8"),
+    ("--L 0", "--L is 0"), ("--L 1", "--L is 1"), ("--batch-size 0", "--batch-size is 0"),
+    ("--steps 0", "--steps is 0"), ("--steps 1.5", "--steps"), ("--lr 0", "--lr is 0"),
+    ("--lr -0.1", "--lr is -0.1"), ("--lr nan", "--lr is nan"), ("--lr inf", "--lr is inf"),
+    ("--weight-decay -1", "--weight-decay is -1"), ("--weight-decay nan", "--weight-decay is nan"),
+    ("--seed -1", "--seed is -1"), ("--seed 1073741824", "--seed is 1073741824"),
+    ("--model gpt", "hybrid-a, hybrid-b"), ("--model rope gpt", "'gpt'"),
+    ("--model rope --d 6 --n-heads 2", "--n-heads 2"), ("--model rope --d 7", "odd size 7"),
+    ("--model nope --n-heads 3", "3"), ("--model jamba --d 6", "4"),
+    ("--model nope --n-heads 0", "--n-heads is 0"), ("--model mamba --d-state 0", "--d-state is 0"),
+    ("--train-lengths some", "--train-lengths"), ("--step 20", "--step"), ("--seed", "--seed"),
+    ("--task sort", "--task"), ("--task mqar --M 9 --L 64", "--M is 9"),
+    ("--task copy --train-lengths uniform", "--train-lengths"), ("--compile maybe", "--compile"),
+    ("--model " + "+".join(["mamba"] * 40), "too long"),
+    ("--device cuda:77", "--device is 'cuda:77'"), ("--device nonsense", "--device is 'nonsense'"),
+    ("--device meta", "--device is 'meta'"), ("--device cpu:3", "--device is 'cpu:3'"),
+    *[(flags, " ".join(flags.split()[-2:-1])) for flags in ABSURD]])
+def test_wrong_flags(flags, sentence, refuses, tmp_path):
+    error = refuses(train.main, tiny("--out", tmp_path / "out", *flags.split()))
+    assert sentence in error and names(tmp_path) == []
+
+
+def test_unknown_words_are_answered_with_the_known_ones(refuses, tmp_path):
+    error = refuses(train.main, tiny("--out", tmp_path / "out", "--model", "mamba+gpt"))
+    for known in [*MODELS, *FAMILY, *LAYERS, *WORDS]:
+        assert known in error
+
+
+def test_out_that_cannot_be_written(refuses, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file" / "below", tmp_path / "file"):
+        assert f"--out is '{out}'" in refuses(train.main, tiny("--out", out))
+    assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"

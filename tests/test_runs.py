@@ -1,0 +1,270 @@
+"""Runs and their files: names, grids, what counts as finished, checkpoints."""
+
+import hashlib
+import json
+import os
+import pickle
+import time
+
+import pytest
+import torch
+
+import eval as evaluation
+import runs
+import train
+from conftest import names, numbers
+from hybrid import build_model
+
+CONFIG = {**runs.DEFAULTS, "model": "rope", "M": 1, "tau": 1, "K": 16, "d": 8, "L": 64, "seed": 0,
+          "lr": 0.008}
+NAME = "rope_M1_tau1_K16_d8_L8_batch-size4_steps20_seed0"
+NO_SPACE = OSError(28, "No space left on device")
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+def test_defaults_have_the_plain_name():
+    assert runs.run_name(CONFIG) == "rope_M1_tau1_K16_d8_L64_seed0"
+    assert runs.run_name({**CONFIG, "model": "mamba+rope", "M": 4, "tau": 5, "K": 32, "d": 16,
+                          "L": 128, "seed": 3}) == "mamba+rope_M4_tau5_K32_d16_L128_seed3"
+    assert runs.run_name({**CONFIG, "task": "mqar"}) == "mqar_rope_M1_tau1_K16_d8_L64_seed0"
+    assert runs.run_name({**CONFIG, "d": 64, "lr": 0.002}) == "rope_M1_tau1_K16_d64_L64_seed0"
+    for plain in dict(device="cuda"), dict(compile="on"), dict(out="x"), dict(overwrite=True):
+        assert runs.run_name({**CONFIG, **plain}) == runs.run_name(CONFIG)
+
+
+@pytest.mark.parametrize("flag, value, part", [
+    ("lr", 0.001, "lr0.001"), ("batch_size", 8, "batch-size8"), ("steps", 100, "steps100"),
+    ("weight_decay", 0.1, "weight-decay0.1"), ("n_heads", 2, "n-heads2"),
+    ("d_state", 4, "d-state4"), ("train_lengths", "uniform", "train-lengthsuniform"),
+    ("learn_embedding", True, "learn-embedding"), ("stop_early", False, "no-stop-early")])
+def test_any_other_flag_off_its_default_goes_before_the_seed(flag, value, part):
+    assert runs.run_name({**CONFIG, flag: value}) == f"rope_M1_tau1_K16_d8_L64_{part}_seed0"
+
+
+def test_every_flag_that_changes_a_run_is_in_its_name(tmp_path):
+    """A flag that is added to train.py has to be added to DEFAULTS, or to the list here."""
+    _, args = train.parse([])
+    assert set(vars(args)) == {*runs.GRID, *runs.DEFAULTS, "device", "compile", "out", "overwrite"}
+
+
+def test_runs_that_differ_in_a_flag_are_both_made(train_tiny, tmp_path):
+    for flags in [], ["--lr", 0.1], ["--n-heads", 2], ["--weight-decay", 0.1]:
+        train_tiny("--steps", 2, *flags)
+    assert len(list((tmp_path / "out").glob("*.json"))) == 4
+
+
+def test_default_learning_rates(train_tiny):
+    results = train_tiny("--d", 8, 16, 64, "--steps", 1)
+    assert {r["config"]["d"]: r["config"]["lr"] for r in results} == {
+        8: 0.008, 16: 0.008, 64: 0.002}
+
+
+# ---- a grid --------------------------------------------------------------------------------------
+
+def test_a_grid_makes_each_run_once(train_tiny, tmp_path, capsys):
+    flags = "--M", 4, 2, 4, "--M", 1, "--seed", 1, 0, "--steps", 2
+    expected = [(M, seed) for M in (4, 2, 1) for seed in (1, 0)]
+    first = train_tiny(*flags)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "wrote" in line]
+    assert [line.split("]")[0] for line in lines] == [f"[{n}/6" for n in range(1, 7)]
+    assert [(r["config"]["M"], r["config"]["seed"]) for r in first] == expected
+    assert len(names(tmp_path / "out")) == 12
+
+    removed = tmp_path / "out" / (runs.run_name(first[1]["config"]) + ".json")
+    removed.unlink()
+    again = train_tiny(*flags)
+    lines = [line for line in capsys.readouterr().out.splitlines() if ".json" in line]
+    assert sum("is finished; --overwrite repeats it" in line for line in lines) == 5
+    assert sum("wrote" in line for line in lines) == 1
+    assert list(map(numbers, again)) == list(map(numbers, first))
+    same = [a["seconds"] == b["seconds"] for a, b in zip(first, again)]
+    assert same.count(False) <= 1
+
+
+def test_overwrite_repeats_finished_runs(train_tiny, tmp_path):
+    first, = train_tiny()
+    path = tmp_path / "out" / (NAME + ".json")
+    path.write_text(json.dumps({**first, "mark": 1}))
+    assert "mark" in train_tiny()[0]
+    again, = train_tiny("--overwrite")
+    assert "mark" not in again and numbers(again) == numbers(first)
+
+
+@pytest.mark.parametrize("text", ["", "{", "\0" * 400, "[]", "null", '{"config": {}}',
+                                  "[" * 100000])
+def test_a_json_that_does_not_read_is_not_finished(text, train_tiny, tmp_path):
+    first, = train_tiny()
+    path = tmp_path / "out" / (NAME + ".json")
+    path.write_text(text)
+    again, = train_tiny()
+    assert numbers(again) == numbers(first) == numbers(json.loads(path.read_text()))
+
+
+def test_a_result_without_its_model_is_not_finished(train_tiny, tmp_path):
+    train_tiny()
+    (tmp_path / "out" / (NAME + ".pt")).unlink()
+    train_tiny()
+    assert names(tmp_path / "out") == [NAME + ".json", NAME + ".pt"]
+
+
+def test_other_files_are_left_alone(train_tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in "notes.txt", "other.resume.pt", "other.lock", "mine.tmp":
+        (tmp_path / "out" / name).write_text("mine")
+    train_tiny("--overwrite")
+    for name in "notes.txt", "other.resume.pt", "other.lock", "mine.tmp":
+        assert (tmp_path / "out" / name).read_text() == "mine"
+    assert len(os.listdir(tmp_path / "out")) == 6
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+def test_write_file_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
+    path, synced, fsync, replace = tmp_path / "file", [], os.fsync, os.replace
+    path.write_text("old")
+
+    def check(source, target):
+        assert synced and path.read_text() == "old"
+        assert open(source, "rb").read() == b"new" and os.path.dirname(source) == str(tmp_path)
+        replace(source, target)
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(file) or fsync(file))
+    monkeypatch.setattr(os, "replace", check)
+    runs.write_file(str(path), b"new")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+    assert path.stat().st_mode & 0o777 == 0o644
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(NO_SPACE))
+    with pytest.raises(OSError):
+        runs.write_file(str(path), b"newer")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_the_result_is_written_last_and_then_the_progress_removed(train_tiny, monkeypatch):
+    done, replace, remove = [], os.replace, os.remove
+
+    def noted_replace(source, target):
+        done.append("write " + target.split("_seed0")[1])
+        replace(source, target)
+
+    def noted_remove(path):
+        done.append("remove " + path.split("_seed0")[1])
+        remove(path)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    monkeypatch.setattr(os, "remove", noted_remove)
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    train_tiny("--steps", 2)
+    assert done == ["write .resume.pt", "write .pt", "write .json", "remove .resume.pt",
+                    "remove .lock"]
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """write(change) writes a checkpoint that change(content) has changed; returns its path."""
+    def write(change=None):
+        model = build_model("rope", L=8)
+        content = {"config": {**CONFIG, "L": 8}, "model": model.state_dict()}
+        other = change(content) if change else None
+        torch.save(content if other is None else other, tmp_path / "x.pt")
+        return str(tmp_path / "x.pt")
+    return write
+
+
+def test_a_checkpoint_alone_is_enough(checkpoint):
+    model, config = runs.load_run(checkpoint())
+    assert not model.training and config["L"] == 8
+    assert model(torch.randint(16, (2, 9))).shape == (2, 16)
+
+
+def test_flags_that_came_later_have_their_defaults(checkpoint):
+    def older(content):
+        for flag in runs.DEFAULTS:
+            if flag != "lr":
+                del content["config"][flag]
+    model, config = runs.load_run(checkpoint(older))
+    assert config == {**CONFIG, "L": 8}
+
+
+def change_config(**flags):
+    def change(content):
+        content["config"].update(flags)
+    change.__name__ = str(flags)[:60]
+    return change
+
+
+def without(flag):
+    def change(content):
+        del content["config"][flag]
+    return change
+
+
+@pytest.mark.parametrize("change", [
+    *map(without, runs.GRID), change_config(M=17), change_config(tau=0), change_config(tau=8),
+    change_config(K=3), change_config(K=2**29), change_config(L=10**9), change_config(L=10**30),
+    change_config(d=10**6), change_config(d=-8), change_config(L=8.0), change_config(L="8"),
+    change_config(M=True), change_config(M=None), change_config(seed=-1), change_config(n_heads=0),
+    change_config(lr=float("nan")), change_config(lr="fast"), change_config(task="sort"),
+    change_config(task=["recall"]), change_config(model="gpt"), change_config(model=3),
+    change_config(model="mamba+" * 10**5), change_config(model="100000xmamba"),
+    change_config(train_lengths=7), change_config(d_state=10**9, model="mamba"),
+    change_config(batch_size=10**12), change_config(steps=0),
+    lambda c: c["model"].popitem() and None, lambda c: c.update(config=3),
+    lambda c: c.update(model=[1]), lambda c: [1, 2], lambda c: torch.zeros(3), lambda c: {"a": 1}])
+def test_crafted_checkpoints_are_refused_in_one_sentence(change, checkpoint, refuses):
+    path = checkpoint(change)
+    began = time.monotonic()
+    error = refuses(evaluation.main, [path, "--device", "cpu"])
+    assert "x.pt is not a whole checkpoint" in error
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_bytes(b""), lambda path: path.write_text("a line of text\n"),
+    lambda path: (path.unlink(), path.mkdir()),
+    *(lambda path, end=end: path.write_bytes(path.read_bytes()[:end]) for end in (300, -100))])
+def test_damaged_checkpoints_are_refused_in_one_sentence(damage, checkpoint, refuses, tmp_path):
+    checkpoint()
+    damage(tmp_path / "x.pt")
+    error = refuses(evaluation.main, [tmp_path / "x.pt", "--device", "cpu"])
+    assert "x.pt is not a whole checkpoint" in error
+
+
+class Evil:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_no_load_runs_code(plain, train_tiny, monkeypatch, tmp_path, refuses):
+    """weights_only, in a checkpoint and in a resume file, as torch writes them and as pickles."""
+    trap, path = tmp_path / "trap", tmp_path / "x.pt"
+    content = {"config": CONFIG, "model": Evil(trap)}
+    if plain:
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+    refuses(evaluation.main, [path, "--device", "cpu"])
+    assert not trap.exists()
+
+    data = path.read_bytes()
+    (tmp_path / "out").mkdir()
+    resume = tmp_path / "out" / (NAME + ".resume.pt")
+    resume.write_bytes(hashlib.sha256(data).digest() + data)
+    train_tiny()
+    assert not trap.exists()
+
+
+def test_loading_leaves_the_weights_as_they_are(train_tiny, tmp_path):
+    result, = train_tiny("--model", "learned")
+    path = tmp_path / "out" / (runs.run_name(result["config"]) + ".pt")
+    data = path.read_bytes()
+    assert hashlib.sha256(data).hexdigest() == result["checkpoint"]
+    model, _ = runs.load_run(str(path))
+    for name, p in torch.load(path, weights_only=True)["model"].items():
+        assert torch.equal(model.state_dict()[name], p)

@@ -1,0 +1,195 @@
+"""Runs that are stopped, runs that several processes share, and a stdout that fails."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import eval as evaluation
+import grid
+import runs
+import train
+from conftest import ROOT, names, numbers, stopped_run, tiny
+
+NAME = "rope_M1_tau1_K16_d8_L8_batch-size4_steps20_seed0"
+
+
+# ---- runs that are stopped -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("at", [1, 2, 11, 19, 20, 21])
+def test_stopped_at_any_write_and_resumed(at, train_tiny, monkeypatch, tmp_path):
+    """Writes 1 to 19 are of progress, 20 is the model, 21 the result."""
+    flags = "--model", "hybrid-a", "--M", 2, "--train-lengths", "uniform"
+    stopped_run(train_tiny, monkeypatch, flags, at)
+    assert not list((tmp_path / "out").glob("*.json"))
+    resumed, = train_tiny(*flags)
+    whole, = train_tiny(*flags, out=tmp_path / "whole")
+    assert numbers(resumed) == numbers(whole)
+    weights = [torch.load(next(folder.glob("*.pt")), weights_only=True)["model"]
+               for folder in (tmp_path / "out", tmp_path / "whole")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    assert names(tmp_path / "out") == names(tmp_path / "whole")
+
+
+def test_a_resumed_run_takes_the_steps_that_are_left(train_tiny, monkeypatch, capsys):
+    stopped_run(train_tiny, monkeypatch, [], 6)
+    taken, cross_entropy = [], train.F.cross_entropy
+    monkeypatch.setattr(train.F, "cross_entropy",
+                        lambda *words: taken.append(0) or cross_entropy(*words))
+    train_tiny()
+    assert len(taken) == 15 and "continues at step 5" in capsys.readouterr().out
+
+
+def test_overwrite_stopped_and_the_same_command_without_it(train_tiny, monkeypatch, tmp_path):
+    flags = "--seed", 0, 1, 2
+    first = train_tiny(*flags)
+    for path in (tmp_path / "out").glob("*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "mark": 1}))
+    for at in 1, 21, 30, 42:
+        stopped_run(train_tiny, monkeypatch, [*flags, "--overwrite"], at)
+        again = train_tiny(*flags)
+        assert not any("mark" in result for result in again), "all are repeated"
+        assert list(map(numbers, again)) == list(map(numbers, first))
+
+
+def test_ctrl_c_is_one_sentence(train_tiny, monkeypatch, tmp_path, capsys):
+    stop = stopped_run(train_tiny, monkeypatch, [], 6, KeyboardInterrupt)
+    assert stop.code == 130
+    error = capsys.readouterr().err.strip()
+    assert error.count("\n") == 0 and error.startswith("stopped; the same command ")
+    assert NAME + ".resume.pt" in names(tmp_path / "out")
+
+
+def in_child(flags):
+    """Make runs in a process of its own, with a save after every test."""
+    evaluation.TEST_SEQUENCES, train.EVAL_SEQUENCES, train.SAVE_SECONDS = 32, 16, -1
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    train.main(tiny(*flags))
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.002)
+
+
+def test_killed_at_random_moments(train_tiny, tmp_path):
+    """SIGKILL a few times, wherever it hits; then the command finishes as if nothing had been."""
+    flags = "--model", "hybrid-a", "--M", 2, "--seed", 0, 1, "--steps", 150
+    out, dice = tmp_path / "out", random.Random(0)
+    server = multiprocessing.get_context("forkserver")       # imports torch once for all children
+    server.set_forkserver_preload(["train", "conftest"])
+    for kill in range(6):
+        child = server.Process(target=in_child, args=([*flags, "--out", out],))
+        child.start()
+        time.sleep(0.1)
+        wait_for(lambda: list(out.glob("*.lock")))
+        time.sleep(dice.random() / 2)
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL, "it was still at work"
+    assert list(out.glob("*.resume.pt"))
+    resumed, whole = train_tiny(*flags), train_tiny(*flags, out=tmp_path / "whole")
+    assert list(map(numbers, resumed)) == list(map(numbers, whole))
+    assert names(out) == names(tmp_path / "whole")
+
+
+def test_ctrl_c_from_outside_at_any_moment(tmp_path):
+    """Also while torch is being imported."""
+    for seconds in 0.3, 1.0:
+        process = subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), "--out",
+                                    tmp_path / "out", *tiny("--steps", 10**6)], text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 130 and "Traceback" not in error, error
+        assert len(error.strip().splitlines()) == 1
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+SCRIPT = f"""
+import sys
+sys.path[:0] = [{ROOT!r}, {os.path.join(ROOT, "tests")!r}]
+import eval, train
+eval.TEST_SEQUENCES, train.EVAL_SEQUENCES, train.SAVE_SECONDS = 32, 16, -1
+train.main()
+"""
+
+
+def torchrun(script, processes, *flags):
+    script.write_text(SCRIPT)
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                             f"--nproc-per-node={processes}", "--", str(script), *tiny(*flags)],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_processes_share_a_grid(tmp_path, train_tiny):
+    """Two, then three of them, of which one is killed; one alone makes what is left."""
+    flags = ["--M", 1, 2, 3, "--seed", 0, 1, "--steps", 150]
+    out, script, output = tmp_path / "shared", tmp_path / "tiny_train.py", ""
+    for processes in 2, 3, 1:
+        group = torchrun(script, processes, *flags, "--out", out)
+        if processes > 1:
+            before = len(list(out.glob("*.json")))
+            wait_for(lambda: len(list(out.glob("*.json"))) > before
+                     and len(list(out.glob("*.lock"))) >= 1)
+            workers = subprocess.run(["pgrep", "-P", str(group.pid), "-f", script.name], text=True,
+                                     capture_output=True).stdout.split()
+            assert len(workers) == processes
+            os.kill(int(workers[-1]), signal.SIGKILL)
+        printed, error = group.communicate(timeout=120)
+        output += printed
+        assert (group.returncode == 0) == (processes == 1), error
+    alone = train_tiny(*flags)
+    assert names(out) == names(tmp_path / "out")
+    for result in alone:
+        path = out / (runs.run_name(result["config"]) + ".json")
+        assert numbers(json.loads(path.read_text())) == numbers(result)
+        assert output.count(f"wrote {path}") <= 1, "a run was made twice"
+
+
+def test_a_run_that_another_process_has_is_left_to_it(train_tiny, monkeypatch, tmp_path):
+    """It is waited for: the command ends when all of its runs exist."""
+    out, flags = tmp_path / "out", ["--seed", "0", "1"]
+    out.mkdir()
+    other = grid.claim(str(out / NAME))
+    assert grid.claim(str(out / NAME)) is None
+    made, run = [], train.run
+
+    def noted(config, path, *rest):
+        made.append(config["seed"])
+        return run(config, path, *rest)
+
+    def finish_the_other(seconds):
+        assert made == [1]
+        other.close()                                # it died
+    monkeypatch.setattr(train, "run", noted)
+    monkeypatch.setattr(grid.time, "sleep", finish_the_other)
+    assert len(train_tiny(*flags)) == 2 and made == [1, 0]
+
+
+# ---- stdout --------------------------------------------------------------------------------------
+
+def test_a_stdout_that_is_closed_or_full_loses_nothing(tmp_path):
+    (tmp_path / "tiny_train.py").write_text(SCRIPT)
+    command = f"{sys.executable} tiny_train.py {' '.join(tiny('--seed', 0, 1))} --out "
+    cases = {"head": "2> head.err | head -1", "closed": ">&- 2> closed.err",
+             "full": "> /dev/full 2> full.err"}
+    started = [subprocess.Popen(["bash", "-o", "pipefail", "-c", f"{command}{out} {after}"],
+                                cwd=tmp_path, stdout=subprocess.PIPE)
+               for out, after in cases.items()]
+    for process, out in zip(started, cases):
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert len(list((tmp_path / out).glob("*.json"))) == 2
+        assert (tmp_path / (out + ".err")).read_text() == ""
