@@ -1,0 +1,277 @@
+"""Mamba-3 (Lahoti et al. 2026, arXiv 2603.15569): a state that rotates, and a better rule for its
+steps.
+
+The differential equation is that of Mamba-2, h' = A h + B x, y = C h. Three things are new:
+
+1. The trapezoidal rule. Over a step, Mamba takes in B x as it is at the end of the step. Mamba-3
+takes a
+   mean of both ends, weighted by lambda_t in 0 ... 1, which the token chooses. lambda = 1 is
+   Mamba-2, and 1/2 is exact to second order in dt. As x_{t-1} enters step t too, no short
+   convolution is needed.
+2. A complex state. Pairs of states turn by an angle that the token chooses. A state that can turn
+by pi for
+   a 1 and stay for a 0 knows the parity of a sequence; one that only decays cannot.
+3. More inputs and outputs (MIMO). With rank R, a token writes R outer products and reads R times.
+
+    h_t = exp(dt_t A_t) (R_t h_{t-1} + (1 - lambda_t) dt_t R_t B_{t-1} x_{t-1}) + lambda_t dt_t B_t
+    x_t y_t = C_t h_t
+
+where R_t rotates pairs of states back by the token's angles. Rotations by one pair's angles add up.
+So instead of the state, `forward` rotates B_t and C_t, by the sum of all angles up to t, and what
+remains is the same without R_t (the paper's "RoPE trick"; attention.rotary is this with angles that
+do not depend on the tokens).
+
+    symbol   meaning
+    x        inputs (b, L, R, H, P)
+    B, C     what is written where, what is read (b, L, R, H, N)
+    log_a    dt A, at most 0 (b, L, H)
+    before   (1 - lambda) dt, the weight of the token before (b, L, H)
+    now      lambda dt, the weight of the token itself (b, L, H)
+    h        state (b, H, P, N)
+    b, L     sequences in the batch, steps
+    H, P     heads, and channels per head
+    N, R     size of the state per channel, rank
+    c, T     chunks, and steps per chunk
+
+`python -m family.mamba3` shows that recurrence, chunks and single steps agree, and their times.
+"""
+
+import math
+import time
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from fused_scan import split
+
+
+def trapezoid_ref(x, log_a, before, now, B, C, h=None, last=None):
+    """The recurrence, one step at a time, in any dtype; autograd finds the gradient.
+
+    B and C are rotated already. h (b, H, P, N), the state before the first step, None for zero;
+    last: B (b, R, H, N) and x (b, R, H, P) of the token before, None for no token. Returns y (b, L,
+    R, H, P) and the state after the last step.
+    """
+    if h is None:
+        h = x.new_zeros(x.shape[0], *x.shape[3:], B.shape[-1])           # (b, H, P, N)
+    written = torch.zeros_like(h) if last is None else outer(last[1], last[0])
+    y = []
+    for t in range(x.shape[1]):
+        h = h + before[:, t, :, None, None] * written
+        written = outer(x[:, t], B[:, t])                                # (b, H, P, N)
+        h = torch.exp(log_a[:, t])[..., None, None] * h + now[:, t, :, None, None] * written
+        y.append(torch.einsum("bhpn,brhn->brhp", h, C[:, t]))            # (b, R, H, P)
+    return torch.stack(y, dim=1), h
+
+
+def outer(x, B):
+    """x (b, R, H, P), B (b, R, H, N) -> the sum over R of their outer products (b, H, P, N)."""
+    return torch.einsum("brhp,brhn->bhpn", x, B)
+
+
+def rotate(v, angle):
+    """Rotate pairs of neighbouring channels. v (..., N), angle (..., S): the first 2 S channels."""
+    S = angle.shape[-1]
+    cos, sin = angle.cos(), angle.sin()
+    v1, v2 = v[..., :2 * S].unflatten(-1, (S, 2)).unbind(-1)             # (..., S) each
+    pairs = torch.stack([v1 * cos - v2 * sin, v1 * sin + v2 * cos], dim=-1)      # (..., S, 2)
+    return torch.cat([pairs.flatten(-2), v[..., 2 * S:]], dim=-1)
+
+
+class Mamba3State(NamedTuple):
+    """All that a Mamba-3 layer keeps of the tokens so far, however many they were."""
+    h: torch.Tensor      # (b, H, P, N)
+    angle: torch.Tensor  # (b, H, S), the sum of all angles, in 0 ... 2 pi
+    B: torch.Tensor      # (b, R, H, N), of the last token, rotated
+    x: torch.Tensor      # (b, H, P), of the last token
+
+
+class Mamba3(nn.Module):
+    r"""The Mamba-3 layer (paper, section 3.4), without a residual connection or a norm.
+
+        x -> in_proj -> x ------------------------------------> recurrence -> + D x -> * -> out_proj
+        -> y
+                    \-> B, C -> norm -> + bias -> rotation ----/                      /
+                    \-> dt, A, lambda, angle -----------------/                      /
+                    \-> z -> SiLU ---------------------------------------------------/
+
+    d_inner = expand * d_model channels, in heads of headdim; d_state: N. rope_fraction: the share
+    of the N states that rotate, 0.5 or 1. is_mimo: with rank mimo_rank; otherwise R = 1. Names,
+    shapes and initial values are those of mamba_ssm.Mamba3 with one group. Left out: several
+    groups, and the norm before out_proj (is_outproj_norm). Differs: the official MIMO kernel pairs
+    state i with state i + N / 2; here, as in its SISO kernel, neighbours are pairs.
+    """
+
+    takes_bias = True
+
+    def __init__(self, d_model, d_state=128, expand=2, headdim=64, rope_fraction=0.5, is_mimo=False,
+                 mimo_rank=4):
+        super().__init__()
+        self.d_inner, self.d_state, self.headdim = expand * d_model, d_state, headdim
+        self.nheads, self.rank = self.d_inner // headdim, mimo_rank if is_mimo else 1
+        self.angles = int(d_state * rope_fraction) // 2                  # S
+        if self.nheads * headdim != self.d_inner:
+            raise ValueError(f"headdim is {headdim}, but it must divide {self.d_inner} channels")
+        if self.angles < 1 or rope_fraction > 1:
+            raise ValueError(f"rope_fraction is {rope_fraction}, but it must be at most 1 and make "
+                             f"a pair of the {d_state} states rotate")
+        H, RN = self.nheads, self.rank * d_state
+        self.sizes = [self.d_inner, self.d_inner, RN, RN, H, H, H, self.angles]
+        self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=False)
+        # dt starts between 0.001 and 0.1, uniform on a log scale; the bias is the inverse of
+        # softplus.
+        dt = torch.exp(torch.empty(H).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.B_bias = nn.Parameter(torch.ones(H, self.rank, d_state))
+        self.C_bias = nn.Parameter(torch.ones(H, self.rank, d_state))
+        self.B_norm = nn.RMSNorm(d_state, eps=1e-5)
+        self.C_norm = nn.RMSNorm(d_state, eps=1e-5)
+        if is_mimo:
+            # Maps, channel by channel, from x and z to R of each, and from R outputs to one.
+            self.mimo_x = nn.Parameter(torch.ones(H, self.rank, headdim) / self.rank)
+            self.mimo_z = nn.Parameter(torch.ones(H, self.rank, headdim))
+            self.mimo_o = nn.Parameter(torch.ones(H, self.rank, headdim) / self.rank)
+        self.D = nn.Parameter(torch.ones(H))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+    def forward(self, x, state=None):
+        """Run a segment of a sequence, continuing from `state`: a Mamba3State, None at the start.
+
+        x (b, L, d_model) -> y (b, L, d_model), the Mamba3State after the last token.
+        """
+        if x.shape[1] == 0:
+            return x, state
+        z, x, B, C, dt, A, trap, angle = self.in_proj(x).split(self.sizes, dim=-1)
+        z = z.unflatten(-1, (self.nheads, self.headdim))                 # (b, L, H, P)
+        x = x.unflatten(-1, (self.nheads, self.headdim))                 # (b, L, H, P)
+
+        dt = F.softplus(at_least_float32(dt + self.dt_bias))             # (b, L, H), positive
+        A = -F.softplus(at_least_float32(A)).clamp(min=1e-4)             # (b, L, H), negative
+        share = torch.sigmoid(at_least_float32(trap))                    # (b, L, H), lambda
+
+        # Angles add up over the whole sequence: float64, and whole turns taken away.
+        turn = torch.tanh(angle.double())[:, :, None] * math.pi * dt[..., None].double()
+        angle = turn.cumsum(1)                                           # (b, L, H, S)
+        if state is not None:
+            angle = angle + state.angle[:, None]
+        angle = angle.remainder(2 * math.pi).to(dt.dtype)
+
+        B = self.B_norm(B.unflatten(-1, (self.rank, 1, self.d_state)))   # (b, L, R, 1, N)
+        C = self.C_norm(C.unflatten(-1, (self.rank, 1, self.d_state)))
+        B = rotate(B + self.B_bias.transpose(0, 1), angle[:, :, None])   # (b, L, R, H, N)
+        C = rotate(C + self.C_bias.transpose(0, 1), angle[:, :, None])
+
+        h, last = None, None
+        if state is not None:
+            h, last = state.h, (state.B, self.per_rank(state.x, "mimo_x"))
+        state = (angle[:, -1].clone(), B[:, -1].clone(), x[:, -1].clone())
+        xs = self.per_rank(x, "mimo_x")                                  # (b, L, R, H, P)
+        y, h = trapezoid(xs, dt * A, (1 - share) * dt, share * dt, B, C, h, last)
+        y = y + self.D[:, None] * xs
+        y = y * F.silu(self.per_rank(z, "mimo_z"))                       # (b, L, R, H, P)
+        if self.rank > 1:
+            y = y * self.mimo_o.transpose(0, 1)
+        return self.out_proj(y.sum(2).flatten(2)), Mamba3State(h, *state)
+
+    def per_rank(self, v, name):
+        """v (..., H, P) -> (..., R, H, P), by the map of this name if there is one."""
+        v = v[..., None, :, :]
+        return v * getattr(self, name).transpose(0, 1) if self.rank > 1 else v
+
+
+def at_least_float32(v):
+    """v, in float32 if it is of a half type."""
+    return v.to(torch.promote_types(v.dtype, torch.float32))
+
+
+# ---- Chunks --------------------------------------------------------------------------------------
+#
+# What token t writes enters twice: now_t at step t, and before_{t+1} at the next. Add both at once:
+#
+#     g_t = h_t + before_{t+1} B_t x_t = exp(log_a_t) g_{t-1} + (now_t + before_{t+1}) B_t x_t
+#
+# which is the recurrence of Mamba-2. Its own token is the exception: C_t reads h_t, not g_t. So,
+# with the decay a_ts between two steps, y_t = sum over s < t of (C_t . B_s) a_ts (now_s +
+# before_{s+1}) x_s, and (C_t . B_t) now_t x_t.
+
+def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
+    """trapezoid_ref in chunks of at most T steps: same arguments, same results and gradients.
+
+    States and sums are at least float32; y has the dtype of x. T: None for 64 rows of a step and a
+    rank on a GPU, 16 on a CPU.
+    """
+    x_dtype, (b, L, R, H, P), N = x.dtype, x.shape, B.shape[-1]
+    x, log_a, before, now, B, C = (at_least_float32(v) for v in (x, log_a, before, now, B, C))
+    T = T or max(1, (64 if x.is_cuda else 16) // R)
+    if h is None:
+        h = x.new_zeros(b, H, P, N)
+    h = h.to(x.dtype)
+    if last is not None:
+        h = h + before[:, 0, :, None, None] * outer(last[1].to(x.dtype), last[0].to(x.dtype))
+    later = F.pad(before[:, 1:], (0, 0, 0, 1))                           # (b, L, H), before_{t+1}
+
+    log_a, now, later = (split(v, T).transpose(2, 3) for v in (log_a, now, later))
+    x, B, C = (split(v, T).movedim(4, 2).flatten(3, 4) for v in (x, B, C))
+    # log_a, now, later (b, c, H, T); x (b, c, H, T R, P); B, C (b, c, H, T R, N)
+
+    def per_rank(v, *dims):
+        for dim in dims:
+            v = v.repeat_interleave(R, dim)
+        return v
+
+    # 1. In a chunk: attention. Nothing overflows: log_a sums are <= 0 where s <= t. Below -80 their
+    # exp is effectively 0, and slow on a CPU; a step of -40 has forgotten everything.
+    sums = log_a.clamp(min=-40).cumsum(-1)                               # (b, c, H, T)
+    a = (sums[..., :, None] - sums[..., None, :]).clamp(-80, 0).exp().tril(-1)   # (b, c, H, T, T)
+    weight = a * (now + later)[..., None, :] + torch.diag_embed(now)
+    y = (per_rank(weight, -1, -2) * (C @ B.mT)) @ x                      # (b, c, H, T R, P)
+
+    # 2. The state at the end of each chunk, had it started from zero.
+    to_end = (sums[..., -1:] - sums).clamp(min=-80).exp() * (now + later)
+    ends = (per_rank(to_end, -1)[..., None] * x).mT @ B                  # (b, c, H, P, N)
+
+    # 3. The recurrence from chunk to chunk.
+    decay = sums[..., -1].clamp(min=-80).exp()[..., None, None]          # (b, c, H, 1, 1)
+    starts = []
+    for k in range(ends.shape[1]):
+        starts.append(h)
+        h = decay[:, k] * h + ends[:, k]                                 # (b, H, P, N)
+
+    # 4. The contribution of each chunk's first state to its outputs.
+    from_start = per_rank(sums.clamp(min=-80).exp(), -1)[..., None]      # (b, c, H, T R, 1)
+    y = y + from_start * (C @ torch.stack(starts, dim=1).mT)
+    y = y.unflatten(3, (-1, R)).movedim(2, 4).flatten(1, 2)[:, :L]       # (b, L, R, H, P)
+    return y.to(x_dtype), h
+
+
+@torch.no_grad()
+def main():
+    """Show that recurrence, chunks and single steps of the layer agree, and their times."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)     # for operations this small; two may be far slower
+    b, L, H, P, N = 4, 256, 4, 16, 16
+    for R in (1, 2):
+        x, B, C = (torch.randn(b, L, R, H, size) for size in (P, N, N))
+        log_a, before, now = -torch.rand(b, L, H), torch.rand(b, L, H), torch.rand(b, L, H)
+        trapezoid(x, log_a, before, now, B, C)                           # warms up
+        times = [time.perf_counter()]
+        exact, _ = trapezoid_ref(x, log_a, before, now, B, C)
+        times.append(time.perf_counter())
+        y, _ = trapezoid(x, log_a, before, now, B, C)
+        times.append(time.perf_counter())
+        print(f"rank {R}: recurrence  {1000 * (times[1] - times[0]):7.1f} ms")
+        print(f"        chunks      {1000 * (times[2] - times[1]):7.1f} ms   "
+              f"difference {(y - exact).norm() / exact.norm():.0e}")
+    layer, x, state, steps = Mamba3(32, N, headdim=16), torch.randn(2, 64, 32), None, []
+    for x_t in x.split(1, dim=1):
+        y_t, state = layer(x_t, state)
+        steps.append(y_t)
+    y, _ = layer(x)
+    difference = (torch.cat(steps, dim=1) - y).norm() / y.norm()
+    print(f"the layer in single steps                 difference {difference:.0e}")
+
+
+if __name__ == "__main__":
+    main()
