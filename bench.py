@@ -321,7 +321,9 @@ def main(argv=None):
             runs.check(config_for(name, d=args.d))
         if args.out is not None:
             runs.write_json(args.out, {})
-    except (ValueError, OSError, KeyError) as error:
+    except OSError as error:
+        parser.error(f"--{'draw' if args.draw else 'out'} is {args.draw or args.out!r}: {error.strerror}")
+    except (ValueError, KeyError) as error:
         parser.error(str(error))
     torch.manual_seed(0)
     result = {"env": {**runs.environment(device), "date": time.strftime("%Y-%m-%d")}}

@@ -33,12 +33,22 @@ def test_words(name, words):
 def test_words_make_layers():
     layers = build_model("position+attention+rope+window+grouped+mamba+normed-mamba", d=16).layers
     names = [type(layer).__name__ for layer in layers]
-    assert names == ["LearnedPosition", *["Attention"] * 4, "Mamba", "NormedMamba"]
+    assert names == ["LearnedPosition", "Attention", "Attention", "SlidingWindow", "Attention",
+                     "Mamba", "NormedMamba"]
     _, none, rope, window, grouped, *_ = layers
     assert [layer.position for layer in (none, rope, window, grouped)] == [
         "none", "rope", "rope", "none"]
-    assert [layer.window for layer in (none, rope, window, grouped)] == [None, None, 16, None]
+    assert window.window == 16
     assert (grouped.n_heads, grouped.kv_heads) == (4, 2)
+
+
+def test_layers_of_the_delta_rule_and_after():
+    layers = build_model("conv8+deltanet+gated-deltanet+mamba3+mamba3-mimo+alibi+forgetting").layers
+    conv, delta, gated, siso, mimo, alibi, forgetting = layers
+    assert conv.conv1d.kernel_size == (8,)
+    assert (delta.gated, gated.gated) == (False, True)
+    assert (siso.rank, mimo.rank) == (1, 4)
+    assert (alibi.decay, forgetting.decay) == ("alibi", "forgetting")
 
 
 def test_the_family():
@@ -47,8 +57,8 @@ def test_the_family():
              for name in FAMILY}
     for name, kind in dict(rnn="RNN", lti="LTI", retention="Retention", mamba2="Mamba2").items():
         assert kinds[name] == [kind] * 2
-    assert kinds["griffin"] == ["RGLRU", "MLP"] * 2 + ["Attention", "MLP"]
-    assert kinds["samba"] == ["Mamba", "MLP", "Attention", "MLP"]
+    assert kinds["griffin"] == ["RGLRU", "MLP"] * 2 + ["SlidingWindow", "MLP"]
+    assert kinds["samba"] == ["Mamba", "MLP", "SlidingWindow", "MLP"]
     assert kinds["mamba2-hybrid"] == ["Mamba2", "MLP"] * 2 + ["Attention", "MLP", "Mamba2", "MLP"]
     mixers, others = kinds["jamba"][::2], kinds["jamba"][1::2]
     assert mixers == ["NormedMamba"] * 4 + ["Attention"] + ["NormedMamba"] * 3
@@ -211,7 +221,7 @@ def test_options():
     rates = build_model("rope").layers
     recency = [layer.qkv.bias[:16].unique().tolist() for layer in rates]
     assert recency[0] == [2.0] and len(recency[1]) > 8       # the first layer prefers recent tokens
-    with pytest.raises(ValueError, match="d is 8.* 3"):
+    with pytest.raises(ValueError, match="n-heads is 3"):
         build_model("nope", n_heads=3)
     with pytest.raises(ValueError):
         build_model("mamba", d_state=0)
