@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from family.deltanet import GatedDeltaNet, delta_rule, delta_rule_ref
+from family.deltanet import GatedDeltaNet, delta_rule, delta_rule_ref, rms_norm, unit
 
 
 def relative(a, b):
@@ -149,6 +149,13 @@ def test_half_precision_and_autocast(dtype, tolerance):
     assert relative(y, exact) < 5e-2 and state.S.dtype == torch.float32
     y, state = layer.to(dtype)(x.to(dtype))
     assert y.dtype == dtype and relative(y, exact) < tolerance and state.S.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_square_in_float32(dtype):
+    v = torch.tensor([300.0, -300.0, 300.0, 300.0], dtype=dtype)
+    right = torch.tensor([1.0, -1.0, 1.0, 1.0], dtype=dtype)
+    assert torch.equal(rms_norm(v), right) and torch.equal(unit(v), right / 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
