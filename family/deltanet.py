@@ -171,13 +171,11 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     b, c, H, T, P = v.shape
     beta = beta[..., None]                                               # (b, c, H, T, 1)
 
-    # 1. The decay between two steps of a chunk. Below -80 its exp is effectively 0, and slow on a
-    # CPU; a step of -40 has forgotten everything, and a larger number would cost its neighbours
-    # their digits.
-    g = log_a.clamp(min=-40).cumsum(-1)                                  # (b, c, H, T)
-    decay = (g[..., :, None] - g[..., None, :]).clamp(-80, 0).exp().tril()       # (b, c, H, T, T)
-    from_start = g.clamp(min=-80).exp()[..., None]                       # (b, c, H, T, 1)
-    to_end = (g[..., -1:] - g).clamp(min=-80).exp()[..., None]           # (b, c, H, T, 1)
+    # 1. The decays in a chunk.
+    g = log_a.double().cumsum(-1)                                        # (b, c, H, T)
+    decay = exp(g[..., :, None] - g[..., None, :], dtype).tril()         # (b, c, H, T, T)
+    from_start = exp(g, dtype)[..., None]                                # (b, c, H, T, 1)
+    to_end = exp(g[..., -1:] - g, dtype)[..., None]                      # (b, c, H, T, 1)
 
     # 2. The triangular system: corrections u = known - waiting @ S_0^T.
     system = (beta * decay * (k @ k.mT)).to(dtype)                       # (b, c, H, T, T)
@@ -200,6 +198,15 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     y = from_start * (q @ torch.stack(starts, dim=1).mT)                 # (b, c, H, T, P)
     y = y + (decay * (q @ k.mT)) @ torch.stack(corrections, dim=1)
     return y.transpose(2, 3).flatten(1, 2)[:, :L].to(y_dtype), S
+
+
+def exp(difference, dtype):
+    """exp of a difference of running sums, at most 0 where it is used: nothing overflows.
+
+    The sums are float64, or a strong step would cost the weak ones after it their digits. Below
+    -80, where the result is effectively 0, a CPU's exp is slow.
+    """
+    return difference.to(dtype).clamp(-80, 0).exp()
 
 
 @torch.no_grad()

@@ -221,29 +221,37 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
             v = v.repeat_interleave(R, dim)
         return v
 
-    # 1. In a chunk: attention. Nothing overflows: log_a sums are <= 0 where s <= t. Below -80 their
-    # exp is effectively 0, and slow on a CPU; a step of -40 has forgotten everything.
-    sums = log_a.clamp(min=-40).cumsum(-1)                               # (b, c, H, T)
-    a = (sums[..., :, None] - sums[..., None, :]).clamp(-80, 0).exp().tril(-1)   # (b, c, H, T, T)
+    # 1. In a chunk: attention.
+    sums = log_a.double().cumsum(-1)                                     # (b, c, H, T)
+    a = exp(sums[..., :, None] - sums[..., None, :], x.dtype).tril(-1)   # (b, c, H, T, T)
     weight = a * (now + later)[..., None, :] + torch.diag_embed(now)
     y = (per_rank(weight, -1, -2) * (C @ B.mT)) @ x                      # (b, c, H, T R, P)
 
     # 2. The state at the end of each chunk, had it started from zero.
-    to_end = (sums[..., -1:] - sums).clamp(min=-80).exp() * (now + later)
+    to_end = exp(sums[..., -1:] - sums, x.dtype) * (now + later)         # (b, c, H, T)
     ends = (per_rank(to_end, -1)[..., None] * x).mT @ B                  # (b, c, H, P, N)
 
     # 3. The recurrence from chunk to chunk.
-    decay = sums[..., -1].clamp(min=-80).exp()[..., None, None]          # (b, c, H, 1, 1)
+    decay = exp(sums[..., -1], x.dtype)[..., None, None]                 # (b, c, H, 1, 1)
     starts = []
     for k in range(ends.shape[1]):
         starts.append(h)
         h = decay[:, k] * h + ends[:, k]                                 # (b, H, P, N)
 
     # 4. The contribution of each chunk's first state to its outputs.
-    from_start = per_rank(sums.clamp(min=-80).exp(), -1)[..., None]      # (b, c, H, T R, 1)
+    from_start = per_rank(exp(sums, x.dtype), -1)[..., None]             # (b, c, H, T R, 1)
     y = y + from_start * (C @ torch.stack(starts, dim=1).mT)
     y = y.unflatten(3, (-1, R)).movedim(2, 4).flatten(1, 2)[:, :L]       # (b, L, R, H, P)
     return y.to(x_dtype), h
+
+
+def exp(difference, dtype):
+    """exp of a difference of running sums, at most 0 where it is used: nothing overflows.
+
+    The sums are float64, or a strong step would cost the weak ones after it their digits. Below
+    -80, where the result is effectively 0, a CPU's exp is slow.
+    """
+    return difference.to(dtype).clamp(-80, 0).exp()
 
 
 @torch.no_grad()

@@ -75,6 +75,15 @@ def test_weak_and_strong_decay(decay):
     assert all(v.isfinite().all() for v in found)
 
 
+def test_gradients_where_strong_and_weak_steps_mix():
+    inputs = operands(L=128)
+    inputs[4] = torch.where(torch.rand(inputs[4].shape) < 0.5, -30.0, -3e-3).double()
+    exact = everything(delta_rule_ref, inputs)
+    found = everything(delta_rule, [v.float() for v in inputs])
+    for v, right in list(zip(found, exact))[:7]:                     # of S nothing is left
+        assert relative(v, right) < 2e-6
+
+
 def test_gradients_against_differences():
     inputs = [v.requires_grad_() for v in operands(b=1, L=5, N=3, P=2)]
     assert torch.autograd.gradcheck(lambda *v: delta_rule(*v, T=2), inputs)
