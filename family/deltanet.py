@@ -60,13 +60,11 @@ class DeltaState(NamedTuple):
 
 
 class GatedDeltaNet(nn.Module):
-    r"""The Gated DeltaNet layer (arXiv 2412.06464, figure 1), without a residual connection or a
-    norm.
+    r"""The Gated DeltaNet layer (arXiv 2412.06464, figure 1), without a residual or a norm.
 
-        x -> qkv -> causal convolution -> SiLU -> q, k of length 1, v -> delta rule -> norm -> * ->
-        o_proj -> y
-          \-> a_proj -> log_a, b_proj -> sigmoid -> beta ------------/                        /
-          \-> g_proj -> SiLU ----------------------------------------------------------------/
+        x -> qkv -> convolution -> SiLU -> q, k of length 1, v -> delta rule -> norm -> * -> o_proj
+         \-> a_proj -> log_a, b_proj -> sigmoid -> beta --------/                      /
+         \-> g_proj -> SiLU ----------------------------------------------------------/
 
     n_heads: H; d_state: N; the H heads divide expand * d_model channels of values among them.
     gated: False for DeltaNet, without the decay a and without the gate after the norm.
@@ -143,15 +141,15 @@ def rms_norm(v, eps=1e-5):
 
 # ---- Chunks --------------------------------------------------------------------------------------
 #
-# Write u_t = beta_t (v_t - a_t S_{t-1} k_t) for the correction at step t, and g_t = log a_1 + ... +
-# log a_t. Then S_t = a_t S_{t-1} + u_t k_t^T is a decayed sum of corrections,
+# Write u_t = beta_t (v_t - a_t S_{t-1} k_t) for the correction at step t, and g_t for the sum of
+# log a up to it. Then S_t = a_t S_{t-1} + u_t k_t^T is a decayed sum of corrections,
 #
 #     S_t = exp(g_t) S_0 + sum over s <= t of exp(g_t - g_s) u_s k_s^T
 #
 # and with it put into u_t, the corrections of a chunk solve a triangular system of T equations:
 #
-#     u_t + sum over s < t of beta_t exp(g_t - g_s) (k_t . k_s) u_s = beta_t (v_t - exp(g_t) S_0
-# k_t)
+#     u_t + sum over s < t of beta_t exp(g_t - g_s) (k_t . k_s) u_s
+#         = beta_t v_t - beta_t exp(g_t) S_0 k_t
 #
 # The right-hand side has a part that is known, beta v, and one that waits for S_0. Solve for both
 # in all chunks at once; then only S_0 goes from chunk to chunk. Only g_t - g_s <= 0 enters exp:

@@ -72,8 +72,7 @@ class Mamba2State(NamedTuple):
 
 
 class Mamba2(nn.Module):
-    r"""The Mamba-2 layer (paper, section 7.1 and figure 6), without a residual connection or a
-    norm.
+    r"""The Mamba-2 layer (paper, section 7.1 and figure 6), without a residual or a norm.
 
         x -> in_proj -> x, B, C -> causal convolution -> SiLU -> ssd -> gated norm -> out_proj -> y
                     \-> dt -> softplus --------------------------/       /
@@ -153,8 +152,7 @@ def rms_norm(v, eps=1e-5):
 # ---- Chunks --------------------------------------------------------------------------------------
 
 def ssd(x, dt, A, B, C, h=None, T=None):
-    """ssd_ref in chunks of at most T steps: same arguments, same results and gradients, to
-    rounding.
+    """ssd_ref in chunks of at most T steps: same arguments, same results and gradients.
 
     States and sums are at least float32; y has the dtype of x. T: None for 64 on a GPU, or all of
     up to 128 steps, as it computes few large matmuls fastest; 16 on a CPU, where a larger T is more
@@ -164,9 +162,11 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     x_dtype, L, (H, P), (G, N) = x.dtype, x.shape[1], x.shape[2:], B.shape[2:]
     x, dt, A, B, C = (v.to(dtype) for v in (x, dt, A, B, C))
     if T is None:
-        T = 16 if not x.is_cuda else L if L <= 128 else 64
+        T = 16
+        if x.is_cuda:
+            T = L if L <= 128 else 64
     u = split(dt[..., None] * x, T).transpose(2, 3)                      # (b, c, H, T, P)
-    log_decay = split(dt * A, T).transpose(2, 3)                      # (b, c, H, T)
+    log_decay = split(dt * A, T).transpose(2, 3)                         # (b, c, H, T)
     B = split(B, T).transpose(2, 3)                                      # (b, c, G, T, N)
     C = split(C, T).transpose(2, 3)                                      # (b, c, G, T, N)
 
@@ -191,8 +191,7 @@ def ssd(x, dt, A, B, C, h=None, T=None):
         starts.append(h)
         h = decay[:, k] * h + ends[:, k]                                 # (b, H, P, N)
 
-    # 4. The contribution of each chunk's first state to its outputs; none in a single chunk from
-    # zero.
+    # 4. The contribution of each chunk's first state to its outputs.
     if len(starts) > 1 or not from_zero:
         from_start = exp(sums, dtype)[..., None]                         # (b, c, H, T, 1)
         y = y + from_start * (per_head(C) @ torch.stack(starts, dim=1).mT)
