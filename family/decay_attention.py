@@ -1,5 +1,4 @@
-"""Attention whose scores decay: by a fixed amount per token (ALiBi), or as each token says
-(forgetting).
+"""Attention whose scores decay, by a fixed amount per token or as each token says.
 
 ALiBi (Press et al. 2022, arXiv 2108.12409) subtracts from a score the distance of query and key
 times a slope m of the head. The forgetting transformer (FoX, Lin et al. 2025, arXiv 2503.02130) has

@@ -60,13 +60,11 @@ class DeltaState(NamedTuple):
 
 
 class GatedDeltaNet(nn.Module):
-    r"""The Gated DeltaNet layer (arXiv 2412.06464, figure 1), without a residual connection or a
-    norm.
+    r"""The Gated DeltaNet layer (arXiv 2412.06464, figure 1), without a residual or a norm.
 
-        x -> qkv -> causal convolution -> SiLU -> q, k of length 1, v -> delta rule -> norm -> * ->
-        o_proj -> y
-          \-> a_proj -> log_a, b_proj -> sigmoid -> beta ------------/                        /
-          \-> g_proj -> SiLU ----------------------------------------------------------------/
+        x -> qkv -> convolution -> SiLU -> q, k of length 1, v -> delta rule -> norm -> * -> o_proj
+         \-> a_proj -> log_a, b_proj -> sigmoid -> beta --------/                      /
+         \-> g_proj -> SiLU ----------------------------------------------------------/
 
     n_heads: H; d_state: N; the H heads divide expand * d_model channels of values among them.
     gated: False for DeltaNet, without the decay a and without the gate after the norm.
@@ -143,15 +141,15 @@ def rms_norm(v, eps=1e-5):
 
 # ---- Chunks --------------------------------------------------------------------------------------
 #
-# Write u_t = beta_t (v_t - a_t S_{t-1} k_t) for the correction at step t, and g_t = log a_1 + ... +
-# log a_t. Then S_t = a_t S_{t-1} + u_t k_t^T is a decayed sum of corrections,
+# Write u_t = beta_t (v_t - a_t S_{t-1} k_t) for the correction at step t, and g_t for the sum of
+# log a up to it. Then S_t = a_t S_{t-1} + u_t k_t^T is a decayed sum of corrections,
 #
 #     S_t = exp(g_t) S_0 + sum over s <= t of exp(g_t - g_s) u_s k_s^T
 #
 # and with it put into u_t, the corrections of a chunk solve a triangular system of T equations:
 #
-#     u_t + sum over s < t of beta_t exp(g_t - g_s) (k_t . k_s) u_s = beta_t (v_t - exp(g_t) S_0
-# k_t)
+#     u_t + sum over s < t of beta_t exp(g_t - g_s) (k_t . k_s) u_s
+#         = beta_t v_t - beta_t exp(g_t) S_0 k_t
 #
 # The right-hand side has a part that is known, beta v, and one that waits for S_0. Solve for both
 # in all chunks at once; then only S_0 goes from chunk to chunk. Only g_t - g_s <= 0 enters exp:
@@ -171,13 +169,11 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     b, c, H, T, P = v.shape
     beta = beta[..., None]                                               # (b, c, H, T, 1)
 
-    # 1. The decay between two steps of a chunk. Below -80 its exp is effectively 0, and slow on a
-    # CPU; a step of -40 has forgotten everything, and a larger number would cost its neighbours
-    # their digits.
-    g = log_a.clamp(min=-40).cumsum(-1)                                  # (b, c, H, T)
-    decay = (g[..., :, None] - g[..., None, :]).clamp(-80, 0).exp().tril()       # (b, c, H, T, T)
-    from_start = g.clamp(min=-80).exp()[..., None]                       # (b, c, H, T, 1)
-    to_end = (g[..., -1:] - g).clamp(min=-80).exp()[..., None]           # (b, c, H, T, 1)
+    # 1. The decays in a chunk.
+    g = log_a.double().cumsum(-1)                                        # (b, c, H, T)
+    decay = exp(g[..., :, None] - g[..., None, :], dtype).tril()         # (b, c, H, T, T)
+    from_start = exp(g, dtype)[..., None]                                # (b, c, H, T, 1)
+    to_end = exp(g[..., -1:] - g, dtype)[..., None]                      # (b, c, H, T, 1)
 
     # 2. The triangular system: corrections u = known - waiting @ S_0^T.
     system = (beta * decay * (k @ k.mT)).to(dtype)                       # (b, c, H, T, T)
@@ -200,6 +196,15 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     y = from_start * (q @ torch.stack(starts, dim=1).mT)                 # (b, c, H, T, P)
     y = y + (decay * (q @ k.mT)) @ torch.stack(corrections, dim=1)
     return y.transpose(2, 3).flatten(1, 2)[:, :L].to(y_dtype), S
+
+
+def exp(difference, dtype):
+    """exp of a difference of running sums, at most 0 where it is used: nothing overflows.
+
+    The sums are float64, or a strong step would cost the weak ones after it their digits. Below
+    -80, where the result is effectively 0, a CPU's exp is slow.
+    """
+    return difference.to(dtype).clamp(-80, 0).exp()
 
 
 @torch.no_grad()

@@ -1,11 +1,10 @@
 """From a filter and the simplest recurrent network to gated linear recurrences, one idea at a time.
 
-    ShortConv    y_t = w_0 x_t + w_1 x_{t-1} + ...      a memory of the last few tokens, no state
-    beyond RNN          h_t = tanh(A h_{t-1} + B x_t)          a state; a loop that nothing can
-    shorten LTI          h_t = A h_{t-1} + B x_t, A diagonal    linear: it is also one long
-    convolution Retention    S_t = gamma S_{t-1} + v_t k_t^T        the state is a matrix, to look
-    things up in RGLRU        h_t = a_t h_{t-1} + ..., a_t of x_t    the decay depends on the token:
-    gates
+    ShortConv    y_t = w_0 x_t + w_1 x_{t-1} + ...      a memory of the last few tokens only
+    RNN          h_t = tanh(A h_{t-1} + B x_t)          a state; a loop that nothing can shorten
+    LTI          h_t = A h_{t-1} + B x_t, A diagonal    linear: it is also one long convolution
+    Retention    S_t = gamma S_{t-1} + v_t k_t^T        the state is a matrix, to look things up in
+    RGLRU        h_t = a_t h_{t-1} + ..., a_t of x_t    the decay depends on the token: gates
 
 Then mamba.py: the decay, what is written and what is read all depend on the token. Each layer maps
 x (b, L, d) and a state, None at the start, to y (b, L, d) and the next state.
@@ -31,7 +30,13 @@ from mamba import DepthwiseConv1d, causal_conv, selective_scan
 
 
 class ShortConv(nn.Module):
+<<<<<<< HEAD
     """A causal convolution in each channel and nothing else: y_t = bias + sum over k of w_k x_{t-k}.
+=======
+    """A causal convolution of d_conv taps in each channel, nothing else.
+
+        y_t = bias + w_0 x_t + w_1 x_{t-1} + ... + w_{d_conv - 1} x_{t - d_conv + 1}
+>>>>>>> refs/heads/family
 
     Mamba and most of its successors have one inside. Alone, in front of attention, it shows what
     the state adds: it reaches d_conv - 1 tokens back, so a value that comes later than that after
@@ -185,8 +190,8 @@ class RGLRU(nn.Module):
 
         r_t = sigmoid(W_a x_t + b_a)         how much of the state this token lets decay
         i_t = sigmoid(W_x x_t + b_x)         how much of this token comes in
-        h_t = a_t h_{t-1} + sqrt(1 - a_t^2) i_t x_t          a_t = a^(8 r_t)          a =
-        sigmoid(a_logit)
+        a_t = a^(8 r_t)                      a = sigmoid(a_logit)
+        h_t = a_t h_{t-1} + sqrt(1 - a_t^2) i_t x_t
 
     in each channel by itself, after a short convolution, and then y = out_proj(GELU(z) * h). The
     root keeps the size of h the same whatever a_t is. It is selective_scan with one state per

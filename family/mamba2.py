@@ -72,8 +72,7 @@ class Mamba2State(NamedTuple):
 
 
 class Mamba2(nn.Module):
-    r"""The Mamba-2 layer (paper, section 7.1 and figure 6), without a residual connection or a
-    norm.
+    r"""The Mamba-2 layer (paper, section 7.1 and figure 6), without a residual or a norm.
 
         x -> in_proj -> x, B, C -> causal convolution -> SiLU -> ssd -> gated norm -> out_proj -> y
                     \-> dt -> softplus --------------------------/       /
@@ -153,8 +152,7 @@ def rms_norm(v, eps=1e-5):
 # ---- Chunks --------------------------------------------------------------------------------------
 
 def ssd(x, dt, A, B, C, h=None, T=None):
-    """ssd_ref in chunks of at most T steps: same arguments, same results and gradients, to
-    rounding.
+    """ssd_ref in chunks of at most T steps: same arguments, same results and gradients.
 
     States and sums are at least float32; y has the dtype of x. T: None for 64 on a GPU, or all of
     up to 128 steps, as it computes few large matmuls fastest; 16 on a CPU, where a larger T is more
@@ -164,31 +162,28 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     x_dtype, L, (H, P), (G, N) = x.dtype, x.shape[1], x.shape[2:], B.shape[2:]
     x, dt, A, B, C = (v.to(dtype) for v in (x, dt, A, B, C))
     if T is None:
-        T = 16 if not x.is_cuda else L if L <= 128 else 64
-    # A step that decays by exp(-40) has forgotten everything; a larger number would only cost its
-    # neighbours their digits in the running sum.
-    log_decay = (dt * A).clamp(min=-40)
+        T = 16
+        if x.is_cuda:
+            T = L if L <= 128 else 64
     u = split(dt[..., None] * x, T).transpose(2, 3)                      # (b, c, H, T, P)
-    log_decay = split(log_decay, T).transpose(2, 3)                      # (b, c, H, T)
+    log_decay = split(dt * A, T).transpose(2, 3)                         # (b, c, H, T)
     B = split(B, T).transpose(2, 3)                                      # (b, c, G, T, N)
     C = split(C, T).transpose(2, 3)                                      # (b, c, G, T, N)
 
     def per_head(v):
         return v if G in (1, H) else v.repeat_interleave(H // G, 2)
 
-    # 1. In a chunk: attention. a_ts is the exp of a difference of running sums, which is <= 0 where
-    # s <= t, so nothing overflows. Below -80, where the result is effectively 0, a CPU's exp is
-    # slow.
-    sums = log_decay.cumsum(-1)                                          # (b, c, H, T)
-    a = (sums[..., :, None] - sums[..., None, :]).clamp(-80, 0).exp().tril()     # (b, c, H, T, T)
+    # 1. In a chunk: attention. a_ts is the exp of a difference of running sums.
+    sums = log_decay.double().cumsum(-1)                                 # (b, c, H, T)
+    a = exp(sums[..., :, None] - sums[..., None, :], dtype).tril()       # (b, c, H, T, T)
     y = (per_head(C @ B.mT) * a) @ u                                     # (b, c, H, T, P)
 
     # 2. The state at the end of each chunk, had it started from zero.
-    to_end = (sums[..., -1:] - sums).clamp(min=-80).exp()[..., None]     # (b, c, H, T, 1)
+    to_end = exp(sums[..., -1:] - sums, dtype)[..., None]                # (b, c, H, T, 1)
     ends = (to_end * u).mT @ per_head(B)                                 # (b, c, H, P, N)
 
     # 3. The recurrence from chunk to chunk.
-    decay = sums[..., -1].clamp(min=-80).exp()[..., None, None]          # (b, c, H, 1, 1)
+    decay = exp(sums[..., -1], dtype)[..., None, None]                   # (b, c, H, 1, 1)
     from_zero = h is None
     h = x.new_zeros(x.shape[0], H, P, N) if from_zero else h.to(dtype)
     starts = []
@@ -196,12 +191,20 @@ def ssd(x, dt, A, B, C, h=None, T=None):
         starts.append(h)
         h = decay[:, k] * h + ends[:, k]                                 # (b, H, P, N)
 
-    # 4. The contribution of each chunk's first state to its outputs; none in a single chunk from
-    # zero.
+    # 4. The contribution of each chunk's first state to its outputs.
     if len(starts) > 1 or not from_zero:
-        from_start = sums.clamp(min=-80).exp()[..., None]                # (b, c, H, T, 1)
+        from_start = exp(sums, dtype)[..., None]                         # (b, c, H, T, 1)
         y = y + from_start * (per_head(C) @ torch.stack(starts, dim=1).mT)
     return y.transpose(2, 3).flatten(1, 2)[:, :L].to(x_dtype), h
+
+
+def exp(difference, dtype):
+    """exp of a difference of running sums, at most 0 where it is used: nothing overflows.
+
+    The sums are float64, or a strong step would cost the weak ones after it their digits. Below
+    -80, where the result is effectively 0, a CPU's exp is slow.
+    """
+    return difference.to(dtype).clamp(-80, 0).exp()
 
 
 @torch.no_grad()

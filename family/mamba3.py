@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 """Mamba-3 (Lahoti et al. 2026, arXiv 2603.15569): a state that rotates, and a better rule for steps.
 
 The differential equation is that of Mamba-2, h' = A h + B x, y = C h. Three things are new:
@@ -11,12 +12,27 @@ The differential equation is that of Mamba-2, h' = A h + B x, y = C h. Three thi
 
     h_t = exp(dt_t A_t) (R_t h_{t-1} + (1 - lambda_t) dt_t R_t B_{t-1} x_{t-1})
           + lambda_t dt_t B_t x_t
+=======
+"""Mamba-3 (Lahoti et al. 2026, arXiv 2603.15569): a state that rotates, a better rule for its
+steps.
+
+The differential equation is that of Mamba-2, h' = A h + B x, y = C h. Three things are new:
+
+1. The trapezoidal rule. Mamba takes in B x as it is at the end of a step. Mamba-3 takes a mean of
+   both ends, weighted by lambda_t in 0 ... 1, which the token chooses. lambda = 1 is Mamba-2; with
+   1/2 the error falls with dt^2. As x_{t-1} enters step t too, no short convolution is needed.
+2. A complex state. Pairs of states turn by angles that the token chooses. A state that turns by pi
+   for a 1 and stays for a 0 knows the parity of a sequence; one that only decays cannot.
+3. More inputs and outputs (MIMO). With rank R, a token writes R outer products and reads R times.
+
+    h_t = exp(dt_t A_t) R_t (h_{t-1} + (1 - lambda_t) dt_t B_{t-1} x_{t-1}) + lambda_t dt_t B_t x_t
+>>>>>>> refs/heads/family
     y_t = C_t h_t
 
-where R_t rotates pairs of states back by the token's angles. Rotations by one pair's angles add up.
-So instead of the state, `forward` rotates B_t and C_t, by the sum of all angles up to t, and what
-remains is the same without R_t (the paper's "RoPE trick"; attention.rotary is this with angles that
-do not depend on the tokens).
+where R_t rotates pairs of states back by the token's angles. Rotations of one pair add up. So
+`forward` rotates B_t and C_t by the sum of all angles up to t instead of the state, and the same
+remains without R_t (the paper's "RoPE trick"; in attention.rotary the angles do not depend on the
+token).
 
     symbol   meaning
     x        inputs (b, L, R, H, P)
@@ -88,14 +104,22 @@ class Mamba3State(NamedTuple):
 class Mamba3(nn.Module):
     r"""The Mamba-3 layer (paper, section 3.4), without a residual connection or a norm.
 
+<<<<<<< HEAD
         x -> in_proj -> x -------------------------------> recurrence -> + D x -> * -> out_proj -> y
                     \-> B, C -> norm -> + bias -> rotation ----/                      /
                     \-> dt, A, lambda, angle -----------------/                      /
                     \-> z -> SiLU ---------------------------------------------------/
+=======
+        x -> in_proj -> x ------------------------------> recurrence -> + D x -> * -> out_proj -> y
+                    \-> B, C -> norm, bias, rotation ---/                       /
+                    \-> dt, A, lambda, angle -----------/                       /
+                    \-> z -> SiLU ---------------------------------------------/
+>>>>>>> refs/heads/family
 
     d_inner = expand * d_model channels, in heads of headdim; d_state: N. rope_fraction: the share
-    of the N states that rotate, 0.5 or 1. is_mimo: with rank mimo_rank; otherwise R = 1. Names,
-    shapes and initial values are those of mamba_ssm.Mamba3 with one group. Left out: several
+    of the N states that rotate, 0.5 or 1. is_mimo: with rank mimo_rank; otherwise R = 1.
+
+    Names, shapes and initial values are those of mamba_ssm.Mamba3 with one group. Left out: several
     groups, and the norm before out_proj (is_outproj_norm). Differs: the official MIMO kernel pairs
     state i with state i + N / 2; here, as in its SISO kernel, neighbours are pairs.
     """
@@ -217,29 +241,37 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
             v = v.repeat_interleave(R, dim)
         return v
 
-    # 1. In a chunk: attention. Nothing overflows: log_a sums are <= 0 where s <= t. Below -80 their
-    # exp is effectively 0, and slow on a CPU; a step of -40 has forgotten everything.
-    sums = log_a.clamp(min=-40).cumsum(-1)                               # (b, c, H, T)
-    a = (sums[..., :, None] - sums[..., None, :]).clamp(-80, 0).exp().tril(-1)   # (b, c, H, T, T)
+    # 1. In a chunk: attention.
+    sums = log_a.double().cumsum(-1)                                     # (b, c, H, T)
+    a = exp(sums[..., :, None] - sums[..., None, :], x.dtype).tril(-1)   # (b, c, H, T, T)
     weight = a * (now + later)[..., None, :] + torch.diag_embed(now)
     y = (per_rank(weight, -1, -2) * (C @ B.mT)) @ x                      # (b, c, H, T R, P)
 
     # 2. The state at the end of each chunk, had it started from zero.
-    to_end = (sums[..., -1:] - sums).clamp(min=-80).exp() * (now + later)
+    to_end = exp(sums[..., -1:] - sums, x.dtype) * (now + later)         # (b, c, H, T)
     ends = (per_rank(to_end, -1)[..., None] * x).mT @ B                  # (b, c, H, P, N)
 
     # 3. The recurrence from chunk to chunk.
-    decay = sums[..., -1].clamp(min=-80).exp()[..., None, None]          # (b, c, H, 1, 1)
+    decay = exp(sums[..., -1], x.dtype)[..., None, None]                 # (b, c, H, 1, 1)
     starts = []
     for k in range(ends.shape[1]):
         starts.append(h)
         h = decay[:, k] * h + ends[:, k]                                 # (b, H, P, N)
 
     # 4. The contribution of each chunk's first state to its outputs.
-    from_start = per_rank(sums.clamp(min=-80).exp(), -1)[..., None]      # (b, c, H, T R, 1)
+    from_start = per_rank(exp(sums, x.dtype), -1)[..., None]             # (b, c, H, T R, 1)
     y = y + from_start * (C @ torch.stack(starts, dim=1).mT)
     y = y.unflatten(3, (-1, R)).movedim(2, 4).flatten(1, 2)[:, :L]       # (b, L, R, H, P)
     return y.to(x_dtype), h
+
+
+def exp(difference, dtype):
+    """exp of a difference of running sums, at most 0 where it is used: nothing overflows.
+
+    The sums are float64, or a strong step would cost the weak ones after it their digits. Below
+    -80, where the result is effectively 0, a CPU's exp is slow.
+    """
+    return difference.to(dtype).clamp(-80, 0).exp()
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """One block of attention and MLP whose weights are used several times: Zamba and Zamba2.
 
-Zamba: Glorioso et al. 2024, arXiv 2405.16712, section II and figure 2. Zamba2: arXiv 2411.15242,
-figure 2.
+Zamba: Glorioso et al. 2024, arXiv 2405.16712, section II. Zamba2: arXiv 2411.15242, figure 2.
 
 Attention and MLP have most of a hybrid's parameters. Here all uses of a block share them, while
 each use has a cache of its own. A use of the block at depth l computes
@@ -41,8 +40,10 @@ class SharedBlock(nn.Module):
         self.mlp = MLP(width)
 
     def forward(self, x, state, lora=None):
-        """x (b, L, 2d), state a KVCache or None, lora: added to the MLP's first map -> y,
-        KVCache."""
+        """x (b, L, 2d), state a KVCache or None -> y (b, L, 2d), the next KVCache.
+
+        lora: a map that is added to the MLP's first, None for none.
+        """
         y, state = self.attention(self.norms[0](x), state)
         x = x + y                                                        # (b, L, 2d)
         u = self.norms[1](x)
@@ -56,9 +57,8 @@ class SharedBlock(nn.Module):
 class SharedUse(nn.Module):
     """One use of a SharedBlock. Its state is a KVCache of its own.
 
-    before: the layers in front of it. Among those, uses of the same kind (the arguments below)
-    share
-        their block with this one; the first creates it.
+    before: the layers in front of it. Among those, uses of the same kind, with the same arguments,
+        share their block with this one; the first creates it.
     blocks: how many blocks take turns; Zamba2 has two.
     rank: of the correction to the MLP's first map, 0 for none, as in Zamba. Zamba2's 1.2B model
         corrects its attention too, which is left out.

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from family.deltanet import GatedDeltaNet, delta_rule, delta_rule_ref
+from family.deltanet import GatedDeltaNet, delta_rule, delta_rule_ref, rms_norm, unit
 
 
 def relative(a, b):
@@ -73,6 +73,15 @@ def test_weak_and_strong_decay(decay):
     found = everything(delta_rule, [v.float() for v in inputs])
     assert relative(found[0], exact[0]) < 1e-4 and relative(found[1], exact[1]) < 1e-4
     assert all(v.isfinite().all() for v in found)
+
+
+def test_gradients_where_strong_and_weak_steps_mix():
+    inputs = operands(L=128)
+    inputs[4] = torch.where(torch.rand(inputs[4].shape) < 0.5, -30.0, -3e-3).double()
+    exact = everything(delta_rule_ref, inputs)
+    found = everything(delta_rule, [v.float() for v in inputs])
+    for v, right in list(zip(found, exact))[:7]:                     # of S nothing is left
+        assert relative(v, right) < 2e-6
 
 
 def test_gradients_against_differences():
@@ -149,6 +158,13 @@ def test_half_precision_and_autocast(dtype, tolerance):
     assert relative(y, exact) < 5e-2 and state.S.dtype == torch.float32
     y, state = layer.to(dtype)(x.to(dtype))
     assert y.dtype == dtype and relative(y, exact) < tolerance and state.S.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_square_in_float32(dtype):
+    v = torch.tensor([300.0, -300.0, 300.0, 300.0], dtype=dtype)
+    right = torch.tensor([1.0, -1.0, 1.0, 1.0], dtype=dtype)
+    assert torch.equal(rms_norm(v), right) and torch.equal(unit(v), right / 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

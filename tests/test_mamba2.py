@@ -115,6 +115,18 @@ def test_layer_is_its_figure():
     assert relative(layer(x)[0], layer.out_proj(y * layer.norm.weight)) < 1e-12
 
 
+def test_gradients_where_strong_and_weak_steps_mix():
+    """A -30 and steps of 1 or 1e-4: float32 sums would lose the weak ones, dA by 3e-4 and more."""
+    x, dt, A, B, C, h = operands(L=128)
+    dt = torch.where(torch.rand(dt.shape) < 0.5, 1.0, 1e-4).double()
+    exact = everything(ssd_ref, [x, dt, torch.full_like(A, -30.0), B, C, h])
+    inputs = [v.float() for v in (x, dt, torch.full_like(A, -30.0), B, C, h)]
+    for T in (16, 64):
+        found = everything(lambda *v: ssd(*v, T=T), inputs)
+        for v, right in list(zip(found, exact))[:7]:                 # of h nothing is left
+            assert relative(v, right) < 2e-6
+
+
 def test_one_step_that_forgets_leaves_its_neighbours_their_digits():
     x, dt, A, B, C, h = operands(L=64)
     dt = dt / 100
