@@ -135,7 +135,7 @@ def torchrun(script, processes, *flags):
 
 def test_processes_share_a_grid(tmp_path, train_tiny):
     """Two, then three of them, of which one is killed; one alone makes what is left."""
-    flags = ["--M", 1, 2, 3, "--seed", 0, 1, "--steps", 150]
+    flags = ["--M", 1, 2, 3, "--seed", 0, 1, "--steps", 80]
     out, script, output = tmp_path / "shared", tmp_path / "tiny_train.py", ""
     for processes in 2, 3, 1:
         group = torchrun(script, processes, *flags, "--out", out)
