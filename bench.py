@@ -32,7 +32,7 @@ from data import recall, recall_batch
 from eval import SEGMENT
 from family.mamba2 import ssd
 from hybrid import MODELS, state_bytes
-from train import make_optimizer
+from train import make_optimizer, set_learning_rate
 
 SHAPES = {  # (b, L, D, N)
     "cpu": [(64, 64, 16, 16), (64, 64, 128, 16), (8, 1024, 128, 16)],
@@ -192,6 +192,7 @@ def scan_rows(device, args):
 def training_step(model, config, device):
     """The step of train.py as a call without arguments; on CUDA as config["compile"] says."""
     optimizer, trained = make_optimizer(model, config, device)
+    set_learning_rate(optimizer, config["lr"])
     generator = torch.Generator(device)
 
     def loss_of(tokens, labels):
@@ -321,7 +322,9 @@ def main(argv=None):
             runs.check(config_for(name, d=args.d))
         if args.out is not None:
             runs.write_json(args.out, {})
-    except (ValueError, OSError, KeyError) as error:
+    except OSError as error:
+        parser.error(f"--{'draw' if args.draw else 'out'} is {args.draw or args.out!r}: {error.strerror}")
+    except (ValueError, KeyError) as error:
         parser.error(str(error))
     torch.manual_seed(0)
     result = {"env": {**runs.environment(device), "date": time.strftime("%Y-%m-%d")}}

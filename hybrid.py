@@ -30,6 +30,7 @@ from family.deltanet import GatedDeltaNet
 from family.experts import MLP, MixtureOfExperts, NormedMamba
 from family.ladder import LTI, RGLRU, RNN, Retention, ShortConv
 from family.mamba2 import Mamba2
+from family.mamba3 import Mamba3
 from family.zamba import SharedBlock, SharedUse
 from mamba import Mamba
 
@@ -48,6 +49,7 @@ FAMILY = {  # each with the order of layers that it is known for, not its size
     # De et al. 2024, arXiv 2402.19427
     "griffin": "rglru+mlp+rglru+mlp+window+mlp",
     "mamba2": "2xmamba2",
+    "mamba3": "2xmamba3",
     "deltanet": "2xdeltanet",
     "gated-deltanet": "2xgated-deltanet",
     "alibi": "2xalibi",
@@ -95,6 +97,8 @@ def build_layer(word, d, L, n_heads, d_state, before):
         return Mamba2(d, d_state, headdim=math.gcd(2 * d, 8))
     if word in ("conv", "conv2", "conv8"):
         return ShortConv(d, d_conv=int(word[4:] or 4))
+    if word in ("mamba3", "mamba3-mimo"):
+        return Mamba3(d, d_state, headdim=math.gcd(2 * d, 8), is_mimo=word == "mamba3-mimo")
     if word in ("deltanet", "gated-deltanet"):
         return GatedDeltaNet(d, n_heads, d_state, gated=word == "gated-deltanet")
     if word in ("alibi", "forgetting"):
@@ -111,7 +115,7 @@ def build_layer(word, d, L, n_heads, d_state, before):
 
 
 WORDS = ["attention", "rope", "position", "window", "grouped", "mamba", "normed-mamba", "mamba2",
-         "deltanet", "gated-deltanet", "alibi", "forgetting", "conv", "conv2", "conv8", "lti",
+         "mamba3", "mamba3-mimo", "deltanet", "gated-deltanet", "alibi", "forgetting", "conv", "conv2", "conv8", "lti",
          "zamba", "zamba2", "zamba2-mini"]       # in build_layer; LAYERS has the others
 
 

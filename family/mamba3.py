@@ -1,20 +1,17 @@
-"""Mamba-3 (Lahoti et al. 2026, arXiv 2603.15569): a state that rotates, and a better rule for its
-steps.
+"""Mamba-3 (Lahoti et al. 2026, arXiv 2603.15569): a state that rotates, and a better rule for steps.
 
 The differential equation is that of Mamba-2, h' = A h + B x, y = C h. Three things are new:
 
-1. The trapezoidal rule. Over a step, Mamba takes in B x as it is at the end of the step. Mamba-3
-takes a
-   mean of both ends, weighted by lambda_t in 0 ... 1, which the token chooses. lambda = 1 is
-   Mamba-2, and 1/2 is exact to second order in dt. As x_{t-1} enters step t too, no short
-   convolution is needed.
-2. A complex state. Pairs of states turn by an angle that the token chooses. A state that can turn
-by pi for
-   a 1 and stay for a 0 knows the parity of a sequence; one that only decays cannot.
+1. The trapezoidal rule. Mamba-2 takes in B x as it is at the end of a step. Mamba-3 takes a mean of
+   both ends, weighted by lambda_t in 0 ... 1, which the token chooses. lambda = 1 is Mamba-2; 1/2 is
+   exact to second order in dt. As x_{t-1} enters step t too, no short convolution is needed.
+2. A complex state. Pairs of states turn by an angle that the token chooses. A state that turns by pi
+   for a 1 and stays for a 0 knows the parity of a sequence; one that only decays cannot.
 3. More inputs and outputs (MIMO). With rank R, a token writes R outer products and reads R times.
 
-    h_t = exp(dt_t A_t) (R_t h_{t-1} + (1 - lambda_t) dt_t R_t B_{t-1} x_{t-1}) + lambda_t dt_t B_t
-    x_t y_t = C_t h_t
+    h_t = exp(dt_t A_t) (R_t h_{t-1} + (1 - lambda_t) dt_t R_t B_{t-1} x_{t-1})
+          + lambda_t dt_t B_t x_t
+    y_t = C_t h_t
 
 where R_t rotates pairs of states back by the token's angles. Rotations by one pair's angles add up.
 So instead of the state, `forward` rotates B_t and C_t, by the sum of all angles up to t, and what
@@ -91,8 +88,7 @@ class Mamba3State(NamedTuple):
 class Mamba3(nn.Module):
     r"""The Mamba-3 layer (paper, section 3.4), without a residual connection or a norm.
 
-        x -> in_proj -> x ------------------------------------> recurrence -> + D x -> * -> out_proj
-        -> y
+        x -> in_proj -> x -------------------------------> recurrence -> + D x -> * -> out_proj -> y
                     \-> B, C -> norm -> + bias -> rotation ----/                      /
                     \-> dt, A, lambda, angle -----------------/                      /
                     \-> z -> SiLU ---------------------------------------------------/

@@ -1,53 +1,73 @@
-"""bench.py on tiny sizes: every table is printed, what it writes can be drawn, and wrong flags are refused before it begins."""
+"""bench.py: its tables have the rows and columns that they promise, and wrong flags one sentence."""
 
-import gc
 import json
 
 import pytest
 import torch
 
 import bench
-import plot
+from conftest import relative
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(bench, "SHAPES", {"cpu": [(2, 5, 3, 4)]})
-    monkeypatch.setattr(bench, "FEWEST_TOKENS", 8)
-    monkeypatch.setattr(bench, "MOST_TOKENS", {"cpu": {"rope": 32, "mamba": 32}})
+    monkeypatch.setattr(bench, "SHAPES", {"cpu": [(2, 5, 4, 3)]})
+    monkeypatch.setattr(bench, "LENGTHS", {"cpu": [16, 32]})
 
 
 def test_tables(tiny, tmp_path, capsys):
-    out = tmp_path / "mine.json"
-    bench.main(["--device", "cpu", "--tables", "step", "scan", "length", "--out", str(out)])
-    printed, tables = capsys.readouterr().out, json.loads(out.read_text())["bench"]
-    assert {row["form"] for row in tables["scan"]} >= {"recurrence", "chunked", "parallel"}
-    assert "mambapy" in printed and "mamba_ssm" in printed                             # beside them, or why they are not
-    assert [row["model"] for row in tables["step"]] == list(bench.MODELS)
-    assert all(0 < row["ms_lowest"] <= row["ms"] <= row["ms_highest"] for row in tables["scan"] + tables["step"])
-
-    assert [(row["model"], row["length"]) for row in tables["length"]] == [(m, L) for m in ("rope", "mamba") for L in (8, 32)]
-    P, D, N, d_conv = 64, 128, 16, 4
-    assert [row["state_bytes"] for row in tables["length"]] == [                       # keys and values; window and h
-        2 * 2 * 4 * 8 * P, 2 * 2 * 4 * 32 * P, *[2 * 4 * D * (d_conv - 1 + N)] * 2]
-    plot.main([str(out), "--out", str(tmp_path)])
-    assert (tmp_path / "cost_mine.png").exists()
-
-
-def test_no_row_counts_what_another_left_behind(tiny, monkeypatch):
-    held = []
-
-    def count(device):
-        gc.collect()
-        held.append(sum(thing.nbytes for thing in gc.get_objects() if type(thing) is torch.Tensor))
-    monkeypatch.setattr(bench, "bytes_held", count)
-    bench.scan_table(torch.device("cpu"))
-    assert len(held) >= 4 and len(set(held)) == 1
+    out = tmp_path / "bench.json"
+    result = bench.main(["--tables", "step", "scan", "length", "--model", "rope", "mamba",
+                         "--device", "cpu", "--out", str(out)])
+    assert json.loads(out.read_text()) == result
+    step, scan, length = result["step"], result["scan"], result["length"]
+    assert [row["model"].strip() for row in step] == ["rope", "mamba"]
+    assert [row["params"] for row in step] == [728, 2760]
+    assert [row["state 64"] for row in step] == [8192, 2432]
+    assert {"ours", "ours 2"} <= {row["form"] for row in scan}
+    assert [row["length"] for row in length] == [16, 32, 16, 32]
+    for row in step + scan:
+        assert 0 < row["lowest"] <= row["ms"] <= row["highest"]
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("rope", "mamba", "ours 2", "2 5 4 3"))
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    ("--tables all", "--tables"), ("--device cuda:77", "cuda:77"), ("--device nonsense", "nonsense"), ("--out .", "--out is"),
-    ("--out none/x.json", "--out is"), ("--scan", "--scan")])
-def test_wrong_flags(flags, sentence, tiny, refuses, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert sentence in refuses(bench.main, flags.split()) and capsys.readouterr().out == ""
+def test_times_are_per_call_and_the_median(monkeypatch):
+    clock = iter([0.0, 4.0, 10.0, 12.0, 20.0, 28.0])         # three repeats: 4, 2 and 8 seconds
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    found = bench.timed(lambda: None, torch.device("cpu"), repeats=3, in_a_row=4)
+    assert found == (1000.0, 500.0, 2000.0)                  # milliseconds of one of four calls
+
+
+def test_costs_are_per_token(tiny, monkeypatch):
+    monkeypatch.setattr(bench, "timed", lambda *arguments: (8.0, 8.0, 8.0))
+    rows = bench.main(["--tables", "length", "--model", "mamba", "--device", "cpu"])["length"]
+    assert [row["train us/token"] for row in rows] == [500.0, 250.0]     # 8 ms over 16, 32 tokens
+    assert [row["decode ms"] for row in rows] == [8.0, 8.0]
+
+
+def test_the_step_is_a_training_step():
+    config = bench.config_for("rope")
+    torch.manual_seed(0)
+    model = bench.runs.model_from(config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.clone() for p in trained]
+    step = bench.training_step(model, config, torch.device("cpu"))
+    losses = [step().item() for _ in range(2)]
+    assert all(2 < loss < 4 for loss in losses) and losses[0] != losses[1]
+    assert all(relative(a, b) > 0 for a, b in zip(trained, before))
+
+
+def test_figure_of_lengths(tiny, tmp_path, capsys):
+    out = tmp_path / "length.json"
+    bench.main(["--tables", "length", "--model", "mamba", "--device", "cpu", "--out", str(out)])
+    bench.main(["--draw", str(out)])
+    assert (tmp_path / "length.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags, word", [
+    ("--tables all", "--tables"), ("--device cuda:77", "cuda:77"), ("--device nonsense", "nonsense"),
+    ("--model nonsense", "--model"), ("--out none/x.json", "none"), ("--out .", "--out"),
+    ("--draw none.json", "none.json"), ("--scan", "--scan")])
+def test_wrong_flags(tiny, refuses, flags, word):
+    assert word in refuses(bench.main, flags.split())
