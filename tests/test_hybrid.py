@@ -36,12 +36,7 @@ def test_words_make_layers():
     assert names == ["LearnedPosition", "Attention", "Attention", "SlidingWindow", "Attention",
                      "Mamba", "NormedMamba"]
     _, none, rope, window, grouped, *_ = layers
-<<<<<<< HEAD
     assert [layer.position for layer in (none, rope, grouped)] == ["none", "rope", "none"]
-=======
-    assert [layer.position for layer in (none, rope, window, grouped)] == [
-        "none", "rope", "rope", "none"]
->>>>>>> main
     assert window.window == 16
     assert (grouped.n_heads, grouped.kv_heads) == (4, 2)
 
@@ -227,11 +222,7 @@ def test_options():
     rates = build_model("rope").layers
     recency = [layer.qkv.bias[:16].unique().tolist() for layer in rates]
     assert recency[0] == [2.0] and len(recency[1]) > 8       # the first layer prefers recent tokens
-<<<<<<< HEAD
     with pytest.raises(ValueError, match="3"):
-=======
-    with pytest.raises(ValueError, match="n-heads is 3"):
->>>>>>> main
         build_model("nope", n_heads=3)
     with pytest.raises(ValueError):
         build_model("mamba", d_state=0)
