@@ -65,7 +65,8 @@ EVAL = [
      'generator, accuracy = stream(seed, "training", device)'),
     ('generator, accuracies = stream(seed, "evaluation", device)',
      'generator, accuracies = stream(seed, "test", device)'),
-    ("min(BATCH_ROWS, held // longest)", "BATCH_ROWS"),
+    ("min(BATCH_ROWS, HELD_TOKENS // longest)", "BATCH_ROWS"),
+    ("n = -(-n // positions) * positions", "pass"),
     ("rows[n][1] <= sequences", "True"),
     ("if not args.no_save and result:", "if result:"),
     ("if not path.endswith(\".resume.pt\")", "if path"),
@@ -92,8 +93,6 @@ RUNS = [
     ("    check_memory(config)\n", ""),
     ("type(value) is not int", "not isinstance(value, (int, float))"),
     ("except (OSError, ValueError, AttributeError):", "except MemoryError:"),
-    ("torch.save({\"config\": config, \"model\": weights}, buffer)",
-     "torch.save({\"config\": config, \"model\": model.state_dict()}, buffer), weights.clear()"),
 ]
 
 GRID = [
