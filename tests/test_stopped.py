@@ -68,8 +68,8 @@ def test_ctrl_c_is_one_sentence(train_tiny, monkeypatch, tmp_path, capsys):
 
 
 def in_child(flags):
-    """Make runs in a process of its own, with a save after every test."""
-    evaluation.TEST_SEQUENCES, train.EVAL_SEQUENCES, train.SAVE_SECONDS = 32, 16, -1
+    """Make runs in a process of its own, with many saves."""
+    evaluation.TEST_SEQUENCES, train.EVAL_SEQUENCES, train.SAVE_SECONDS = 32, 16, 0.02
     sys.stdout = sys.stderr = open(os.devnull, "w")
     train.main(tiny(*flags))
 
@@ -94,16 +94,16 @@ def saved_at(folder):
 
 def test_killed_at_random_moments(train_tiny, tmp_path):
     """SIGKILL a few times, wherever it hits; then the command finishes as if nothing had been."""
-    flags = "--model", "hybrid-a", "--M", 2, "--seed", 0, 1, "--steps", 200
+    flags = "--model", "hybrid-a", "--M", 2, "--seed", 0, 1, "--steps", 150
     out, dice, kills = tmp_path / "out", random.Random(0), 0
     server = multiprocessing.get_context("forkserver")       # imports torch once for all children
     server.set_forkserver_preload(["train", "conftest"])
-    for _ in range(5):
+    for _ in range(3):
         before = saved_at(out)
         child = server.Process(target=in_child, args=([*flags, "--out", out],))
         child.start()
         wait_for(lambda: saved_at(out) > before or child.exitcode is not None)
-        time.sleep(dice.random() / 4)
+        time.sleep(dice.random() / 8)
         child.kill()
         child.join()
         kills += child.exitcode == -signal.SIGKILL
