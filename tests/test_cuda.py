@@ -1,107 +1,142 @@
-"""What only a CUDA device can show. Collected only where there is one: see conftest.py."""
+"""What only a GPU can show: the fused scan, captured and compiled steps. Collected where there is
+one."""
 
-import os
+import math
 
 import pytest
 import torch
 
 import gpu
 import runs
-from conftest import stopped_run
+import train
+from conftest import relative
 from data import stream
+from family.mamba2 import ssd, ssd_ref
+from fused_scan import parallel_scan
 from mamba import selective_scan, selective_scan_ref
 from test_mamba import assert_close, everything, operands
 
-CUDA = ["--device", "cuda", "--M", 2, "--no-stop-early"]
+
+@pytest.mark.parametrize("L, D", [(1, 16), (20, 16), (65, 48), (300, 130)])
+def test_fused_scan_equals_the_recurrence(L, D):
+    inputs = operands(L, D=D, N=16)
+    found = everything(selective_scan, inputs, torch.float32, "cuda")
+    assert_close(found, everything(selective_scan_ref, inputs))
 
 
-class PlainStep(gpu.FastStep):
-    """The step, its kernels launched one by one: neither captured nor compiled."""
-
-    def __call__(self):
-        return self.plain()
-
-    def compile(self):
-        pass
-
-    def compile_if_it_pays(self, *_):
-        pass
-
-
-@pytest.fixture
-def plain(train_tiny, monkeypatch, tmp_path):
-    """plain(*flags): the losses of a run whose steps are neither captured nor compiled."""
-    def call(*flags):
-        with monkeypatch.context() as patch:
-            patch.setattr(gpu, "FastStep", PlainStep)
-            return train_tiny(*CUDA, *flags, out=tmp_path / "plain")[0]["train"]["loss"]
-    return call
-
-
-@pytest.mark.parametrize("mode", ["off", "on"])
-@pytest.mark.parametrize("model", ["rope", "mamba", "hybrid-b"])
-def test_captured_and_compiled_steps_equal_plain_ones(model, mode, plain, train_tiny):
-    result, = train_tiny(*CUDA, "--model", model, "--compile", mode)
-    assert result["train"]["loss"] == pytest.approx(plain("--model", model), rel=1e-3)
-
-
-def test_a_run_that_is_compiled_on_the_way_equals_a_plain_one(plain, train_tiny, monkeypatch):
-    """auto: captured first, compiled when it pays, which at a cost of 0 s it does at once."""
-    compiled, compile_step = [], gpu.FastStep.compile
-
-    def noted(self):
-        compiled.append(self.calls)
-        compile_step(self)
-    monkeypatch.setattr(gpu, "COMPILE_SECONDS", 0)
-    monkeypatch.setattr(gpu, "compiled_shapes", {})
-    monkeypatch.setattr(gpu.FastStep, "compile", noted)
-    result, = train_tiny(*CUDA, "--model", "hybrid-a", "--compile", "auto")
-    assert len(compiled) == 1 and compiled[0] > gpu.WARM_UP, "once, and after it was captured"
-    assert len(gpu.compiled_shapes) == 1
-    assert result["train"]["loss"] == pytest.approx(plain("--model", "hybrid-a"), rel=1e-3)
-
-
-def test_a_stopped_run_is_resumed(train_tiny, monkeypatch, tmp_path):
-    flags = [*CUDA, "--model", "hybrid-a", "--compile", "off"]
-    stopped_run(train_tiny, monkeypatch, flags, 9)
-    resumed, = train_tiny(*flags)
-    whole, = train_tiny(*flags, out=tmp_path / "whole")
-    assert resumed["train"]["step"] == whole["train"]["step"]
-    assert resumed["train"]["loss"] == pytest.approx(whole["train"]["loss"], rel=1e-3)
-
-
-def test_a_checkpoint_of_cuda_is_read_on_a_cpu(train_tiny, tmp_path):
-    result, = train_tiny(*CUDA, "--model", "mamba", "--compile", "off")
-    path = os.path.join(tmp_path / "out", runs.run_name(result["config"]) + ".pt")
-    model, _ = runs.load_run(path)
-    tokens = torch.randint(16, (4, 9))
-    on_cuda = runs.load_run(path, "cuda")[0](tokens.cuda()).cpu()
-    assert torch.allclose(model(tokens), on_cuda, atol=1e-3)
-
-
-def test_streams_share_no_draws_on_cuda():
-    draws = [torch.randint(2**31 - 1, (4000,), device="cuda", generator=stream(seed, purpose,
-                                                                               "cuda")).tolist()
-             for seed in (0, 1, 2, 2**30 - 1) for purpose in ("training", "test", "evaluation")]
-    windows = [{tuple(row[k:k + 4]) for k in range(len(row) - 3)} for row in draws]
-    assert len(set.union(*windows)) == sum(map(len, windows))
-
-
-@pytest.mark.parametrize("L, with_h", [(20, True), (50, False)])
-def test_compiled_scan_equals_float64(L, with_h, monkeypatch):
-    """Two groups of chunks, and four, steps and chunks filled up with zeros."""
-    monkeypatch.setattr("fused_scan.CHUNK_STEPS", 4)
-    monkeypatch.setattr("fused_scan.GROUP_CHUNKS", 4)
-    inputs = [None if v is None else v.float().double()
-              for v in operands(L, D=16, N=16, h=with_h)]
-    assert_close(everything(selective_scan, inputs, torch.float32, "cuda"),
-                 everything(selective_scan_ref, inputs))
-
-
-def test_bfloat16_inputs():
+def test_fused_scan_in_bfloat16():
     x, dt, A, B, C, h = (v.float() for v in operands(20, D=16, N=16))
     inputs = [x.bfloat16(), dt.bfloat16(), A, B.bfloat16(), C.bfloat16(), h]
     found = everything(selective_scan, inputs, device="cuda")
     exact = everything(selective_scan_ref, [v.double() for v in inputs])
-    assert found["y"].dtype == torch.bfloat16
+    assert found["y"].dtype == torch.bfloat16 and found["last state"].dtype == torch.float32
+    assert_close({"last state": found["last state"]}, {"last state": exact["last state"]})
     assert_close(found, exact, outputs=1e-2, gradients=1e-2)
+
+
+def test_a_large_batch_costs_what_its_size_says():
+    """Once the compiler's blocks outgrew the registers: five times as long for large batches."""
+    def milliseconds(b):
+        x, dt = torch.randn(b, 1024, 2048, device="cuda"), torch.rand(b, 1024, 2048, device="cuda")
+        A = -torch.rand(2048, 16, device="cuda")
+        B, C = torch.randn(2, b, 1024, 16, device="cuda")
+        inputs = [v.requires_grad_() for v in (x, dt, A, B, C)]
+        times = []
+        for _ in range(4):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            torch.autograd.grad(parallel_scan(*inputs)[0].sum(), inputs)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        return min(times)
+
+    assert milliseconds(64) < 1.5 * 8 * milliseconds(8)
+
+
+def test_ssd():
+    torch.manual_seed(0)
+    x, dt, A = torch.randn(2, 70, 4, 8), torch.rand(2, 70, 4), -torch.rand(4)
+    B, C = torch.randn(2, 2, 70, 2, 16)
+    exact, _ = ssd_ref(*(v.double() for v in (x, dt, A, B, C)))
+    found, _ = ssd(*(v.cuda() for v in (x, dt, A, B, C)))
+    assert relative(found.cpu(), exact) < 5e-3                # matmuls may use TF32
+
+
+def losses(model, mode, steps=12, switch=None):
+    """The losses of a training step: plain ("none"), captured ("off") or compiled ("on")."""
+    config = {**runs.DEFAULTS, "model": model, "K": 16, "d": 8, "L": 16, "M": 2, "tau": 1,
+              "seed": 0, "compile": mode}
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    net = runs.model_from(config).to(device)
+    optimizer, trained = train.make_optimizer(net, config, device)
+    train.set_learning_rate(optimizer, 1e-2)
+    generator = stream(0, "training", device)
+
+    def loss_of(tokens, labels, at):
+        return torch.nn.functional.cross_entropy(net(tokens, at), labels)
+
+    def step(draw, loss_of, clip):
+        tokens, labels, at = draw(32, 16, 16, 2, 1, device, generator)
+        loss = loss_of(tokens, labels, at)
+        optimizer.zero_grad()
+        loss.backward()
+        clip(trained, 0.2)
+        optimizer.step()
+        return loss.detach()
+
+    functions = train.TASKS["recall"], loss_of, torch.nn.utils.clip_grad_norm_
+    if mode == "none":
+        return [step(*functions).item() for _ in range(steps)]
+    fast, found = gpu.FastStep(step, functions, generator, config), []
+    for k in range(steps):
+        if k == switch:
+            fast.compile()
+        found.append(fast().item())
+    assert fast.replay is not None
+    return found
+
+
+@pytest.mark.parametrize("model", ["rope", "mamba", "hybrid-b", "mamba2", "gated-deltanet"])
+def test_captured_and_compiled_steps_are_training_steps(model):
+    plain = losses(model, "none")
+    assert losses(model, "off") == pytest.approx(plain, rel=1e-3)
+    assert losses(model, "on") == pytest.approx(plain, rel=1e-3)
+
+
+def test_compiling_in_the_middle_of_a_run():
+    assert losses("mamba", "off", switch=6) == pytest.approx(losses("mamba", "none"), rel=1e-3)
+
+
+def test_a_run_compiles_when_that_pays(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "COMPILE_SECONDS", 1e-9)
+    monkeypatch.setattr(gpu, "compiled_shapes", {})
+    said = []
+    monkeypatch.setattr(gpu, "say", said.append)
+    flags = ["--model", "nope", "--L", "8", "--steps", "60", "--device", "cuda"]
+    result, = train.main([*flags, "--out", str(tmp_path)])
+    assert len(said) == 1 and "compiling now" in said[0]
+    assert all(math.isfinite(loss) for loss in result["train"]["loss"])
+
+
+def test_a_killed_run_continues(tmp_path, monkeypatch):
+    """Stopped after a save, and given again: the steps that follow are those of a whole run."""
+    flags = ["--model", "hybrid-a", "--L", "8", "--steps", "80", "--device", "cuda", "--compile", "off"]
+    whole, = train.main([*flags, "--out", str(tmp_path / "whole")])
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    tests, real = [], train.accuracy_now
+
+    def stop(*arguments):
+        tests.append(1)
+        if len(tests) == 31:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "accuracy_now", stop)
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--out", str(tmp_path / "killed")])
+    monkeypatch.setattr(train, "accuracy_now", real)
+    killed, = train.main([*flags, "--out", str(tmp_path / "killed")])
+    assert killed["train"]["step"] == whole["train"]["step"]
+    assert killed["train"]["loss"] == pytest.approx(whole["train"]["loss"], rel=1e-3)
