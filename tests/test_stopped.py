@@ -129,7 +129,9 @@ def test_ctrl_c_from_outside_at_any_moment(tmp_path):
 # ---- several processes ---------------------------------------------------------------------------
 
 SCRIPT = f"""
-import sys
+import os, sys
+with open(sys.argv[0] + os.environ.get("RANK", ".pid"), "w") as f:
+    f.write(str(os.getpid()))
 sys.path[:0] = [{ROOT!r}, {os.path.join(ROOT, "tests")!r}]
 import eval, train
 eval.TEST_SEQUENCES, train.EVAL_SEQUENCES, train.SAVE_SECONDS = 32, 16, -1
@@ -144,25 +146,36 @@ def torchrun(script, processes, *flags):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def made(folder):
+    """The number of results that do not have a mark."""
+    count = 0
+    for path in folder.glob("*.json"):
+        try:
+            count += "mark" not in path.read_text()
+        except FileNotFoundError:                    # --overwrite has just removed it
+            pass
+    return count
+
+
 def test_processes_share_a_grid(tmp_path, train_tiny):
-    """Two, then three of them, of which one is killed; one alone makes what is left."""
+    """Two repeat it, one is killed; of three that go on one is killed, too; one makes the rest."""
     flags = ["--M", 1, 2, 3, "--seed", 0, 1, "--steps", 80]
     out, script, output = tmp_path / "shared", tmp_path / "tiny_train.py", ""
-    for processes in 2, 3, 1:
-        group = torchrun(script, processes, *flags, "--out", out)
+    alone = train_tiny(*flags, out=out)
+    expected = names(out)
+    for path in out.glob("*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "mark": 1}))
+    for processes, more in (2, ["--overwrite"]), (3, []), (1, []):
+        before = made(out)
+        group = torchrun(script, processes, *flags, "--out", out, *more)
         if processes > 1:
-            before = len(list(out.glob("*.json")))
-            wait_for(lambda: len(list(out.glob("*.json"))) > before
-                     and len(list(out.glob("*.lock"))) >= 1)
-            workers = subprocess.run(["pgrep", "-P", str(group.pid), "-f", script.name], text=True,
-                                     capture_output=True).stdout.split()
-            assert len(workers) == processes
-            os.kill(int(workers[-1]), signal.SIGKILL)
+            last = tmp_path / f"{script.name}{processes - 1}"       # where it says its number
+            wait_for(lambda: made(out) > before and last.exists())
+            os.kill(int(last.read_text()), signal.SIGKILL)
         printed, error = group.communicate(timeout=120)
         output += printed
         assert (group.returncode == 0) == (processes == 1), error
-    alone = train_tiny(*flags)
-    assert names(out) == names(tmp_path / "out")
+    assert names(out) == expected and made(out) == 6
     for result in alone:
         path = out / (runs.run_name(result["config"]) + ".json")
         assert numbers(json.loads(path.read_text())) == numbers(result)
