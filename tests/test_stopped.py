@@ -170,7 +170,7 @@ def test_processes_share_a_grid(tmp_path, train_tiny):
         group = torchrun(script, processes, *flags, "--out", out, *more)
         if processes > 1:
             last = tmp_path / f"{script.name}{processes - 1}"       # where it says its number
-            wait_for(lambda: made(out) > before and last.exists())
+            wait_for(lambda: made(out) > before and last.exists() and last.read_text())
             os.kill(int(last.read_text()), signal.SIGKILL)
         printed, error = group.communicate(timeout=120)
         output += printed
