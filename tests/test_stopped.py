@@ -202,6 +202,22 @@ def test_a_run_that_another_process_has_is_left_to_it(train_tiny, monkeypatch, t
     assert len(train_tiny(*flags)) == 2 and made == [1, 0]
 
 
+def test_a_run_that_was_finished_a_moment_ago_is_not_made_again(train_tiny, monkeypatch, tmp_path):
+    """By another process, between the look at its files and the lock."""
+    train_tiny()
+    path, claim = tmp_path / "out" / (NAME + ".json"), grid.claim
+    text = path.read_text()
+    path.unlink()
+
+    def finished_meanwhile(name):
+        path.write_text(text)
+        return claim(name)
+    monkeypatch.setattr(grid, "claim", finished_meanwhile)
+    monkeypatch.setattr(train, "run", None)
+    assert train_tiny() == [json.loads(text)]
+    assert names(tmp_path / "out") == [NAME + ".json", NAME + ".pt"]
+
+
 # ---- stdout --------------------------------------------------------------------------------------
 
 def test_a_stdout_that_is_closed_or_full_loses_nothing(tmp_path):
