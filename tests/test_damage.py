@@ -16,15 +16,17 @@ NO_SPACE = OSError(28, "No space left on device")
 
 # ---- damaged and planted files -------------------------------------------------------------------
 
-def damage_nothing(path):
-    pass
-
-
-def flip_bits(path):
+def flip_a_bit(path):
+    """The lowest bit of a weight, which no file format notices."""
     data = bytearray(path.read_bytes())
-    for k in 40, len(data) // 2, len(data) - 1:
-        data[k] ^= 1
+    saved = torch.load(io.BytesIO(data[32:]), weights_only=True)
+    place = data.index(saved["model"]["layers.0.qkv.weight"].numpy().tobytes())
+    data[place] ^= 1
     path.write_bytes(data)
+
+
+def flip_a_bit_of_the_checksum(path):
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
 
 
 def cut(path):
@@ -53,8 +55,9 @@ def with_saved(change):
 
 
 @pytest.mark.parametrize("damage", [
-    flip_bits, cut, empty, make_directory, with_saved(lambda s: s.pop("testing")),
-    with_saved(lambda s: s.pop("curves")), with_saved(lambda s: s["model"].popitem()),
+    flip_a_bit, flip_a_bit_of_the_checksum, cut, empty, make_directory,
+    with_saved(lambda s: s.pop("testing")), with_saved(lambda s: s.pop("curves")),
+    with_saved(lambda s: s["model"].popitem()),
     with_saved(lambda s: s["optimizer"]["param_groups"].pop()),
     with_saved(lambda s: s.update(training=torch.zeros(7, dtype=torch.uint8)))])
 def test_a_damaged_resume_file_starts_anew(damage, train_tiny, monkeypatch, tmp_path, capsys):

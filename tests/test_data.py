@@ -186,6 +186,7 @@ def test_the_shortest_context_exists_and_no_shorter_one(task, M, tau):
     check_task(L, 16, M, tau, task)
     tokens, labels, at = TASKS[task](20, L, 16, M, tau, generator=generator())
     assert tokens.shape[0] == len(labels) == 20
+    assert at is None or at.shape == labels.shape
     with pytest.raises(ValueError, match="^--L is"):
         check_task(L - 1, 16, M, tau, task)
 

@@ -90,7 +90,7 @@ def test_queries_positions_and_values_are_uniform_at_each_length(lengths):
         q, i, value, _ = rows.T
         counts = torch.bincount(i, minlength=length - 3)
         assert len(counts) == length - 3
-        assert counts.max() - counts.min() <= 2, "positions are spread evenly"
+        assert counts.max() == counts.min(), "positions are spread evenly"
         assert_uniform(q * 4 + value - (value > q).long(), 12)
         assert_uniform(i * 3 + q, 3 * (length - 3))
 

@@ -6,8 +6,8 @@ import train
 from conftest import names, tiny
 from hybrid import FAMILY, LAYERS, MODELS, WORDS
 
-ABSURD = ["--L 1000000000", "--batch-size 1000000000", "--d 1000000", "--model mamba --d-state 1000000000",
-          "--K 1000000000", "--model 100000xmamba",
+ABSURD = ["--L 1000000000", "--batch-size 1000000000", "--d 1000000", "--K 1000000000",
+          "--model mamba --d-state 1000000000", "--model 100000xmamba",
           *(f"--{flag} {10**19}" for flag in ("L", "K", "d", "M", "tau", "d-state", "batch-size",
                                               "steps", "seed", "n-heads"))]
 

@@ -68,8 +68,8 @@ def test_ctrl_c_is_one_sentence(train_tiny, monkeypatch, tmp_path, capsys):
 
 
 def in_child(flags):
-    """Make runs in a process of its own, with a save after every test."""
-    evaluation.TEST_SEQUENCES, train.EVAL_SEQUENCES, train.SAVE_SECONDS = 32, 16, -1
+    """Make runs in a process of its own, with many saves."""
+    evaluation.TEST_SEQUENCES, train.EVAL_SEQUENCES, train.SAVE_SECONDS = 32, 16, 0.02
     sys.stdout = sys.stderr = open(os.devnull, "w")
     train.main(tiny(*flags))
 
@@ -81,22 +81,33 @@ def wait_for(condition, seconds=60):
         time.sleep(0.002)
 
 
+def saved_at(folder):
+    """The time of the newest progress in a folder whose files come and go."""
+    times = [0]
+    for path in folder.glob("*.resume.pt"):
+        try:
+            times.append(path.stat().st_mtime_ns)
+        except FileNotFoundError:
+            pass
+    return max(times)
+
+
 def test_killed_at_random_moments(train_tiny, tmp_path):
     """SIGKILL a few times, wherever it hits; then the command finishes as if nothing had been."""
     flags = "--model", "hybrid-a", "--M", 2, "--seed", 0, 1, "--steps", 150
-    out, dice = tmp_path / "out", random.Random(0)
+    out, dice, kills = tmp_path / "out", random.Random(0), 0
     server = multiprocessing.get_context("forkserver")       # imports torch once for all children
     server.set_forkserver_preload(["train", "conftest"])
-    for kill in range(6):
+    for _ in range(3):
+        before = saved_at(out)
         child = server.Process(target=in_child, args=([*flags, "--out", out],))
         child.start()
-        time.sleep(0.1)
-        wait_for(lambda: list(out.glob("*.lock")))
-        time.sleep(dice.random() / 2)
+        wait_for(lambda: saved_at(out) > before or child.exitcode is not None)
+        time.sleep(dice.random() / 8)
         child.kill()
         child.join()
-        assert child.exitcode == -signal.SIGKILL, "it was still at work"
-    assert list(out.glob("*.resume.pt"))
+        kills += child.exitcode == -signal.SIGKILL
+    assert kills >= 2
     resumed, whole = train_tiny(*flags), train_tiny(*flags, out=tmp_path / "whole")
     assert list(map(numbers, resumed)) == list(map(numbers, whole))
     assert names(out) == names(tmp_path / "whole")
@@ -118,7 +129,9 @@ def test_ctrl_c_from_outside_at_any_moment(tmp_path):
 # ---- several processes ---------------------------------------------------------------------------
 
 SCRIPT = f"""
-import sys
+import os, sys
+with open(sys.argv[0] + os.environ.get("RANK", ".pid"), "w") as f:
+    f.write(str(os.getpid()))
 sys.path[:0] = [{ROOT!r}, {os.path.join(ROOT, "tests")!r}]
 import eval, train
 eval.TEST_SEQUENCES, train.EVAL_SEQUENCES, train.SAVE_SECONDS = 32, 16, -1
@@ -133,25 +146,36 @@ def torchrun(script, processes, *flags):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def made(folder):
+    """The number of results that do not have a mark."""
+    count = 0
+    for path in folder.glob("*.json"):
+        try:
+            count += "mark" not in path.read_text()
+        except FileNotFoundError:                    # --overwrite has just removed it
+            pass
+    return count
+
+
 def test_processes_share_a_grid(tmp_path, train_tiny):
-    """Two, then three of them, of which one is killed; one alone makes what is left."""
-    flags = ["--M", 1, 2, 3, "--seed", 0, 1, "--steps", 150]
+    """Two repeat it, one is killed; of three that go on one is killed, too; one makes the rest."""
+    flags = ["--M", 1, 2, 3, "--seed", 0, 1, "--steps", 80]
     out, script, output = tmp_path / "shared", tmp_path / "tiny_train.py", ""
-    for processes in 2, 3, 1:
-        group = torchrun(script, processes, *flags, "--out", out)
+    alone = train_tiny(*flags, out=out)
+    expected = names(out)
+    for path in out.glob("*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "mark": 1}))
+    for processes, more in (2, ["--overwrite"]), (3, []), (1, []):
+        before = made(out)
+        group = torchrun(script, processes, *flags, "--out", out, *more)
         if processes > 1:
-            before = len(list(out.glob("*.json")))
-            wait_for(lambda: len(list(out.glob("*.json"))) > before
-                     and len(list(out.glob("*.lock"))) >= 1)
-            workers = subprocess.run(["pgrep", "-P", str(group.pid), "-f", script.name], text=True,
-                                     capture_output=True).stdout.split()
-            assert len(workers) == processes
-            os.kill(int(workers[-1]), signal.SIGKILL)
+            last = tmp_path / f"{script.name}{processes - 1}"       # where it says its number
+            wait_for(lambda: made(out) > before and last.exists() and last.read_text())
+            os.kill(int(last.read_text()), signal.SIGKILL)
         printed, error = group.communicate(timeout=120)
         output += printed
         assert (group.returncode == 0) == (processes == 1), error
-    alone = train_tiny(*flags)
-    assert names(out) == names(tmp_path / "out")
+    assert names(out) == expected and made(out) == 6
     for result in alone:
         path = out / (runs.run_name(result["config"]) + ".json")
         assert numbers(json.loads(path.read_text())) == numbers(result)
@@ -176,6 +200,22 @@ def test_a_run_that_another_process_has_is_left_to_it(train_tiny, monkeypatch, t
     monkeypatch.setattr(train, "run", noted)
     monkeypatch.setattr(grid.time, "sleep", finish_the_other)
     assert len(train_tiny(*flags)) == 2 and made == [1, 0]
+
+
+def test_a_run_that_was_finished_a_moment_ago_is_not_made_again(train_tiny, monkeypatch, tmp_path):
+    """By another process, between the look at its files and the lock."""
+    train_tiny()
+    path, claim = tmp_path / "out" / (NAME + ".json"), grid.claim
+    text = path.read_text()
+    path.unlink()
+
+    def finished_meanwhile(name):
+        path.write_text(text)
+        return claim(name)
+    monkeypatch.setattr(grid, "claim", finished_meanwhile)
+    monkeypatch.setattr(train, "run", None)
+    assert train_tiny() == [json.loads(text)]
+    assert names(tmp_path / "out") == [NAME + ".json", NAME + ".pt"]
 
 
 # ---- stdout --------------------------------------------------------------------------------------

@@ -1,0 +1,259 @@
+"""Does the suite notice? Break the code in one small place at a time, and run the tests for it.
+
+    python tests/mutations.py              all of them: about an hour
+    python tests/mutations.py train eval   those of some files
+
+Not a test: run by hand after a change of the tests. A mutation is a file, the text that is replaced
+(the first place where it is found), what replaces it, and the tests that should fail. Each is made
+in a copy of the repository. Prints the mutations that survive, and a count.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+DATA = [
+    ("4 * seed + STREAMS[purpose]", "2**40 + seed"),
+    ("4 * seed + STREAMS[purpose]", "2 * seed + STREAMS[purpose]"),
+    ('"test": 1, "evaluation": 2', '"test": 1, "evaluation": 1'),
+    ('"training": 0, "test": 1', '"training": 0, "test": 0'),
+    ("% (lengths - tau)", "% (lengths - tau - 1).clamp(min=1)"),
+    ("others + (others >= q)", "others + (others > q)"),
+    ("torch.randint(M, (batch_size, 1), **draw)", "torch.randint(K, (batch_size, 1), **draw) % M"),
+    ("torch.randint(K - 1, (batch_size, L + 1), **draw)",
+     "torch.randint(max(1, K - 2), (batch_size, L + 1), **draw)"),
+    ("torch.randint(tau + 1, L + 1, (batch_size,)", "torch.randint(tau + 1, L, (batch_size,)"),
+    ("values, places + 2 * M", "values.roll(1, 1), places + 2 * M"),
+    ("[:, :M].sort(1).values", "[:, :M]"),
+    ("tokens.cumsum(1) % 2", "tokens.flip(1).cumsum(1).flip(1) % 2"),
+    ("V / np.linalg.norm(V, axis=1, keepdims=True)", "V / np.linalg.norm(V, axis=0)"),
+    ("np.random.RandomState(0)", "np.random.RandomState(1)"),
+    ('"mqar": 3 * M', '"mqar": 2 * M'),
+]
+
+HYBRID = [
+    ("wide.square().mean(-1, keepdim=True)", "wide.abs().mean(-1, keepdim=True).square()"),
+    ("bias * torch.randn(d)", "0 * torch.randn(d)"),
+    ("start = 0.5 if any", "start = 0.5 if not any"),
+    ("start = 0.5 if any", "start = 0.05 if any"),
+    ("freeze=not learn_embedding", "freeze=True"),
+    ('if says(layer, "norms_itself"):', "if False:"),
+    ('if last_only and i == len(self.layers) - 1 and says(layer, "answers_last"):',
+     'if last_only and says(layer, "answers_last"):'),
+    ("positions=3 * L + 1", "positions=L + 1"),
+    ("recency = None if before else 2.0", "recency = None"),
+    ("window=max(2, L // 4)", "window=L"),
+    ("x[rows, at] if", "x[rows, at - 1] if"),
+]
+
+EVAL = [
+    ("STRIDE = 8", "STRIDE = 1"),
+    ("block[first::STRIDE]", "block[first * len(block) // STRIDE:][:len(block) // STRIDE + 1]"),
+    ("lengths[-1] - tau <= 2 * (length - tau) + 1", "lengths[-1] - tau <= 9 * (length - tau) + 1"),
+    ("seen = i_b + tau < length", "seen = i_b + tau <= length"),
+    ("seen = i_b + tau < length", "seen = i_b < length"),
+    ("correct[k] += (right & seen).sum()", "correct[k] += right.sum()"),
+    ("start = length\n", "start = 0\n"),
+    ("/ n * positions).long()", "/ n * positions / 2).long()"),
+    ("(torch.arange(n) + spread) / n", "torch.rand(n)"),
+    ("sequences * positions / (group[0] - tau)", "sequences * positions / (group[-1] - tau)"),
+    ('generator, accuracy = stream(seed, "evaluation", device)',
+     'generator, accuracy = stream(seed, "training", device)'),
+    ('generator, accuracies = stream(seed, "evaluation", device)',
+     'generator, accuracies = stream(seed, "test", device)'),
+    ("min(BATCH_ROWS, HELD_TOKENS // longest)", "BATCH_ROWS"),
+    ("n = -(-n // positions) * positions", "pass"),
+    ("rows[n][1] <= sequences", "True"),
+    ("if not args.no_save and result:", "if result:"),
+    ("if not path.endswith(\".resume.pt\")", "if path"),
+    ("range(shortest(M, tau, task), 3 * L + 1)", "range(shortest(M, tau, task), 2 * L + 1)"),
+    ("if len(lengths) <= most:", "if True:"),
+]
+
+RUNS = [
+    ('map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False'),
+    ("map_location=device, weights_only=True", "map_location=device, weights_only=False"),
+    ("os.replace(f.name, path)", "open(path, 'wb').write(data); os.unlink(f.name)"),
+    ("os.fsync(f.fileno())", "pass"),
+    ("            os.unlink(f.name)\n", ""),
+    ("if hashlib.sha256(data).digest() != digest:", "if False:"),
+    ("set_states(parts, before)", "pass"),
+    ("config = {**DEFAULTS, **checkpoint[\"config\"]}", "config = checkpoint[\"config\"]"),
+    ("            check(config)\n", ""),
+    ("model.to(device).eval()", "model.to(device)"),
+    ("read_result(path + \".json\") is not None and", "os.path.exists(path + \".json\") and"),
+    ("and os.path.exists(path + \".pt\")", ""),
+    ("if flag == \"task\" or value == default:",
+     "if flag in (\"task\", \"lr\") or value == default:"),
+    ("default = default_lr(config[\"d\"])", "default = 0.008"),
+    ("0.128 / d", "0.128 / 8"),
+    ("    check_memory(config)\n", ""),
+    ("type(value) is not int", "not isinstance(value, (int, float))"),
+    ("except (OSError, ValueError, AttributeError):", "except MemoryError:"),
+]
+
+GRID = [
+    ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+    ("| os.O_NOFOLLOW", ""),
+    ("for ending in (\".json\", \".resume.pt\")", "for ending in (\".resume.pt\",)"),
+    ("taken.append((number, (config, path)))\n", "pass\n"),
+    ("if not is_finished(path):\n                    yield", "if True:\n                    yield"),
+]
+
+TRAIN = [
+    ("        optimizer.zero_grad()\n", ""),
+    ("        clip(trained, CLIP)\n", ""),
+    ("CLIP = 0.2", "CLIP = 0.25"),
+    ("BETAS = (0.9, 0.98)", "BETAS = (0.9, 0.99)"),
+    ("WARMUP = 400", "WARMUP = 40"),
+    ("if p.dim() > 1 and not name.endswith(\"A_log\")", "if True"),
+    ("if p.dim() > 1 and not name.endswith(\"A_log\")", "if p.dim() > 1"),
+    ("{\"params\": others, \"weight_decay\": 0.0}", "{\"params\": others}"),
+    ("learning_rate(step, last, config[\"lr\"])", "learning_rate(step + 1, last, config[\"lr\"])"),
+    ("if step % every and step < last:", "if step % every:"),
+    ("testing = stream(config[\"seed\"], \"test\", device)",
+     "testing = stream(config[\"seed\"], \"training\", device)"),
+    ("training = stream(config[\"seed\"], \"training\", device)",
+     "training = stream(0, \"training\", device)"),
+    ("    torch.manual_seed(config[\"seed\"])\n", ""),
+    ("SOLVED_TESTS = 10", "SOLVED_TESTS = 9"),
+    ("SOLVED_ACCURACY = 0.99", "SOLVED_ACCURACY = 0.98"),
+    ("max(solved + COOLDOWN_STEPS, round(solved / (1 - COOLDOWN_SHARE)))",
+     "solved + COOLDOWN_STEPS"),
+    ("min(COOLDOWN_STEPS, last / 4)", "COOLDOWN_STEPS"),
+    ("if not math.isfinite(loss):", "if math.isnan(loss):"),
+    ("except (FloatingPointError, OSError) as error:", "except FloatingPointError as error:"),
+    ("        sys.exit(130)\n", "        sys.exit(1)\n"),
+    ("torch.set_num_threads(threads)", "pass"),
+    ("if saved:\n", "if saved and False:\n"),
+    ("\"model\": model, \"optimizer\": optimizer, \"training\": training,",
+     "\"model\": model, \"optimizer\": optimizer,"),
+    ("    runs.write_json(path + \".json\", result)\n    runs.remove(path + \".resume.pt\")\n",
+     "    runs.remove(path + \".resume.pt\")\n    runs.write_json(path + \".json\", result)\n"),
+    ("F.cross_entropy(logits.flatten(0, -2), labels.flatten())",
+     "F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=1e-3)"),
+]
+
+ATTENTION = [
+    ("nn.init.constant_(self.qkv.bias[:d_model + kv_heads * P], recency)", "pass"),
+    ("seen.tril(length - Q)", "seen.tril(length - Q + 1)"),
+    ("seen.triu(length - Q - window + 1)", "seen.triu(length - Q - window)"),
+    ("0.1 * torch.randn(positions, d)", "1.0 * torch.randn(positions, d)"),
+    ("table[None, start:end], end", "table[None, start:end], end - start"),
+]
+
+MAMBA = [
+    ("y = (y + self.D * x) * F.silu(z)", "y = y * F.silu(z)"),
+    ("torch.arange(1.0, d_state + 1)", "torch.ones(d_state)"),
+    ("uniform_(math.log(1e-3), math.log(1e-1))", "uniform_(math.log(1e-4), math.log(1e-1))"),
+    ("MambaState(window, h)", "MambaState(window, h * 1.001)"),
+    ("self.dt_proj.bias.copy_(torch.log(torch.expm1(dt)))", "self.dt_proj.bias.copy_(dt)"),
+]
+
+MAMBA2 = [("uniform_(1, 16)", "uniform_(1, 2)")]
+
+LADDER = [
+    ("nn.init.orthogonal_(self.A.weight)", "nn.init.normal_(self.A.weight, std=0.1)"),
+    ("-2.0 ** (-5 - heads)", "-2.0 ** (-4 - heads)"),
+    ("uniform_(0.9, 0.999)", "uniform_(0.5, 0.999)"),
+    ("torch.sqrt(-torch.expm1(-2 * dt)) * i * u", "i * u"),
+]
+
+ZAMBA = [
+    ("torch.cat([x, embedding], dim=-1)", "torch.cat([x, x], dim=-1)"),
+    ("return x + self.mlp.down(", "return self.mlp.down("),
+]
+
+EXPERTS = [("round(8 * d_model / 3)", "round(4 * d_model)")]
+
+PLOT = [
+    ("ax.axhline(1 / answers", "ax.axhline(2 / answers"),
+    ("ax.axvline(L,", "ax.axvline(2 * L,"),
+    ('"training step" if kind == "training" else "context length"', '"context length"'),
+    ('ylim=(min(0, 1 / answers - 0.09), 1.05), ylabel="accuracy"',
+     'ylim=(min(0, 1 / answers - 0.09), 1.05), ylabel="loss"'),
+    ("label_ends(ax, [end for _, end in", "list([end for _, end in"),
+    ("(*max(line), name_of(flag, c), look[c])", "(*min(line), name_of(flag, c), look[c])"),
+]
+
+SUMMARY = [
+    ("min(run[what] for run in seeds)", "max(run[what] for run in seeds)"),
+    ("np.median([run[what] for run in runs])", "np.mean([run[what] for run in runs])"),
+    ("min(beyond)", "max(beyond)"),
+    ("test >= SOLVED", "test > SOLVED"),
+]
+
+BENCH = [
+    (" / in_a_row)", ")"),
+    ('"train us/token": 1e3 * train_ms / L', '"train us/token": 1e3 * train_ms'),
+    ("statistics.median(took), min(took)", "min(took), statistics.median(took)"),
+]
+
+MUTATIONS = {  # file -> its mutations, and the tests that should fail
+    "data.py": (DATA, "test_data.py"),
+    "hybrid.py": (HYBRID, "test_hybrid.py"),
+    "eval.py": (EVAL, "test_eval.py test_eval_command.py"),
+    "runs.py": (RUNS, "test_runs.py test_damage.py test_flags.py test_train.py test_stopped.py"),
+    "grid.py": (GRID, "test_runs.py test_damage.py test_stopped.py"),
+    "train.py": (TRAIN, "test_train.py test_damage.py test_runs.py test_stopped.py"),
+    "attention.py": (ATTENTION, "test_attention.py test_hybrid.py"),
+    "mamba.py": (MAMBA, "test_mamba.py test_mamba_layer.py"),
+    "family/mamba2.py": (MAMBA2, "test_mamba2.py"),
+    "family/ladder.py": (LADDER, "test_ladder.py"),
+    "family/zamba.py": (ZAMBA, "test_blocks.py test_hybrid.py"),
+    "family/experts.py": (EXPERTS, "test_blocks.py"),
+    "plot.py": (PLOT, "test_plot.py"),
+    "summary.py": (SUMMARY, "test_summary.py test_plot.py"),
+    "bench.py": (BENCH, "test_bench.py"),
+}
+
+
+def survives(folder, name, old, new, tests):
+    """Whether the tests pass although the file is broken."""
+    path = os.path.join(folder, name)
+    with open(path, encoding="utf-8") as f:
+        source = f.read()
+    if old not in source:
+        return "not found"
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(source.replace(old, new, 1))
+    try:
+        files = [os.path.join("tests", test) for test in tests.split()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=600)
+        return "survives" if done.returncode == 0 else ""
+    except subprocess.TimeoutExpired:
+        return ""
+    finally:
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(source)
+
+
+def main():
+    only = [name.removesuffix(".py") + ".py" for name in sys.argv[1:]]
+    count, caught = 0, 0
+    with tempfile.TemporaryDirectory() as parent:
+        folder = os.path.join(parent, "repository")
+        ignore = shutil.ignore_patterns(".git", "__pycache__", "results", "figures", ".venv")
+        shutil.copytree(ROOT, folder, ignore=ignore)
+        for name, (mutations, tests) in MUTATIONS.items():
+            if only and name not in only:
+                continue
+            if not survives(folder, name, "", "", tests):
+                print(f"{tests} fail without any mutation", flush=True)
+                continue
+            for old, new in mutations:
+                verdict = survives(folder, name, old, new, tests)
+                count += 1
+                caught += not verdict
+                if verdict:
+                    print(f"{verdict}: {name}: {old!r} -> {new!r}", flush=True)
+            print(f"{caught} of {count} caught after {name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
