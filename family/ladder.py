@@ -30,13 +30,9 @@ from mamba import DepthwiseConv1d, causal_conv, selective_scan
 
 
 class ShortConv(nn.Module):
-<<<<<<< HEAD
-    """A causal convolution in each channel and nothing else: y_t = bias + sum over k of w_k x_{t-k}.
-=======
     """A causal convolution of d_conv taps in each channel, nothing else.
 
         y_t = bias + w_0 x_t + w_1 x_{t-1} + ... + w_{d_conv - 1} x_{t - d_conv + 1}
->>>>>>> refs/heads/family
 
     Mamba and most of its successors have one inside. Alone, in front of attention, it shows what
     the state adds: it reaches d_conv - 1 tokens back, so a value that comes later than that after

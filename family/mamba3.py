@@ -1,18 +1,3 @@
-<<<<<<< HEAD
-"""Mamba-3 (Lahoti et al. 2026, arXiv 2603.15569): a state that rotates, and a better rule for steps.
-
-The differential equation is that of Mamba-2, h' = A h + B x, y = C h. Three things are new:
-
-1. The trapezoidal rule. Mamba-2 takes in B x as it is at the end of a step. Mamba-3 takes a mean of
-   both ends, weighted by lambda_t in 0 ... 1, which the token chooses. lambda = 1 is Mamba-2; 1/2 is
-   exact to second order in dt. As x_{t-1} enters step t too, no short convolution is needed.
-2. A complex state. Pairs of states turn by an angle that the token chooses. A state that turns by pi
-   for a 1 and stays for a 0 knows the parity of a sequence; one that only decays cannot.
-3. More inputs and outputs (MIMO). With rank R, a token writes R outer products and reads R times.
-
-    h_t = exp(dt_t A_t) (R_t h_{t-1} + (1 - lambda_t) dt_t R_t B_{t-1} x_{t-1})
-          + lambda_t dt_t B_t x_t
-=======
 """Mamba-3 (Lahoti et al. 2026, arXiv 2603.15569): a state that rotates, a better rule for its
 steps.
 
@@ -26,7 +11,6 @@ The differential equation is that of Mamba-2, h' = A h + B x, y = C h. Three thi
 3. More inputs and outputs (MIMO). With rank R, a token writes R outer products and reads R times.
 
     h_t = exp(dt_t A_t) R_t (h_{t-1} + (1 - lambda_t) dt_t B_{t-1} x_{t-1}) + lambda_t dt_t B_t x_t
->>>>>>> refs/heads/family
     y_t = C_t h_t
 
 where R_t rotates pairs of states back by the token's angles. Rotations of one pair add up. So
@@ -104,17 +88,10 @@ class Mamba3State(NamedTuple):
 class Mamba3(nn.Module):
     r"""The Mamba-3 layer (paper, section 3.4), without a residual connection or a norm.
 
-<<<<<<< HEAD
-        x -> in_proj -> x -------------------------------> recurrence -> + D x -> * -> out_proj -> y
-                    \-> B, C -> norm -> + bias -> rotation ----/                      /
-                    \-> dt, A, lambda, angle -----------------/                      /
-                    \-> z -> SiLU ---------------------------------------------------/
-=======
         x -> in_proj -> x ------------------------------> recurrence -> + D x -> * -> out_proj -> y
                     \-> B, C -> norm, bias, rotation ---/                       /
                     \-> dt, A, lambda, angle -----------/                       /
                     \-> z -> SiLU ---------------------------------------------/
->>>>>>> refs/heads/family
 
     d_inner = expand * d_model channels, in heads of headdim; d_state: N. rope_fraction: the share
     of the N states that rotate, 0.5 or 1. is_mimo: with rank mimo_rank; otherwise R = 1.
