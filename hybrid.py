@@ -120,6 +120,8 @@ WORDS = ["attention", "rope", "position", "window", "grouped", "mamba", "normed-
 
 
 MOST_LAYERS = 256
+WITH_HEADS = {"attention", "rope", "window", "zamba", "zamba2", "zamba2-mini", "deltanet",
+              "gated-deltanet", "alibi", "forgetting"}      # words to which n_heads means something
 
 
 def layer_words(name):
@@ -144,8 +146,10 @@ def build_model(name, K=16, d=8, L=64, n_heads=1, d_state=16, learn_embedding=Fa
     """
     if min(K, d, L, n_heads, d_state) < 1:
         raise ValueError("K, d, L, n_heads and d_state must be at least 1")
-    layers = []
-    for word in layer_words(name):
+    words, layers = layer_words(name), []
+    if n_heads > 1 and not WITH_HEADS.intersection(words):
+        raise ValueError(f"--n-heads is {n_heads}, but no layer of {name} takes a number of heads")
+    for word in words:
         layers.append(build_layer(word, d, L, n_heads, d_state, layers))
     return Model(layers, K, d, learn_embedding)
 
