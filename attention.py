@@ -141,8 +141,9 @@ def rotary(x, start, base=10000.0):
     float64: at 10^6 those of float32 are wrong by up to 0.03, above 2^24 neighbours coincide.
     """
     L, P = x.shape[-2:]
-    t = torch.arange(start, start + L, device=x.device, dtype=torch.float64)
-    frequency = base ** (-torch.arange(0, P, 2, device=x.device, dtype=torch.float64) / P)
+    wide = torch.float32 if x.device.type == "mps" else torch.float64    # Apple's GPUs have none
+    t = torch.arange(start, start + L, device=x.device, dtype=wide)
+    frequency = base ** (-torch.arange(0, P, 2, device=x.device, dtype=wide) / P)
     angle = t[:, None] * frequency                                       # (L, P/2)
     cos = angle.cos().to(x.dtype)
     sin = angle.sin().to(x.dtype)

@@ -181,7 +181,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the test sequences (default: 0)")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best one here)")
     parser.add_argument("--no-save", action="store_true", help="leave the JSON as it is")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     # `--lengths 5 X.pt`: argparse takes all of it for lengths.
     paths = args.checkpoints + [word for word in args.lengths if not word.isdecimal()]
     lengths = sorted({int(word) for word in args.lengths if word.isdecimal()})

@@ -67,6 +67,11 @@ def split(v, most):
     return v.unflatten(1, (chunks, -1))
 
 
+def widest(device):
+    """float64, or float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 # ---- Inside a chunk ------------------------------------------------------------------------------
 #
 # Each function that goes through _kernel becomes one kernel, its loop over steps unrolled (_ends,

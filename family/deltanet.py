@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fused_scan import split
+from fused_scan import split, widest
 from mamba import DepthwiseConv1d, causal_conv
 
 
@@ -170,7 +170,7 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     beta = beta[..., None]                                               # (b, c, H, T, 1)
 
     # 1. The decays in a chunk.
-    g = log_a.double().cumsum(-1)                                        # (b, c, H, T)
+    g = log_a.to(widest(v.device)).cumsum(-1)                       # (b, c, H, T)
     decay = exp(g[..., :, None] - g[..., None, :], dtype).tril()         # (b, c, H, T, T)
     from_start = exp(g, dtype)[..., None]                                # (b, c, H, T, 1)
     to_end = exp(g[..., -1:] - g, dtype)[..., None]                      # (b, c, H, T, 1)

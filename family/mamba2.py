@@ -39,7 +39,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fused_scan import split
+from fused_scan import split, widest
 from mamba import DepthwiseConv1d, causal_conv
 
 
@@ -174,7 +174,7 @@ def ssd(x, dt, A, B, C, h=None, T=None):
         return v if G in (1, H) else v.repeat_interleave(H // G, 2)
 
     # 1. In a chunk: attention. a_ts is the exp of a difference of running sums.
-    sums = log_decay.double().cumsum(-1)                                 # (b, c, H, T)
+    sums = log_decay.to(widest(x.device)).cumsum(-1)                # (b, c, H, T)
     a = exp(sums[..., :, None] - sums[..., None, :], dtype).tril()       # (b, c, H, T, T)
     y = (per_head(C @ B.mT) * a) @ u                                     # (b, c, H, T, P)
 

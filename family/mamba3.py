@@ -41,7 +41,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fused_scan import split
+from fused_scan import split, widest
 
 
 def trapezoid_ref(x, log_a, before, now, B, C, h=None, last=None):
@@ -149,7 +149,8 @@ class Mamba3(nn.Module):
         share = torch.sigmoid(at_least_float32(trap))                    # (b, L, H), lambda
 
         # Angles add up over the whole sequence: float64, and whole turns taken away.
-        turn = torch.tanh(angle.double())[:, :, None] * math.pi * dt[..., None].double()
+        wide = widest(x.device)
+        turn = torch.tanh(angle.to(wide))[:, :, None] * math.pi * dt[..., None].to(wide)
         angle = turn.cumsum(1)                                           # (b, L, H, S)
         if state is not None:
             angle = angle + state.angle[:, None]
@@ -219,7 +220,7 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
         return v
 
     # 1. In a chunk: attention.
-    sums = log_a.double().cumsum(-1)                                     # (b, c, H, T)
+    sums = log_a.to(widest(x.device)).cumsum(-1)                    # (b, c, H, T)
     a = exp(sums[..., :, None] - sums[..., None, :], x.dtype).tril(-1)   # (b, c, H, T, T)
     weight = a * (now + later)[..., None, :] + torch.diag_embed(now)
     y = (per_rank(weight, -1, -2) * (C @ B.mT)) @ x                      # (b, c, H, T R, P)
