@@ -193,6 +193,21 @@ BENCH = [
     ("statistics.median(took), min(took)", "min(took), statistics.median(took)"),
 ]
 
+FUSED = [
+    ("A * math.log2(math.e)", "A * math.log2(math.e) * 1.001"),
+    ("dx.append((du * dt[:, :, t])", "dx.append((du * dt[:, :, 0])"),
+    ("dA = dA + d_dtA * dt[:, :, t, :, None]", "dA = dA + d_dtA"),
+    ("(d_dtA * A).sum(-1) + du * x[:, :, t]", "(d_dtA * A).sum(-1)"),
+    ("return dA.sum((0, 1))", "return dA.mean((0, 1))"),
+    ("        starts[k] = h\n", "        starts[k] = 0 * h\n"),
+    ("return h, span.sum(2)", "return h, span[:, :, -1]"),
+]
+INSIDE = [
+    (".triu(1)", ".triu(2)"),
+    ("later = dt.flip(0).cumsum(0).flip(0) - dt", "later = dt.flip(0).cumsum(0).flip(0)"),
+    ("F.softplus(", "F.relu("),
+]
+
 MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "data.py": (DATA, "test_data.py"),
     "hybrid.py": (HYBRID, "test_hybrid.py"),
@@ -206,6 +221,8 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "family/ladder.py": (LADDER, "test_ladder.py"),
     "family/zamba.py": (ZAMBA, "test_blocks.py test_hybrid.py"),
     "family/experts.py": (EXPERTS, "test_blocks.py"),
+    "fused_scan.py": (FUSED, "test_mamba.py"),
+    "inside.py": (INSIDE, "test_inside.py"),
     "plot.py": (PLOT, "test_plot.py"),
     "summary.py": (SUMMARY, "test_summary.py test_plot.py"),
     "bench.py": (BENCH, "test_bench.py"),

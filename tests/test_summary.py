@@ -79,3 +79,13 @@ def test_the_same_run_twice(tmp_path, figures, capsys, monkeypatch):
     assert one in error and two in error
     figures(one, os.path.relpath(one), "./" + os.path.relpath(one))
     assert capsys.readouterr().err == ""
+
+
+def test_a_test_at_exactly_99_percent_solves(tmp_path):
+    path = write(tmp_path, "rope")
+    with open(path) as f:
+        result = json.load(f)
+    result["train"] = {"step": [100, 200, 300], "loss": [1, 1, 1], "accuracy": [0.9899, 0.99, 1.0]}
+    with open(path, "w") as f:
+        json.dump(result, f)
+    assert summary.load(path)["steps"] == 200
