@@ -116,8 +116,7 @@ def attend(q, k, v, mask=None):
 
 
 def visible(Q, length, device, window=None):
-    """(Q, length) bool: which keys each of the last Q tokens sees. Those are its own and all before
-    it, or the last `window` of these."""
+    """(Q, length) bool: the keys each of the last Q tokens sees; only the last `window`, if any."""
     seen = torch.ones(Q, length, dtype=torch.bool, device=device)
     mask = seen.tril(length - Q)
     return mask if window is None else mask & seen.triu(length - Q - window + 1)

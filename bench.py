@@ -1,5 +1,4 @@
-"""How fast it is on this machine: a training step, the scan in all its forms, and what length
-costs.
+"""How fast it is on this machine: a training step, the scan, and what a longer context costs.
 
     python bench.py                             a training step of the six models, and the scan
     python bench.py --tables step --model jamba mamba2+mlp        other models
@@ -297,7 +296,8 @@ def draw_lengths(path, out):
 TABLES = {  # name: title, rows; the step first, because torch reads some of gpu.py's options once
     "step": ("A training step, K 16, L 64, batch 64: ms, seconds of the first 4, bytes of state",
              step_rows),
-    "scan": ("The scan (2: Mamba-2's), forward and backward: ms, seconds of the first call", scan_rows),
+    "scan": ("The scan (2: Mamba-2's), forward and backward: ms, seconds of the first call",
+             scan_rows),
     "length": ("What length costs: d 64, one sequence", length_rows)}
 
 
@@ -309,7 +309,7 @@ def main(argv=None):
     add("--tables", nargs="+", choices=TABLES, default=["step", "scan"], help="default: step scan")
     add("--model", nargs="+", default=list(MODELS), metavar="NAME", help="default: the six models")
     add("--d", type=int, default=8, metavar="N", help="width in the table step (default: 8)")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the scan's operands")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the scan's inputs")
     add("--device", help="cuda, cuda:1 or cpu (default: the best one here)")
     add("--out", metavar="FILE.json", help="write the numbers there too")
     add("--draw", metavar="FILE.json", help="draw the table length of this file, and time nothing")
@@ -325,7 +325,8 @@ def main(argv=None):
         if args.out is not None:
             runs.write_json(args.out, {})
     except OSError as error:
-        parser.error(f"--{'draw' if args.draw else 'out'} is {args.draw or args.out!r}: {error.strerror}")
+        flag, path = ("--draw", args.draw) if args.draw else ("--out", args.out)
+        parser.error(f"{flag} is {path!r}: {error.strerror}")
     except (ValueError, KeyError) as error:
         parser.error(str(error))
     torch.manual_seed(0)

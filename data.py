@@ -1,5 +1,4 @@
-"""The tasks: sequences of tokens with the positions that have to be answered, and the fixed
-embedding table.
+"""The tasks, sequences of tokens with answers, and the fixed embedding table.
 
 Associative recall, the task of this repository, shows a query token q once in a context of L
 tokens, at position i, its value v tau tokens later, and then asks for q again:
@@ -115,8 +114,7 @@ def recall(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, unifor
 
 
 def mqar(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):
-    """Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): several pairs, all
-    queried.
+    """Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927).
 
     First M keys, each followed by its value; then L - 2M tokens among which every key comes once
     more, in random order at random places, and has to be answered with its value. Keys are from the
@@ -166,8 +164,7 @@ TASKS = {"recall": recall, "mqar": mqar, "copy": copy, "parity": parity}
 # ---- the embedding, and something to look at -----------------------------------------------------
 
 def embedding_table(K, d):
-    """The fixed embedding: K x d standard normal numbers from numpy's seed 0, each row scaled to
-    length 1.
+    """The fixed embedding, (K, d): standard normal numbers, each row scaled to length 1.
 
     Returns (K, d) float32. The numbers are those of numpy.random.seed(0); numpy.random.randn(K, d),
     but numpy's global generator is left alone.
@@ -177,8 +174,7 @@ def embedding_table(K, d):
 
 
 def show(tokens, tau):
-    """One sequence of recall as a line of text: (q) and [v] are marked, what is far from them left
-    out."""
+    """A sequence of recall as a line of text, (q) and [v] marked, distant tokens left out."""
     tokens = [int(token) for token in tokens]
     last = len(tokens) - 1
     i = tokens.index(tokens[last])

@@ -1,5 +1,4 @@
-"""Accuracy of a trained model against context length, to a million tokens for models without
-attention.
+"""Accuracy of a trained model against context length, for Mamba to a million tokens.
 
     python eval.py results/X.pt                         every length from tau + 1 to 3L
     python eval.py results/X.pt --lengths 64 1024 65536
@@ -49,9 +48,8 @@ def groups(lengths, tau):
 
     In a group the longest has at most twice as many positions for the query as the shortest.
     Neighbours are in different groups: lengths that share contexts also share their luck, and the
-    mean of a curve over many lengths would be as uncertain as a single point of it. With eight groups
-    for each factor of two, its standard deviation is below 0.004 for 1,024 sequences at each
-    length.
+    mean of a curve over many lengths would be as uncertain as a single point of it. With eight
+    groups for each factor of two, its standard deviation is below 0.004 for 1,024 sequences.
     """
     lengths = sorted(set(lengths))
     while lengths:

@@ -1,10 +1,9 @@
-"""The runs of one command: all combinations of its flags, shared between the processes that have
-it.
+"""The runs of one command: all combinations of its flags, shared between processes.
 
 Each process takes the next run that none has taken, so eight processes make eight runs at a time:
-`torchrun --nproc-per-node 8 -- train.py ...`, on one machine or on several with the same folder. A run
-is taken by locking OUT/NAME.lock. The system frees the lock of a process that dies, so its run is
-taken by another, or by the same command given again.
+`torchrun --nproc-per-node 8 -- train.py ...`, on one machine or on several with the same folder. To
+take a run is to lock OUT/NAME.lock. The system frees the lock of a process that dies, so its run
+goes to another, or to the same command given again.
 """
 
 import itertools
@@ -30,8 +29,7 @@ def configs_of(args, device):
 
 
 def prepare_folder(out):
-    """Make the folder of results. Raises ValueError, in one sentence, if it cannot be written
-    to."""
+    """Make the folder of results. Raises ValueError if it cannot be written to."""
     try:
         os.makedirs(out, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
@@ -41,8 +39,7 @@ def prepare_folder(out):
 
 
 def claim(path):
-    """Take a run: a file that stays locked until it is closed or the process ends. None: it is
-    taken.
+    """Take a run: a file, locked until it is closed or the process ends; None if it is taken.
 
     Processes that share a grid, also on other machines with the same folder, make each run once.
     """

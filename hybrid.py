@@ -31,7 +31,7 @@ from family.experts import MLP, MixtureOfExperts, NormedMamba
 from family.ladder import LTI, RGLRU, RNN, Retention, ShortConv
 from family.mamba2 import Mamba2
 from family.mamba3 import Mamba3
-from family.zamba import SharedBlock, SharedUse
+from family.zamba import SharedUse
 from mamba import Mamba
 
 MODELS = {
@@ -76,8 +76,7 @@ LAYERS = {  # words of the layers that need nothing but a width
 
 
 def build_layer(word, d, L, n_heads, d_state, before):
-    """The layer of this word. L: training length; before: the layers in front of it, first layer
-    first."""
+    """The layer of this word. L: training length; before: the list of layers in front of it."""
     recency = None if before else 2.0     # a first rotary layer starts out looking at recent tokens
     if word == "attention":
         return Attention(d, n_heads)
@@ -114,10 +113,10 @@ def build_layer(word, d, L, n_heads, d_state, before):
     return LAYERS[word](d)
 
 
-WORDS = ["attention", "rope", "position", "window", "grouped", "mamba", "normed-mamba", "mamba2",
-         "mamba3", "mamba3-mimo", "deltanet", "gated-deltanet", "alibi", "forgetting", "conv", "conv2", "conv8", "lti",
-         "zamba", "zamba2", "zamba2-mini"]       # in build_layer; LAYERS has the others
-
+WORDS = [                                 # those in build_layer; LAYERS has the others
+    "attention", "rope", "position", "window", "grouped", "alibi", "forgetting", "conv", "conv2",
+    "conv8", "mamba", "normed-mamba", "mamba2", "mamba3", "mamba3-mimo", "deltanet",
+    "gated-deltanet", "lti", "zamba", "zamba2", "zamba2-mini"]
 
 MOST_LAYERS = 256
 WITH_HEADS = {"attention", "rope", "window", "zamba", "zamba2", "zamba2-mini", "deltanet",
@@ -175,8 +174,7 @@ class RMSNorm(nn.Module):
 
 
 class Model(nn.Module):
-    """Embedding, then x = x + layer(norm(x)) for each layer, then a norm and a linear map to the
-    vocabulary.
+    """Embedding, x = x + layer(norm(x)) for each layer, norm, linear map to the vocabulary.
 
     layers: a list of modules as described at the top of this file. The embedding is the fixed table
     of data.py unless learn_embedding trains it.
@@ -232,8 +230,7 @@ class Model(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def extend_positions(self, positions):
-        """Make room for so many tokens in a table of positions: the new rows are random,
-        untrained."""
+        """Make room for so many tokens in a table of positions; new rows stay untrained."""
         for layer in self.layers:
             if hasattr(layer, "extend_positions"):
                 layer.extend_positions(positions)
@@ -246,8 +243,7 @@ def says(layer, attribute):
 
 @torch.no_grad()
 def state_bytes(model, tokens):
-    """The bytes that a model keeps of one sequence after so many tokens: those of all tensors in
-    its states."""
+    """The bytes of state that a model keeps of one sequence after so many tokens."""
     def count(state):
         if torch.is_tensor(state):
             return state.nbytes

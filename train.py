@@ -123,8 +123,7 @@ def last_step(curves, config):
 
 
 def make_optimizer(model, config, device):
-    """AdamW and the parameters that it trains. Weight decay is for matrices, not for vectors or
-    A_log."""
+    """AdamW, and the parameters it trains. Vectors and A_log have no weight decay."""
     decayed, others = [], []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, p in trained.items():

@@ -69,8 +69,7 @@ class MixtureOfExperts(nn.Module):
         # up (E, d, 2F), down (E, F, d)
 
     def route(self, tokens):
-        """tokens (n, d) -> the weights of the k chosen experts (n, k), and which they are (n,
-        k)."""
+        """tokens (n, d) -> the k chosen experts' weights, and which they are, (n, k) each."""
         return self.router(tokens).softmax(-1).topk(self.top_k)
 
     def forward(self, x, state=None):
@@ -122,8 +121,7 @@ class NormedMamba(Mamba):
 
 
 def one_by_one(layer, x):
-    """The definition of MixtureOfExperts: one token and one expert at a time. -> y as x (b, L,
-    d)."""
+    """The definition, one token and one expert at a time: x (b, L, d) -> y (b, L, d)."""
     y = torch.zeros_like(x)
     for b in range(x.shape[0]):
         for t in range(x.shape[1]):

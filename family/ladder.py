@@ -211,8 +211,7 @@ class RGLRU(nn.Module):
         self.out_proj = nn.Linear(d_model, d_model)
 
     def forward(self, x, state=None):
-        """x (b, L, d) -> y (b, L, d). State: the convolution's inputs (b, d, d_conv - 1), h (b, d,
-        1)."""
+        """x (b, L, d) -> y (b, L, d). State: the window (b, d, d_conv - 1), h (b, d, 1)."""
         if x.shape[1] == 0:
             return x, state
         window, h = (None, None) if state is None else state

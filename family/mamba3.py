@@ -1,5 +1,4 @@
-"""Mamba-3 (Lahoti et al. 2026, arXiv 2603.15569): a state that rotates, a better rule for its
-steps.
+"""Mamba-3 (Lahoti et al. 2026, arXiv 2603.15569): a better rule, and a state that rotates.
 
 The differential equation is that of Mamba-2, h' = A h + B x, y = C h. Three things are new:
 

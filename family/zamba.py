@@ -85,8 +85,7 @@ class SharedUse(nn.Module):
             nn.init.zeros_(self.lora[1].weight)                          # all uses start the same
 
     def forward(self, x, state=None, embedding=None):
-        """x and the embedding of the same tokens, (b, L, d) each -> y (b, L, d), the next
-        KVCache."""
+        """x and the tokens' embedding, (b, L, d) each -> y (b, L, d), the next KVCache."""
         if x.shape[1] == 0:
             return x, state
         y, state = self.block(torch.cat([x, embedding], dim=-1), state, self.lora)

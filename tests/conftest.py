@@ -44,9 +44,6 @@ def in_segments(layer, x, sizes, state=None):
     return torch.cat(y, dim=1), state
 
 
-in_pieces = in_segments
-
-
 def tiny(*flags):
     """The flags of a run that takes a moment, and these, which come before TINY's."""
     flags = [str(word) for word in flags]

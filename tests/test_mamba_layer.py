@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 
 import mamba as chunked_module
 import fused_scan
-from conftest import in_pieces
+from conftest import in_segments
 from mamba import DepthwiseConv1d, Mamba, causal_conv, compare_forms, selective_scan_ref
 from test_mamba import CHUNK, operands, small_chunks  # noqa: F401
 
@@ -87,7 +87,7 @@ def test_layer_equals_plain_mamba(L, options):
 def test_segments_equal_one_call(sizes, d_conv):
     layer, x = layer_and_input(20, d_conv=d_conv)
     y, state = layer(x)
-    y_segments, state_segments = in_pieces(layer, x, sizes)
+    y_segments, state_segments = in_segments(layer, x, sizes)
     assert torch.allclose(y, y_segments, atol=1e-12)
     assert all_close(state, state_segments)
 
@@ -95,7 +95,7 @@ def test_segments_equal_one_call(sizes, d_conv):
 def test_gradient_through_segments():
     layer, x = layer_and_input(20)
     whole = gradients_of(layer(x)[0].square().sum(), layer)
-    segments = gradients_of(in_pieces(layer, x, [7, 9])[0].square().sum(), layer)
+    segments = gradients_of(in_segments(layer, x, [7, 9])[0].square().sum(), layer)
     assert all_close(whole, segments, atol=1e-10)
 
 
