@@ -85,8 +85,8 @@ def to_make(configs, out, overwrite, failed):
     while waiting:
         taken = []
         for number, (config, path) in waiting:
-            if is_finished(path):
-                continue
+            if is_finished(path) and not os.path.exists(path + ".lock"):
+                continue                         # a lock left behind by a process that died goes
             try:
                 lock = claim(path)
             except OSError as error:

@@ -268,3 +268,13 @@ def test_loading_leaves_the_weights_as_they_are(train_tiny, tmp_path):
     model, _ = runs.load_run(str(path))
     for name, p in torch.load(path, weights_only=True)["model"].items():
         assert torch.equal(model.state_dict()[name], p)
+
+
+def test_a_lock_that_a_finished_run_left_behind_goes(train_tiny, tmp_path):
+    """Its process was killed after the result was written and before the lock was removed."""
+    before, = train_tiny("--model", "rope")
+    out = tmp_path / "out"
+    lock = out / names(out)[0].replace(".json", ".lock")
+    lock.write_text("")
+    after, = train_tiny("--model", "rope")
+    assert not lock.exists() and numbers(after) == numbers(before)
