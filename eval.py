@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 from data import TASKS, recall_batch, shortest, show, stream
-from runs import load_run, pick_device, read_result, short_errors, write_json
+from grid import wait_for
+from runs import load_run, pick_device, read_result, remove, short_errors, write_json
 
 TEST_SEQUENCES = 512 # of a test during training,
 TEST_TOKENS = 2**18  # and the most of their tokens that are in the model together
@@ -217,14 +218,20 @@ def main(argv=None):
         print(path)
         shown = lengths or [n for n in some_lengths(c["L"], c["tau"]) if n in tested]
         print_table(shown, [accuracies[tested.index(n)] for n in shown], c["L"])
-        result = read_result(os.path.splitext(path)[0] + ".json")
-        if not args.no_save and result:
-            result["eval"] = merged(result["eval"], tested, accuracies, args.sequences)
-            result["seconds"]["eval"] = round(time.monotonic() - began, 3)
+        stem = os.path.splitext(path)[0]
+        if args.no_save or not os.path.exists(stem + ".json"):
+            continue
+        with wait_for(stem):                         # of two at once, neither loses its lengths
+            result = read_result(stem + ".json")
             try:
-                write_json(os.path.splitext(path)[0] + ".json", result)
+                if result:
+                    result["eval"] = merged(result["eval"], tested, accuracies, args.sequences)
+                    result["seconds"]["eval"] = round(time.monotonic() - began, 3)
+                    write_json(stem + ".json", result)
             except OSError as error:
                 sys.exit(f"eval.py: the numbers of {path} were not written: {error.strerror}")
+            finally:
+                remove(stem + ".lock")
     return found
 
 

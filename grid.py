@@ -47,15 +47,30 @@ def claim(path):
         import fcntl
     except ImportError:                          # Windows: one process makes the whole grid
         return open(os.devnull)
-    lock = os.fdopen(os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644))
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock
-    except BlockingIOError:
+    while True:
+        lock = os.fdopen(os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return None
+        except OSError:                          # a file system without locks
+            return lock
+        try:                                     # its owner may just have removed the file
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path + ".lock")):
+                return lock
+        except FileNotFoundError:
+            pass
         lock.close()
-        return None
-    except OSError:                              # a file system without locks
-        return lock
+
+
+def wait_for(path):
+    """claim, as soon as no other process has the run."""
+    lock = claim(path)
+    while lock is None:
+        time.sleep(0.1)
+        lock = claim(path)
+    return lock
 
 
 def to_make(configs, out, overwrite, failed):

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -146,3 +148,25 @@ def test_wrong_flags(flags, sentence, folder, refuses):
 def test_no_checkpoint(refuses):
     assert "RUN.pt" in refuses(evaluation.main, [])
     assert "none.pt is not there" in refuses(evaluation.main, ["none.pt"])
+
+
+def test_two_at_once_lose_nothing(train_tiny, tmp_path, monkeypatch):
+    train_tiny("--model", "rope", "--L", 8)
+    path = next(str(p) for p in (tmp_path / "out").glob("*.pt"))
+    read = evaluation.read_result
+
+    def slowly(*arguments):
+        result = read(*arguments)
+        time.sleep(0.2)
+        return result
+
+    monkeypatch.setattr(evaluation, "read_result", slowly)
+    monkeypatch.setattr(evaluation, "evaluate", lambda model, config, lengths, *rest, **more: [0.5])
+    threads = [threading.Thread(target=evaluation.main, args=([path, "--lengths", str(n)],))
+               for n in (50, 60, 70)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {50, 60, 70} <= set(read(path.replace(".pt", ".json"))["eval"]["length"])
+    assert not list((tmp_path / "out").glob("*.lock"))
