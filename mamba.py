@@ -51,8 +51,9 @@ from fused_scan import check_shapes, parallel_scan
 # exact one 1 B x. It is simpler, saves a division per state, and B and x are learned and can adapt
 # their scale. The exact rule is in family/ladder.py, LTI.
 #
-# Mamba computes dt, B and C from the token (paper, section 3.2, algorithm 2). dt -> 0 skips a token
-# and keeps the state; dt -> infinity erases the state.
+# Mamba computes dt, B and C from the token (paper, section 3.2, algorithm 2). With dt near 0 a
+# token leaves the state alone: nothing decays, nothing is written. With a large dt the past is
+# erased, and h becomes dt B x of this token alone.
 
 def selective_scan_ref(x, dt, A, B, C, h=None):
     """The recurrence as in the paper (algorithm 2, lines 5 and 6); autograd finds the gradient.
@@ -68,7 +69,7 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
     if h is None:
         h = x.new_zeros(x.shape[0], *A.shape)                            # (b, D, N)
     y = []
-    # unbind, because the gradient of x[:, t] is as large as that of x, for every t.
+    # x[:, t] would allocate a gradient of the size of all of x at every step; unbind does not.
     for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)):
         decay = torch.exp(dt_t[..., None] * A)                           # (b, D, N)
         h = decay * h + (dt_t * x_t)[..., None] * B_t[:, None]           # (b, D, N)
@@ -126,9 +127,11 @@ class Mamba(nn.Module):
     ceil(d_model / 16). Parameters have the names, shapes and initial values of mamba_ssm.Mamba with
     its default arguments, so state dicts move between the two.
 
-    As there, in_proj has no bias. On this task that hurts: embeddings are fixed random vectors with
-    no direction in common, so no gate z could be open for every token. `takes_bias` asks the model
-    for a norm with a bias in front of the layer (hybrid.RMSNorm).
+    As there, in_proj has no bias, so a gate z = w x has no constant part that could hold it open
+    for every token. On this task that hurts: the embeddings are fixed random vectors and share no
+    direction for w to use (mamba+attention learned 16 queries in 0 of 12 runs without a bias, in 3
+    of 3 with one). `takes_bias` asks the model for a norm with a bias in front of the layer
+    (hybrid.RMSNorm), which adds the constant w bias to z.
     """
 
     takes_bias = True
@@ -183,8 +186,8 @@ class Mamba(nn.Module):
 # The loop of selective_scan_ref is slow: a dozen small calls per step, and autograd keeps every
 # state that it meets. But only h_t = a_t h_{t-1} + u_t B_t has to be taken step by step. The decays
 # a = exp(dt A), the inputs u = dt x and the sums over states can be computed for many steps in one
-# call. So cut time into chunks of T steps that fit into the cache, and keep only each chunk's first
-# state.
+# call. So cut time into chunks of T steps that fit into the cache, and keep only the state that
+# enters each chunk.
 #
 # The gradient. dx is the gradient of the loss with respect to x, and so on; g_t is that of h_t.
 #
@@ -201,8 +204,8 @@ class Mamba(nn.Module):
 #         ddt_t = x_t du_t + sum over states of A d(dt_t A)
 #
 # The backward pass takes the chunks from last to first. In each it repeats the recurrence from the
-# chunk's first state to get h, then runs backwards to get g. Nothing divides, and no exp has a
-# positive argument, so nothing overflows, however long the sequence or strong the decay.
+# state that enters the chunk to get h, then runs backwards to get g. Nothing divides, and no exp
+# has a positive argument, so nothing overflows, however long the sequence or strong the decay.
 #
 # Time comes first here and b and D last, so that the values of one step are
 # contiguous: x, dt, y (L, b, D); B, C (L, b, N); states (N, b, D).
@@ -228,12 +231,13 @@ def _recur(a, b, h):
 @torch.library.custom_op("mamba::chunked_scan", mutates_args=())
 def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
              T: int) -> tuple[Tensor, Tensor, Tensor]:
-    """-> y, the last state, and for the gradient each chunk's first state (chunks, N, b, D)."""
+    """-> y, the last state, and for the gradient the state entering each chunk (c, N, b, D)."""
     x, dt, A, B, C = _broadcast(x, dt, A, B, C)
     u = dt * x
     y = torch.empty_like(x[:, 0])
-    # exp below -87 gives denormal floats, which CPUs compute 10 to 50 times slower: clamped, a
-    # trained model runs twice as fast. A GPU does not need it, and its host would have to wait.
+    # exp of -87 to -103 is denormal in float32, below 1.2e-38, and CPUs are 10 to 50 times slower
+    # with such numbers. So dt A is clamped at -80, a decay of 2e-35, effectively 0; a trained model
+    # runs twice as fast. A GPU has no such penalty, and bool() would make the CPU wait for it.
     clamp = not x.is_cuda and bool(dt.max() * A.min() < -80)
     a, hs = x.new_empty(2, T, *A.shape)                  # used by every chunk: saves page faults
     a_t, h_t = a.unbind(), hs.unbind()                   # once: it is a tenth of a short scan
@@ -273,7 +277,8 @@ def _backward(
         steps = len(dt_k)
         a_k, g_k = a[:steps], g[:steps]                                  # (T, N, b, D) each
         h_k, h_before = hs[1:steps + 1], hs[:steps]                      # h_t, h_{t-1}
-        torch.mul(dt_k, A, out=a_k).exp_()     # not clamped: exp(-80) may be large beside dA
+        torch.mul(dt_k, A, out=a_k).exp_()     # not clamped: a_t is a factor of dA, and where dA is
+                                               # tiny a false 2e-35 could outweigh it
         torch.mul(u_k, B_k, out=h_k)
         hs[0] = start
         _recur(a_t, h_t[:steps], start)
@@ -339,7 +344,9 @@ def chunked_scan(x, dt, A, B, C, h=None):
 
 # ---- 4. Which form -------------------------------------------------------------------------------
 #
-# On a GPU all chunks can run at once, in kernels made by torch.compile: fused_scan.py.
+#     CPU                                   chunked_scan
+#     CUDA                                  parallel_scan, all chunks at once: fused_scan.py
+#     one step, no steps, or torch.func     selective_scan_ref, on any device
 
 def selective_scan(x, dt, A, B, C, h=None):
     """selective_scan_ref made fast: same arguments, same results, same gradients, to rounding.
