@@ -63,11 +63,10 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
     assignment's positions 1 ... L - tau and its shortest length tau + 1 would not fit together.)
 
     lengths: None, or (B,) int64, a context length from tau + 1 to L for each sequence. Sequence b
-    then
-        ends with its query at index lengths[b]; what follows is padding, which a causal model
-        cannot see.
+        ends with its query at index lengths[b]; a causal model cannot see the padding after it.
     i: None, or (B,) int64, the position of each query in the context, counted from 0, instead of a
-    random one. generator: a torch.Generator on `device`.
+        random one.
+    generator: a torch.Generator on `device`.
 
     Returns tokens (B, L + 1) int64 and labels (B,) int64. Raises ValueError if the task cannot
     exist.
@@ -132,7 +131,7 @@ def mqar(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=
 
 
 def copy(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):
-    """Selective copying (Gu and Dao 2023, section 4.1.1): repeat M tokens that stand among blanks.
+    """Selective copying (Gu and Dao 2023, section 4.1.1): repeat M tokens scattered among blanks.
 
     A context of L tokens: M from {0 ... K-3} at random places, blanks (K-1) between them. Then M
     marks (K-2), at which the model answers the M tokens in their order. A shorter or longer
@@ -161,7 +160,7 @@ def parity(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, unifor
 TASKS = {"recall": recall, "mqar": mqar, "copy": copy, "parity": parity}
 
 
-# ---- the embedding, and something to look at -----------------------------------------------------
+# ---- the embedding, and sequences to show --------------------------------------------------------
 
 def embedding_table(K, d):
     """The fixed embedding, (K, d): standard normal numbers, each row scaled to length 1.

@@ -243,7 +243,10 @@ def says(layer, attribute):
 
 @torch.no_grad()
 def state_bytes(model, tokens):
-    """The bytes of state that a model keeps of one sequence after so many tokens."""
+    """The bytes of state that a model keeps of one sequence after so many tokens.
+
+    A table of positions that is too short gets random rows, as in evaluation.
+    """
     def count(state):
         if torch.is_tensor(state):
             return state.nbytes

@@ -207,8 +207,8 @@ class Mamba(nn.Module):
 # state that enters the chunk to get h, then runs backwards to get g. Nothing divides, and no exp
 # has a positive argument, so nothing overflows, however long the sequence or strong the decay.
 #
-# Time comes first here and b and D last, so that the values of one step are
-# contiguous: x, dt, y (L, b, D); B, C (L, b, N); states (N, b, D).
+# Time comes first here and b and D last, so that the values of one step are contiguous:
+# x, dt, y (L, b, D); B, C (L, b, N); states (N, b, D).
 
 CHUNK_ELEMENTS = 2**18   # of (T, N, b, D): 1 MiB in float32; 2^17 and 2^19 are equally fast
 

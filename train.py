@@ -127,7 +127,10 @@ def make_optimizer(model, config, device):
     decayed, others = [], []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, p in trained.items():
-        (decayed if p.dim() > 1 and not name.endswith("A_log") else others).append(p)
+        if p.dim() > 1 and not name.endswith("A_log"):
+            decayed.append(p)
+        else:
+            others.append(p)
     groups = [{"params": decayed, "weight_decay": config["weight_decay"]},
               {"params": others, "weight_decay": 0.0}]
     on_cuda = device.type == "cuda"
@@ -153,7 +156,7 @@ def run(config, path, device, title="", runs_left=0):
     K, M, tau, L, steps = (config[flag] for flag in ("K", "M", "tau", "L", "steps"))
     task, uniform = TASKS[config["task"]], config["train_lengths"] == "uniform"
 
-    # The model, its optimizer, and a stream of sequences each for training and for tests.
+    # The model, its optimizer, and the random streams of training and of tests.
     torch.manual_seed(config["seed"])
     model = runs.model_from(config).to(device)
     optimizer, trained = make_optimizer(model, config, device)
@@ -204,6 +207,7 @@ def run(config, path, device, title="", runs_left=0):
         # Now and then, a test on fresh sequences: it decides when the run ends.
         loss, accuracy = loss.item(), accuracy_now(model, config, testing, device)
         if not math.isfinite(loss):
+            bar.close()
             raise FloatingPointError(f"the loss is {loss} at step {step}; a lower --lr than "
                                      f"{config['lr']:g} may help")
         for curve, value in zip(curves.values(), (step, loss, accuracy)):
