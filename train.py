@@ -32,7 +32,7 @@ import runs
 from data import TASKS, stream
 from eval import accuracy_now, evaluate, lengths_to_test, show_result
 from grid import configs_of, prepare_folder, to_make
-from hybrid import FAMILY, MODELS, state_bytes
+from hybrid import FAMILY, LAYERS, MODELS, WORDS, state_bytes
 
 WARMUP = 400             # steps in which the learning rate rises
 BETAS = (0.9, 0.98)      # of AdamW
@@ -57,8 +57,9 @@ def parse(argv):
     one, several = dict(metavar="N"), dict(type=int, nargs="+", action="extend", metavar="N")
     add = parser.add_argument_group("the model").add_argument
     names = ", ".join([*MODELS, *FAMILY])
+    words = ", ".join([*WORDS, *LAYERS])
     add("--model", nargs="+", action="extend", metavar="NAME",
-        help=f"* {names}, or a stack such as mamba+attention (default: rope)")
+        help=f"* {names}; or a stack such as mamba+attention, of {words} (default: rope)")
     add("--d", **several, help="* width (default: 8)")
     add("--n-heads", type=int, **one, help="heads of an attention layer (default: 1)")
     add("--d-state", type=int, **one, help="states per channel of Mamba (default: 16)")
