@@ -7,8 +7,8 @@
 To add a layer, write a module and give it a word: `LAYERS["mean"] = RunningMean` if it is built as
 RunningMean(d), otherwise a case in `build_layer` and the word in WORDS. A layer maps x (B, L, d)
 and a state, None at the start of a sequence, to y (B, L, d) and the next state. It must be causal,
-and a sequence fed in segments must give what one call gives. Class attributes, False unless a layer sets them, say what
-else the model has to know of it:
+and a sequence fed in segments must give what one call gives. Class attributes, False unless a layer
+sets them, say what else the model has to know of it:
 
     takes_bias        its norm adds a bias: nothing in the layer itself is constant across tokens
     attends           in a model with this layer, those biases start at random and not at zero

@@ -256,7 +256,7 @@ def test_states_are_freed_by_the_backward_pass(scan, small_chunks):
     """A loss that is kept, for a curve, must not keep the states of its scan."""
     def live_bytes():
         gc.collect()
-        tensors = [v for v in gc.get_objects() if issubclass(type(v), torch.Tensor)]
+        tensors = [v for v in gc.get_objects() if type(v) in (torch.Tensor, torch.nn.Parameter)]
         storages = [v.untyped_storage() for v in tensors]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
