@@ -43,6 +43,7 @@ class Attention(nn.Module):
     d_model: width of x and y; n_heads must divide it, and rope needs heads of even size.
     recency: initial value of the biases of q and k, None for torch's own. With rope, two equal
         biases add a score that is highest at distance 0: the head first looks at recent tokens.
+    base, rotated: of rope, see `rotary`.
     kv_heads: G, which must divide n_heads; each key and value head serves H / G query heads
         (grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245). None for n_heads.
 
@@ -54,12 +55,14 @@ class Attention(nn.Module):
     attends = answers_last = True
     window = None        # how many tokens a query sees; SlidingWindow sets it
 
-    def __init__(self, d_model, n_heads=1, position="none", recency=None, kv_heads=None):
+    def __init__(self, d_model, n_heads=1, position="none", recency=None, kv_heads=None,
+                 base=10000.0, rotated=1.0):
         super().__init__()
         kv_heads = n_heads if kv_heads is None else kv_heads
         check_heads(d_model, n_heads, kv_heads, position)
         P = d_model // n_heads
         self.n_heads, self.kv_heads, self.position = n_heads, kv_heads, position
+        self.base, self.rotated = base, rotated
         self.sizes = [d_model, kv_heads * P, kv_heads * P]               # of q, k and v
         self.qkv = nn.Linear(d_model, sum(self.sizes))
         self.out_proj = nn.Linear(d_model, d_model)
@@ -85,8 +88,8 @@ class Attention(nn.Module):
         q, k, v = self.heads(x)
         S = 0 if state is None else state.k.shape[2]
         if self.position == "rope":
-            q = rotary(q, start=S)
-            k = rotary(k, start=S)
+            q = rotary(q, S, self.base, self.rotated)
+            k = rotary(k, S, self.base, self.rotated)
         cache = extend(state, k, v)
         if last_only:
             q = q[:, :, -1:]                                             # (B, H, 1, P)
@@ -130,16 +133,20 @@ def extend(state, k, v):
     return KVCache(k.clone(), v.clone())
 
 
-def rotary(x, start, base=10000.0):
+def rotary(x, start, base=10000.0, rotated=1.0):
     """Rotate the channels of each head by their token's position (RoFormer, Su et al. 2021, 3.4.2).
 
     Channels j and j + P/2 are the coordinates of a point; at position t it turns by the angle
     t base^(-2j/P). The product of a query at t and a key at s then depends on t - s, not on t.
+    rotated: the share of the channels that turn; the others know no position.
 
     x (..., L, P), the first token at position `start` (from 0) -> the same shape. Angles are
     float64: at 10^6 those of float32 are wrong by up to 0.03, above 2^24 neighbours coincide.
     """
-    L, P = x.shape[-2:]
+    L, P = x.shape[-2], 2 * int(rotated * x.shape[-1] / 2)
+    if P < x.shape[-1]:
+        turned, still = x.split([P, x.shape[-1] - P], dim=-1)
+        return torch.cat([rotary(turned, start, base), still], dim=-1)
     wide = torch.float32 if x.device.type == "mps" else torch.float64    # Apple's GPUs have none
     t = torch.arange(start, start + L, device=x.device, dtype=wide)
     frequency = base ** (-torch.arange(0, P, 2, device=x.device, dtype=wide) / P)

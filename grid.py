@@ -73,12 +73,12 @@ def wait_for(path):
     return lock
 
 
-def to_make(configs, out, overwrite, failed):
+def to_make(configs, out, overwrite, failed, wait=True):
     """Yield (config, path, title, runs left of its shape) for the runs that are still to be made.
 
     Processes started together by torchrun share the runs, and so do commands started one after
     another: each takes the next run that none has taken. A run whose process died is taken by
-    another.
+    another; wait: whether to stay until all are finished, in case one dies.
     """
     paths = [os.path.join(out, run_name(config)) for config in configs]
     first = os.environ.get("RANK", "0") == "0"
@@ -116,6 +116,8 @@ def to_make(configs, out, overwrite, failed):
                     yield config, path, title(number), runs_left(config, configs[number:])
                 remove(path + ".lock")
         if len(taken) == len(waiting):
+            if not wait:
+                return
             time.sleep(1)
         waiting = taken
 

@@ -29,6 +29,7 @@ from family.decay_attention import DecayAttention
 from family.deltanet import GatedDeltaNet
 from family.experts import MLP, MixtureOfExperts, NormedMamba
 from family.ladder import LTI, RGLRU, RNN, Retention, ShortConv
+from family.linear_attention import LinearAttention
 from family.mamba2 import Mamba2
 from family.mamba3 import Mamba3
 from family.zamba import SharedUse
@@ -74,6 +75,19 @@ LAYERS = {  # words of the layers that need nothing but a width
     "rglru": RGLRU,
 }
 
+RUNGS = {  # of linear attention: each has one idea more than the one before
+    "linear-fixed": {"decay": "fixed"},
+    "linear-decay": {"decay": "token"},
+    "gated-deltanet": {"delta": True},
+    "linear-rotation": {"delta": True, "rotation": True},
+}
+RUNGS |= {f"{word}-noconv": {**options, "conv": None} for word, options in RUNGS.items()}
+ROTARY = {  # rotary attention with slower or faster angles, or half of the channels
+    "rope-fast": {"base": 100.0},
+    "rope-slow": {"base": 1e6},
+    "rope-half": {"rotated": 0.5},
+}
+
 
 def build_layer(word, d, L, n_heads, d_state, before):
     """The layer of this word. L: training length; before: the list of layers in front of it."""
@@ -100,6 +114,10 @@ def build_layer(word, d, L, n_heads, d_state, before):
         return Mamba3(d, d_state, headdim=math.gcd(2 * d, 8), is_mimo=word == "mamba3-mimo")
     if word in ("deltanet", "gated-deltanet"):
         return GatedDeltaNet(d, n_heads, d_state, gated=word == "gated-deltanet")
+    if word in RUNGS:
+        return LinearAttention(d, n_heads, d_state, **RUNGS[word])
+    if word in ROTARY:
+        return Attention(d, n_heads, "rope", recency, **ROTARY[word])
     if word in ("alibi", "forgetting"):
         return DecayAttention(d, n_heads, word)
     if word == "lti":
@@ -115,12 +133,12 @@ def build_layer(word, d, L, n_heads, d_state, before):
 
 WORDS = [                                 # those in build_layer; LAYERS has the others
     "attention", "rope", "position", "window", "grouped", "alibi", "forgetting", "conv", "conv2",
-    "conv8", "mamba", "normed-mamba", "mamba2", "mamba3", "mamba3-mimo", "deltanet",
-    "gated-deltanet", "lti", "zamba", "zamba2", "zamba2-mini"]
+    "conv8", "mamba", "normed-mamba", "mamba2", "mamba3", "mamba3-mimo", "deltanet", "lti", "zamba",
+    "zamba2", "zamba2-mini", *RUNGS, *ROTARY]
 
 MOST_LAYERS = 256
 WITH_HEADS = {"attention", "rope", "window", "zamba", "zamba2", "zamba2-mini", "deltanet",
-              "gated-deltanet", "alibi", "forgetting"}      # words to which n_heads means something
+              "alibi", "forgetting", *RUNGS, *ROTARY}      # words to which n_heads means something
 
 
 def layer_words(name):

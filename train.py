@@ -38,7 +38,7 @@ WARMUP = 400             # steps in which the learning rate rises
 BETAS = (0.9, 0.98)      # of AdamW
 CLIP = 0.2               # largest norm of the gradient
 POINTS = 200             # tests during a run of --steps
-SOLVED_TESTS = 10        # a task is solved when 10 tests in a row reach
+SOLVED_TESTS = 3         # a task is solved when 3 tests in a row reach
 SOLVED_ACCURACY = 0.99   # 99 %
 COOLDOWN_STEPS = 1000    # the learning rate falls in the last 1,000 steps, at most a quarter,
 COOLDOWN_SHARE = 1 / 5   # or in the last fifth, if that is longer
@@ -47,7 +47,6 @@ SAVE_SECONDS = 5         # between saves of an unfinished run
 SAY_SECONDS = 30         # between lines of progress where there is no terminal
 BAR = "{desc} {percentage:.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}"
 STATE_TOKENS = 64, 4096  # context lengths at which a result says how many bytes the state has
-ONE_THREAD_D = 16        # up to this width two threads are no faster, and far slower on a busy CPU
 
 
 def parse(argv):
@@ -250,8 +249,11 @@ def run(config, path, device, title="", runs_left=0):
     return result
 
 
-def main(argv=None):
-    """Make the runs of a command; returns their results, those already finished too."""
+def main(argv=None, wait=True):
+    """Make the runs of a command; returns their results, None for a run that is not finished.
+
+    wait: whether to stay until runs that other processes have taken are finished.
+    """
     parser, args = parse(argv)
     try:
         device = runs.pick_device(args.device)
@@ -266,10 +268,11 @@ def main(argv=None):
         parser.error(str(error))
 
     results, failed, threads = [], [], torch.get_num_threads()
-    if device.type == "cpu" and max(args.d) <= ONE_THREAD_D and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)     # more gain little here, and cost a lot beside other programs
     try:
-        for config, path, title, runs_left in to_make(configs, args.out, args.overwrite, failed):
+        for config, path, title, runs_left in to_make(configs, args.out, args.overwrite, failed,
+                                                       wait):
             try:
                 run(config, path, device, title, runs_left)
             except (FloatingPointError, OSError) as error:

@@ -106,6 +106,14 @@ class GatedDeltaNet(nn.Module):
         if x.shape[1] == 0:
             return x, state
         window, S = (None, None) if state is None else state
+        q, k, v, window = self.qkv_of(x, window)
+        beta = torch.sigmoid(self.b_proj(x))                             # (b, L, H)
+        log_a = self.log_decay(x) if self.gated else torch.zeros_like(beta)
+        y, S = delta_rule(q / self.d_state**0.5, k, v, beta, log_a, S)   # (b, L, H, P)
+        return self.output(y, x), DeltaState(window, S)
+
+    def qkv_of(self, x, window):
+        """x (b, L, d) -> q, k (b, L, H, N) of length 1, v (b, L, H, P), the next window."""
         qkv = self.qkv(x)                                                # (b, L, H (2 N + P))
         if self.taps > 1:
             qkv, window = causal_conv(qkv, self.conv1d, window)
@@ -114,17 +122,19 @@ class GatedDeltaNet(nn.Module):
         q, k, v = F.silu(qkv).split(self.sizes, dim=-1)
         q = unit(q.unflatten(-1, (self.n_heads, -1)))                    # (b, L, H, N)
         k = unit(k.unflatten(-1, (self.n_heads, -1)))                    # (b, L, H, N)
-        v = v.unflatten(-1, (self.n_heads, -1))                          # (b, L, H, P)
-        beta = torch.sigmoid(self.b_proj(x))                             # (b, L, H)
-        log_a = torch.zeros_like(beta)
-        if self.gated:
-            dt = F.softplus(self.a_proj(x) + self.dt_bias)               # (b, L, H)
-            log_a = -torch.exp(self.A_log) * dt
-        y, S = delta_rule(q / self.d_state**0.5, k, v, beta, log_a, S)   # (b, L, H, P)
+        return q, k, v.unflatten(-1, (self.n_heads, -1)), window
+
+    def log_decay(self, x):
+        """x (b, L, d) -> log a (b, L, H), as in Mamba-2: A times a step size."""
+        dt = F.softplus(self.a_proj(x) + self.dt_bias)                   # (b, L, H)
+        return -torch.exp(self.A_log) * dt
+
+    def output(self, y, x):
+        """Norm, gate and last map: y (b, L, H, P) and the layer's x -> (b, L, d)."""
         y = rms_norm(y) * self.o_norm
         if self.gated:
             y = y * F.silu(self.g_proj(x)).unflatten(-1, (self.n_heads, -1))
-        return self.o_proj(y.flatten(2)), DeltaState(window, S)
+        return self.o_proj(y.flatten(2))
 
 
 def unit(v, eps=1e-6):

@@ -1,0 +1,114 @@
+"""Linear attention, one idea at a time: fixed decay, decay per token, delta rule, rotation.
+
+The layers of family/ differ in many things at once. These differ in one: every rung below keeps
+the projections, the norm and the gate of the one before, and adds a line to its recurrence.
+
+    linear-fixed      S_t = gamma S_{t-1} + beta_t v_t k_t^T             a decay that never changes
+    linear-decay      S_t = a_t S_{t-1} + beta_t v_t k_t^T               a decay that the token sets
+    gated-deltanet    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T
+    linear-rotation   the same, and q_t and k_t turn by angles that the tokens so far set
+
+y_t = S_t q_t in all of them; symbols are those of family/deltanet.py. The first is RetNet's
+recurrence (Sun et al. 2023, arXiv 2307.08621), the second that of gated linear attention and
+Mamba-2 (Yang et al. 2023, arXiv 2312.06635; Dao and Gu 2024, arXiv 2405.21060), the third Gated
+DeltaNet (arXiv 2412.06464); the rotation is Mamba-3's (arXiv 2603.15569, section 3.2). With the
+ending -noconv, a rung has no short convolution.
+
+`python -m family.linear_attention` shows what each rung remembers of a value that was replaced.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+
+from family.deltanet import GatedDeltaNet, delta_rule, unit
+from family.mamba3 import rotate, trapezoid
+from fused_scan import widest
+
+
+class RungState(NamedTuple):
+    """All that a LinearAttention layer keeps of the tokens so far, however many they were."""
+    conv: torch.Tensor   # as in DeltaState
+    S: torch.Tensor      # (b, H, P, N)
+    angle: torch.Tensor  # (b, H, N / 2), the sum of all angles, in 0 ... 2 pi; empty if none
+
+
+class LinearAttention(GatedDeltaNet):
+    """A rung of the ladder: Gated DeltaNet with parts of its recurrence taken away or added.
+
+    decay: "fixed", gamma = 1 - 2^-5 in the first head, 1 - 2^-6 in the second, ...; or "token".
+    delta: whether a value replaces what its key had, or is added to it. rotation: whether q and k
+    turn. conv: taps of the convolution, None for none. The rest is GatedDeltaNet, which says more.
+    """
+
+    def __init__(self, d_model, n_heads=1, d_state=16, expand=2, decay="token", delta=False,
+                 rotation=False, conv=4):
+        super().__init__(d_model, n_heads, d_state, expand, gated=True, conv=conv)
+        self.delta, self.fixed = delta, decay == "fixed"
+        if self.fixed:
+            del self.a_proj, self.A_log, self.dt_bias
+        self.angle_proj = None
+        if rotation:
+            self.angle_proj = nn.Linear(d_model, n_heads * (d_state // 2), bias=False)
+
+    def log_decay(self, x):
+        """x (b, L, d) -> log a (b, L, H)."""
+        if not self.fixed:
+            return super().log_decay(x)
+        heads = torch.arange(self.n_heads, device=x.device, dtype=torch.float32)
+        return torch.log1p(-2.0 ** (-5 - heads)).expand(*x.shape[:2], -1)
+
+    def forward(self, x, state=None):
+        """As GatedDeltaNet.forward, with a RungState."""
+        if x.shape[1] == 0:
+            return x, state
+        window, S, angle = (None, None, None) if state is None else state
+        q, k, v, window = self.qkv_of(x, window)
+        if self.angle_proj is None:
+            angle = x.new_zeros(len(x), self.n_heads, 0)
+        else:
+            turn = math.pi * torch.tanh(self.angle_proj(x).to(widest(x.device)))
+            angles = turn.unflatten(-1, (self.n_heads, -1)).cumsum(1)    # (b, L, H, N / 2)
+            if angle is not None:
+                angles = angles + angle[:, None]
+            angle = angles[:, -1].remainder(2 * math.pi)
+            q = rotate(q, angles.remainder(2 * math.pi).to(q.dtype))
+            k = rotate(k, angles.remainder(2 * math.pi).to(k.dtype))
+        beta = torch.sigmoid(self.b_proj(x))                             # (b, L, H)
+        recurrence = delta_rule if self.delta else add
+        y, S = recurrence(q / self.d_state**0.5, k, v, beta, self.log_decay(x), S)
+        return self.output(y, x), RungState(window, S, angle)
+
+
+def add(q, k, v, beta, log_a, S=None):
+    """S_t = a_t S_{t-1} + beta_t v_t k_t^T, in chunks; arguments and results as of delta_rule.
+
+    It is Mamba-3's recurrence without its term for the token before.
+    """
+    q, k, v = (u[:, :, None] for u in (q, k, v))                         # rank R = 1
+    y, S = trapezoid(v, log_a, torch.zeros_like(beta), beta, k, q, S)
+    return y[:, :, 0], S
+
+
+@torch.no_grad()
+def main():
+    """Write 3 and then 5 under one key, and read after 0, 10 and 40 other tokens."""
+    key, others = unit(torch.eye(4)[:1]), unit(torch.eye(4)[1:])         # orthogonal keys
+    print("3, then 5 written under one key, with beta = 1; read after 0, 10 and 40 more tokens")
+    for name, log_a, rule in [("linear-fixed", math.log(1 - 2**-5), add),
+                              ("linear-decay, a = 1", 0.0, add),
+                              ("delta rule, a = 1", 0.0, delta_rule)]:
+        read = []
+        for more in (0, 10, 40):
+            keys = torch.cat([key, key, others[torch.arange(more) % 3]])[None, :, None]
+            values = torch.tensor([3.0, 5.0] + [0.0] * more).view(1, -1, 1, 1)
+            L = values.shape[1]
+            _, S = rule(keys, keys, values, torch.ones(1, L, 1), torch.full((1, L, 1), log_a))
+            read.append((S[0, 0, 0] @ key[0]).item())
+        print(f"{name:<20}" + "".join(f"{value:8.2f}" for value in read))
+
+
+if __name__ == "__main__":
+    main()

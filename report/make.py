@@ -1,0 +1,168 @@
+"""Make an experiment of the report: its runs, its tests to a million tokens, and its figures.
+
+    python report/make.py                                  the experiments, and how many runs each has
+    python report/make.py problem1                         one seed, on a laptop: runs and figures
+    python report/make.py problem1 --seed 0 1 2 3 4        all that the report has
+    torchrun --nproc-per-node 8 -- report/make.py problem1 problem2       eight runs at a time
+
+Runs go to results/EXPERIMENT/, figures to figures/; --out and --figures name other folders. The
+same command continues after it was killed. Other flags, such as --device, go on to train.py.
+"""
+
+import argparse
+import glob
+import os
+import shlex
+import sys
+
+os.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.getcwd())
+
+import eval as evaluation
+import plot
+import train
+from hybrid import FAMILY, MODELS
+from runs import is_finished, short_errors
+
+SIX = " ".join(MODELS)
+ALL = " ".join([*MODELS, *FAMILY])
+RUNGS = ["linear-fixed", "linear-decay", "gated-deltanet", "linear-rotation"]
+ATTENTIONS = ["attention", "rope", "alibi", "forgetting"]
+LADDER = " ".join([*(f"2x{word} 2x{word}-noconv" for word in RUNGS),
+                   *(f"2x{word} conv+{word}+conv+{word}" for word in ATTENTIONS)])
+WITH_STATE = ("rope forgetting 2xwindow mamba mamba2 mamba3 gated-deltanet 2xlinear-fixed "
+              "conv+attention hybrid-a")
+
+# Each experiment: "train" lists flags of train.py without --seed and --out, "test" flags of eval.py
+# for all runs whose names match a pattern, "draw" flags of plot.py. {} is the folder of the runs.
+EXPERIMENTS = {
+    "problem1": {
+        "train": [f"--tau 1 5 --model {SIX}"],
+        "draw": ["{}/problem1/*_tau1_* --name problem1_tau1",
+                 "{}/problem1/*_tau5_* --name problem1_tau5"]},
+    "problem2": {
+        "train": ["--M 4 8 16 --model rope mamba hybrid-a hybrid-b"],
+        "draw": ["{}/problem2/* --name finding",
+                 "{}/problem2/* --panels model --name problem2_models"]},
+    "problem3": {
+        "train": ["--d 64 --M 4 8 16 --model mamba", "--d 64 --M 16 --tau 10 --model mamba"],
+        "draw": ["{}/problem2/mamba_* {}/problem3/*_tau1_* --panels model d --name problem3",
+                 "{}/problem3/*_tau10_* --name problem3_tau10"]},
+    "page": {
+        "train": [f"--L 32 --tau 1 5 --model {SIX}"],
+        "test": [("*", "--lengths " + " ".join(map(str, range(97, 129))))],
+        "draw": ["{}/page/* report/published/page* --panels tau --name page"]},
+    "table2": {
+        "train": ["--d 64 --L 256 --model learned rope",
+                  "--d 64 --L 256 --model mamba --lr 8e-3 --batch-size 16 --steps 10000 "
+                  "--no-stop-early",
+                  "--d 64 --L 256 --model mamba --lr 4e-3 --batch-size 16 --steps 10000 "
+                  "--no-stop-early",
+                  "--d 64 --L 256 --model mamba --lr 4e-3 --batch-size 8 --steps 20000 "
+                  "--no-stop-early",
+                  "--d 64 --L 256 --model mamba --lr 8e-3 --batch-size 16 --steps 10000 "
+                  "--no-stop-early --train-lengths uniform"],
+        "test": [("mamba*", "--sequences 64 --lengths "
+                  + " ".join(str(2**k) for k in range(6, 21))),
+                 ("[lr]o*", "--sequences 64 --lengths "
+                  + " ".join(str(2**k) for k in range(6, 17)))],
+        "draw": ["{}/table2/* report/published/table2.json --name table2"]},
+    "filter": {
+        "train": ["--d 8 16 32 --tau 1 2 3 4 5 10 --model conv+attention mamba+attention",
+                  "--d 8 16 32 --M 4 16 --model conv+attention mamba+attention",
+                  "--d 16 --tau 1 2 3 4 5 7 8 10 --model conv2+attention conv8+attention"],
+        "draw": ["{}/filter/*_M1_*_d16_* --against tau --name filter"]},
+    "ladder": {
+        "train": [f"--d 16 --M 4 16 --model {LADDER}"],
+        "draw": ["{}/ladder/* --against model --name ladder"]},
+    "state": {
+        "train": [f"--d 8 16 32 --M 16 --model {WITH_STATE}",
+                  f"--d 8 16 32 --M 8 --task mqar --model {WITH_STATE}"],
+        "draw": ["{}/state/*_M16_* --against state --name state",
+                 "{}/state/mqar_* --against state --name state_mqar"]},
+    "parity": {
+        "train": ["--d 16 --task parity --model rnn lti mamba mamba2 mamba3 gated-deltanet "
+                  "2xlinear-rotation rope hybrid-a"],
+        "draw": ["{}/parity/* --name parity"]},
+    "ratio": {
+        "train": ["--d 22 --M 16 --model mamba+attention", "--d 16 --M 16 --model 2xmamba+attention",
+                  "--d 12 --M 16 --model 3xmamba+attention",
+                  "--d 8 --M 16 --model 6xmamba+attention",
+                  "--d 4 5 6 7 8 --M 16 --model mamba+attention",
+                  "--d 10 12 14 16 --M 16 --model conv+attention"],
+        "draw": ["{}/ratio/* --against model --name ratio"]},
+    "rotary": {
+        "train": ["--M 4 16 --model rope 2xrope-fast 2xrope-slow 2xrope-half alibi forgetting"],
+        "draw": ["{}/rotary/* --name rotary"]},
+    "width": {
+        "train": ["--M 16 --d 16 32 64 --model rope mamba hybrid-a hybrid-b",
+                  "--M 16 --d-state 4 --model mamba", "--M 16 --d-state 64 --model mamba"],
+        "draw": ["{}/width/*L64_seed* {}/problem2/*_M16_* --against d --name width"]},
+    "narrow": {
+        "train": ["--M 16 --model mamba --steps 200000", "--M 16 --model mamba --batch-size 512",
+                  "--M 16 --model mamba --train-lengths uniform", "--M 16 --model mamba --lr 4e-3",
+                  "--M 16 --model 3xmamba 4xmamba"],
+        "draw": ["{}/narrow/* {}/problem2/mamba_M16_* --against model --name narrow"]},
+    "four": {
+        "train": ["--M 4 --model mamba", "--M 4 --model mamba --train-lengths uniform",
+                  "--M 4 --model mamba --batch-size 256"],
+        "draw": ["{}/four/* --against model --name four"]},
+    "uniform": {
+        "train": [f"--train-lengths uniform --model {SIX}"],
+        "draw": ["{}/problem1/*_tau1_* {}/uniform/* --panels train_lengths --name uniform"]},
+    "family": {
+        "train": [f"--d 16 --M 1 16 --model {ALL}"],
+        "draw": ["{}/family/* --against model --name family"]},
+}
+
+
+def share(paths):
+    """The part of a list that is this process's, of those that torchrun started."""
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return paths[rank::processes]
+
+
+def main(argv=None):
+    parser = short_errors(argparse.ArgumentParser(description="Make experiments of the report."))
+    parser.add_argument("names", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
+    parser.add_argument("--seed", nargs="+", default=["0"], help="seeds (default: 0)")
+    parser.add_argument("--out", default="results", help="folder of the runs (default: results)")
+    parser.add_argument("--figures", default="figures", help="folder of figures (default: figures)")
+    args, flags = parser.parse_known_intermixed_args(argv)
+    for name in args.names:
+        if name not in EXPERIMENTS:
+            parser.error(f"{name!r} is none of the experiments {', '.join(EXPERIMENTS)}")
+    if not args.names:
+        for name, experiment in EXPERIMENTS.items():
+            print(name)
+            for line in experiment["train"]:
+                print(f"    train.py {line}")
+        return
+    # First take all runs that are free, then wait for those that other processes have taken.
+    for wait in (False, True):
+        for name in args.names:
+            for line in EXPERIMENTS[name]["train"]:
+                train.main([*line.split(), "--seed", *args.seed, "--out", f"{args.out}/{name}",
+                            *flags], wait)
+    for name in args.names:
+        for pattern, line in EXPERIMENTS[name].get("test", ()):
+            paths = share(sorted(glob.glob(f"{args.out}/{name}/{pattern}.pt")))
+            if paths:
+                evaluation.main([*paths, *line.split()])
+    if os.environ.get("RANK", "0") == "0":
+        for name in args.names:
+            for line in EXPERIMENTS[name]["draw"]:
+                draw(line.replace("{}", args.out), args.figures)
+
+
+def draw(line, figures):
+    """Draw what plot.py's flags say, of the files that its patterns name and that are there."""
+    words = []
+    for word in shlex.split(line):
+        found = sorted(path for path in glob.glob(word) if path.endswith(".json"))
+        words += found if "*" in word else [word]
+    plot.main([*words, "--out", figures])
+
+
+if __name__ == "__main__":
+    main()
