@@ -6,7 +6,7 @@ decays, what is written into it and what is read from it: the state space model 
 
     symbol   shape        meaning
     b, L                  sequences in the batch; tokens, which are also called steps
-    D, N                  channels, each a system of its own; states per channel
+    D, N                  channels, each with a recurrence of its own; states per channel
     x        (b, L, D)    input of the recurrence
     dt       (b, L, D)    step size, positive: how long a token acts on the state
     A        (D, N)       decay rates, negative, the same for every token
@@ -16,7 +16,8 @@ decays, what is written into it and what is read from it: the state space model 
     y        (b, L, D)    output
     dx, ddt, dA, ...      gradient of the loss with respect to x, dt, A, ...
 
-In the Mamba layer, as in the paper, the parameter called D is the skip connection from x to y.
+As in the paper, D has two meanings. In shapes it is the number of channels, which the layer calls
+d_inner. In the layer, self.D is a trained parameter, the weight of a skip connection from x to y.
 """
 
 import math
@@ -47,22 +48,22 @@ from fused_scan import check_shapes, parallel_scan
 #
 #     h_t = exp(dt A) h_{t-1} + dt B x_t         y_t = C h_t
 #
-# They agree for small dt |A| and part for large: at A = -1 and dt = 10 this one writes 10 B x, the
-# exact one 1 B x. It is simpler, saves a division per state, and B and x are learned and can adapt
-# their scale. The exact rule is in family/ladder.py, LTI.
+# The two agree for small dt |A| and differ for large: at A = -1 and dt = 10 ours writes 10 B x, the
+# exact one 1 B x. Ours is simpler, it saves a division per state, and the scale of B and x is
+# learned anyway. The exact rule is in family/ladder.py, LTI.
 #
 # Mamba computes dt, B and C from the token (paper, section 3.2, algorithm 2). With dt near 0 a
 # token leaves the state alone: nothing decays, nothing is written. With a large dt the past is
 # erased, and h becomes dt B x of this token alone.
 
 def selective_scan_ref(x, dt, A, B, C, h=None):
-    """The recurrence as in the paper (algorithm 2, lines 5 and 6); autograd finds the gradient.
+    """The recurrence as in the paper (algorithm 2, lines 5 and 6); autograd computes its gradient.
 
     x, dt (b, L, D); A (D, N), negative; B, C (b, L, N); h (b, D, N), the state before the first
     step, None for zero. It computes in the dtype of its arguments.
     Returns y (b, L, D) and the state after the last step (b, D, N).
 
-    It is also the streaming step: call it with L = 1 and hand the state on.
+    It is also the decode step: call it with L = 1 and pass the state to the next call.
     The official counterpart is mamba_ssm's selective_scan_ref, without its D, z and softplus.
     """
     check_shapes(x, dt, A, B, C, h)
@@ -80,9 +81,9 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
 # ---- 2. The layer --------------------------------------------------------------------------------
 
 class DepthwiseConv1d(nn.Conv1d):
-    """nn.Conv1d with a filter per channel and no padding, as one shifted product per tap.
+    """nn.Conv1d with one filter per channel and no padding, as one shifted product per tap.
 
-    The same numbers, but a compiler can fuse them with what comes before and after.
+    The result is the same, but a compiler can fuse the products with the operations around them.
     """
 
     def __init__(self, channels, taps):
@@ -90,7 +91,7 @@ class DepthwiseConv1d(nn.Conv1d):
 
     def forward(self, x):
         """x (b, channels, L + taps - 1) -> (b, channels, L)."""
-        x = x.mT                                                         # as causal_conv has it
+        x = x.mT                                                         # causal_conv's layout
         L = x.shape[1] - self.kernel_size[0] + 1
         taps = self.weight[:, 0].unbind(1)                               # (channels,) each
         products = (x[:, k:k + L] * tap for k, tap in enumerate(taps))
@@ -107,11 +108,11 @@ def causal_conv(x, conv1d, window=None):
     x = F.pad(x, (0, 0, before, 0)) if window is None else torch.cat([window.mT, x], dim=1)
     start = conv1d.padding[0]                                            # the module's own padding
     y = conv1d(x.mT)[:, :, start:start + L].mT.contiguous()              # (b, L, D)
-    return y, x[:, L:].mT.clone()                                        # a view would keep all x
+    return y, x[:, L:].mT.clone()                                        # a view would hold all x
 
 
 class MambaState(NamedTuple):
-    """All that a Mamba layer keeps of the tokens so far, however many they were."""
+    """All that a Mamba layer keeps of the tokens so far. Its size does not depend on them."""
     conv: torch.Tensor   # (b, d_inner, d_conv - 1), the last inputs of the convolution
     h: torch.Tensor      # (b, d_inner, d_state)
 
@@ -125,7 +126,7 @@ class Mamba(nn.Module):
     d_model: width of x and y; d_state: N; d_conv: taps of the convolution; expand: there are
     d_inner = expand * d_model channels; dt_rank: rank of the map from a token to its dt, None for
     ceil(d_model / 16). Parameters have the names, shapes and initial values of mamba_ssm.Mamba with
-    its default arguments, so state dicts move between the two.
+    its default arguments, so either can load the state dict of the other.
 
     As there, in_proj has no bias, so a gate z = w x has no constant part that could hold it open
     for every token. On this task that hurts: at d = 8, mamba+attention learned 16 queries in 0 of
@@ -152,28 +153,31 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
         # dt starts between 0.001 and 0.1 (paper, section 3.6), uniform on a log scale as in the
-        # official code. The bias is the inverse of softplus there, log(exp(dt) - 1).
+        # official code. forward applies softplus, so the bias is its inverse, log(exp(dt) - 1).
         nn.init.uniform_(self.dt_proj.weight, -self.dt_rank**-0.5, self.dt_rank**-0.5)
         dt = torch.exp(torch.empty(d_inner).uniform_(math.log(1e-3), math.log(1e-1)))
         with torch.no_grad():
             self.dt_proj.bias.copy_(torch.log(torch.expm1(dt)))
 
     def dt_B_C(self, x):
-        """x (b, L, d_inner) -> dt (b, L, dt_rank), which dt_proj maps on; B, C (b, L, d_state)."""
+        """x (b, L, d_inner) -> low_rank_dt (b, L, dt_rank); B, C (b, L, d_state).
+
+        low_rank_dt is not yet the step size: dt = softplus(dt_proj(low_rank_dt)).
+        """
         return self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
 
     def forward(self, x, state=None):
         """Run a segment of a sequence, continuing from `state`: a MambaState, None at the start.
 
-        x (b, L, d_model) -> y (b, L, d_model), the MambaState after the last token.
+        x (b, L, d_model) -> y (b, L, d_model) and the MambaState after the last token.
         """
         window, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, dim=-1)                          # (b, L, d_inner) each
         x, window = causal_conv(x, self.conv1d, window)
         x = F.silu(x)                                                    # (b, L, d_inner)
 
-        dt, B, C = self.dt_B_C(x)
-        dt = F.softplus(self.dt_proj(dt))                                # (b, L, d_inner), positive
+        low_rank_dt, B, C = self.dt_B_C(x)
+        dt = F.softplus(self.dt_proj(low_rank_dt))                       # (b, L, d_inner), positive
         A = -torch.exp(self.A_log)                                       # (d_inner, d_state)
         y, h = selective_scan(x, dt, A, B, C, h)                         # (b, L, d_inner)
         y = (y + self.D * x) * F.silu(z)
@@ -182,16 +186,20 @@ class Mamba(nn.Module):
 
 # ---- 3. Chunks of steps --------------------------------------------------------------------------
 #
-# The loop of selective_scan_ref is slow: a dozen small calls per step, and autograd keeps every
-# state that it meets. But only h_t = a_t h_{t-1} + u_t B_t has to be taken step by step. The decays
-# a = exp(dt A), the inputs u = dt x and the sums over states can be computed for many steps in one
-# call. So cut time into chunks of T steps that fit into the cache, and keep only the state that
-# enters each chunk.
+# The loop of selective_scan_ref is slow: it makes a dozen small calls per step, and autograd stores
+# the state of every step. But only h_t = a_t h_{t-1} + u_t B_t has to be computed step by step. The
+# decays a = exp(dt A), the inputs u = dt x and the sums over states can be computed for many steps
+# in one call. So cut time into chunks of T steps that fit into the cache, and store only the state
+# before each chunk.
 #
 # The gradient. dx is the gradient of the loss with respect to x, and so on; g_t is that of h_t.
 #
 # 1.  h_t is used twice, by y_t and by h_{t+1}. So g obeys the same recurrence, backwards in time:
 #         g_t = C_t dy_t + a_{t+1} g_{t+1}
+#     After the last step there is no g_{t+1}. Instead, the last g also receives dh, the gradient of
+#     the final state, which is returned beside y:
+#         g_L = C_L dy_L + dh
+#     The initial state is used by h_1 alone, so its gradient is a_1 g_1.
 # 2.  h_t is linear in u_t, which N states share, and in B_t, which D channels share:
 #         du_t = sum over states of g_t B_t           dB_t = sum over channels of g_t u_t
 # 3.  The decay a_t has the gradient g_t h_{t-1}, and exp is its own derivative:
@@ -203,8 +211,8 @@ class Mamba(nn.Module):
 #         ddt_t = x_t du_t + sum over states of A d(dt_t A)
 #
 # The backward pass takes the chunks from last to first. In each it repeats the recurrence from the
-# state that enters the chunk to get h, then runs backwards to get g. Nothing divides, and no exp
-# has a positive argument, so nothing overflows, however long the sequence or strong the decay.
+# state before the chunk to get h, then runs backwards to get g. There is no division, and no exp of
+# a positive number, so nothing overflows, however long the sequence or strong the decay.
 #
 # Time comes first here and b and D last, so that the values of one step are contiguous:
 # x, dt, y (L, b, D); B, C (L, b, N); states (N, b, D).
@@ -213,15 +221,18 @@ CHUNK_ELEMENTS = 2**18   # of (T, N, b, D): 1 MiB in float32; 2^17 and 2^19 are 
 
 
 def _broadcast(x, dt, A, B, C):
-    """x, dt as (L, 1, b, D), A as (N, b, D) and B, C as (L, N, b, 1), for products (T, N, b, D)."""
+    """x, dt as (L, 1, b, D), A as (N, b, D), B, C as (L, N, b, 1): products are (T, N, b, D)."""
     A = A.t()[:, None].expand(-1, x.shape[1], -1).contiguous()
     return x[:, None], dt[:, None], A, B.mT[..., None], C.mT[..., None]
 
 
-def _recur(a, b, h):
-    """h_t = a_t h_{t-1} + b_t over lists of (N, b, D). Writes h_t over b_t; returns the last."""
-    for a_t, b_t in zip(a, b):
-        h = b_t.addcmul_(a_t, h)
+def _recur(a, w, h):
+    """h_t = a_t h_{t-1} + w_t for lists a of decays and w of what is written, (N, b, D) each.
+
+    h_t overwrites w_t, which saves memory. Returns the last h.
+    """
+    for a_t, w_t in zip(a, w):
+        h = w_t.addcmul_(a_t, h)
     return h
 
 
@@ -230,7 +241,7 @@ def _recur(a, b, h):
 @torch.library.custom_op("mamba::chunked_scan", mutates_args=())
 def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
              T: int) -> tuple[Tensor, Tensor, Tensor]:
-    """-> y, the last state, and for the gradient the state entering each chunk (c, N, b, D)."""
+    """-> y, the last state, and the state before each chunk (chunks, N, b, D), for the gradient."""
     x, dt, A, B, C = _broadcast(x, dt, A, B, C)
     u = dt * x
     y = torch.empty_like(x[:, 0])
@@ -238,8 +249,10 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
     # with such numbers. So dt A is clamped at -80, a decay of 2e-35, effectively 0; a trained model
     # runs twice as fast. A GPU has no such penalty, and bool() would make the CPU wait for it.
     clamp = not x.is_cuda and bool(dt.max() * A.min() < -80)
-    a, hs = x.new_empty(2, T, *A.shape)                  # used by every chunk: saves page faults
-    a_t, h_t = a.unbind(), hs.unbind()                   # once: it is a tenth of a short scan
+    # All chunks share two buffers: fresh memory for each chunk would cost time in page faults.
+    a, hs = x.new_empty(2, T, *A.shape)                                  # (T, N, b, D) each
+    # Cutting them into single steps takes a tenth of a short scan, so it is done once, not per chunk.
+    a_t, h_t = a.unbind(), hs.unbind()
     starts = []
     for dt_k, u_k, B_k, C_k, y_k in zip(*(v.split(T) for v in (dt, u, B, C, y))):
         starts.append(h)
@@ -251,7 +264,8 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
         a_k.exp_()
         torch.mul(u_k, B_k, out=h_k)                                     # u_t B_t, until _recur
         h = _recur(a_t, h_t[:steps], h).clone()                          # (N, b, D)
-        torch.sum(torch.mul(h_k, C_k, out=a_k), 1, out=y_k)              # (T, b, D)
+        torch.mul(h_k, C_k, out=a_k)                                     # a is no longer needed
+        torch.sum(a_k, 1, out=y_k)                                       # (T, b, D)
     return y, h, torch.stack(starts)
 
 
@@ -269,15 +283,16 @@ def _backward(
     # a_{t+1} g_{t+1} (N, b, D), the gradient from later chunks:
     later = torch.zeros_like(starts[0]) if dh is None else dh.contiguous()
     a, g = x.new_empty(2, T, *A.shape)
-    hs = x.new_empty(T + 1, *A.shape)                                    # a row more, for h_{t-1}
+    hs = x.new_empty(T + 1, *A.shape)                    # row 0: the state before the chunk
     a_t, g_t, h_t = a.unbind(), g.unbind(), hs[1:].unbind()
     chunks = list(zip(starts, *(v.split(T) for v in (dt, u, B, C, dy, du, ddt, dB, dC))))
     for start, dt_k, u_k, B_k, C_k, dy_k, du_k, ddt_k, dB_k, dC_k in reversed(chunks):
         steps = len(dt_k)
         a_k, g_k = a[:steps], g[:steps]                                  # (T, N, b, D) each
         h_k, h_before = hs[1:steps + 1], hs[:steps]                      # h_t, h_{t-1}
-        torch.mul(dt_k, A, out=a_k).exp_()     # not clamped: a_t is a factor of dA, and where dA is
-                                               # tiny a false 2e-35 could outweigh it
+        # Not clamped here, because a_t is a factor of dA: where the true decay underflows to 0, a
+        # clamped 2e-35 would give a false gradient.
+        torch.mul(dt_k, A, out=a_k).exp_()
         torch.mul(u_k, B_k, out=h_k)
         hs[0] = start
         _recur(a_t, h_t[:steps], start)
@@ -285,7 +300,7 @@ def _backward(
         g_k[-1] += later
         _recur(a_t[1:steps][::-1], g_t[:steps - 1][::-1], g_k[-1])       # backwards in time
         later = a_k[0] * g_k[0]
-        # From here on each buffer is overwritten after its last use.
+        # From here on, results overwrite buffers that are no longer needed.
         d_dtA = a_k.mul_(g_k).mul_(h_before)                             # a_t g_t h_{t-1}
         dA[:steps].addcmul_(d_dtA, dt_k)
         torch.sum(d_dtA.mul_(A), 1, out=ddt_k)
@@ -311,12 +326,12 @@ def _(x, dt, A, B, C, starts, T, dy, dh):
 
 def _save(ctx, inputs, output):
     x, dt, A, B, C, h, ctx.T = inputs
-    ctx.set_materialize_grads(False)           # no zeros for results that have no gradient
+    ctx.set_materialize_grads(False)           # None, not zeros, where a result has no gradient
     ctx.save_for_backward(x, dt, A, B, C, output[2])
 
 
 def _gradients(ctx, dy, dh, d_starts):
-    if torch.is_grad_enabled():      # create_graph: what follows would be missing from the graph
+    if torch.is_grad_enabled():      # create_graph=True: the second derivative would lack terms
         raise RuntimeError("the chunked scan has no second derivative; selective_scan_ref has one")
     dy = torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy
     return *_backward(*ctx.saved_tensors, ctx.T, dy, dh), None
@@ -326,9 +341,9 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 
 def chunked_scan(x, dt, A, B, C, h=None):
-    """selective_scan_ref made fast: same arguments, results and gradients, to rounding.
+    """A fast selective_scan_ref: same arguments, results and gradients, up to rounding.
 
-    For the backward pass it keeps its arguments and L / T states.
+    For the backward pass it stores its arguments and L / T states.
     """
     check_shapes(x, dt, A, B, C, h)
     b, L, D = x.shape
@@ -348,7 +363,7 @@ def chunked_scan(x, dt, A, B, C, h=None):
 #     one step, no steps, or torch.func     selective_scan_ref, on any device
 
 def selective_scan(x, dt, A, B, C, h=None):
-    """selective_scan_ref made fast: same arguments, same results, same gradients, to rounding.
+    """The fastest form for the device: arguments and results as in selective_scan_ref, to rounding.
 
     States and sums are float32 or wider, whatever the arguments are; y has the dtype of x.
     Under torch.func (vmap, grad, jvp) and forward-mode AD it is selective_scan_ref itself, the only
@@ -357,6 +372,8 @@ def selective_scan(x, dt, A, B, C, h=None):
     dtype = torch.promote_types(A.dtype, torch.float32)
     A = A.to(dtype)
     h = None if h is None else h.to(dtype)
+    # torch has no public way to ask whether this call is inside a torch.func transform (the first
+    # question) or inside forward_ad.dual_level (the second; outside, the level is -1).
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if x.shape[1] == 1 or x.numel() == 0 or transformed:
         scan = selective_scan_ref
@@ -371,7 +388,7 @@ def selective_scan(x, dt, A, B, C, h=None):
 # ---- Demo ----------------------------------------------------------------------------------------
 
 def decode(x, dt, A, B, C, h=None):
-    """selective_scan one token at a time, each call handing its state to the next."""
+    """selective_scan one token at a time; each call passes its state to the next."""
     y = []
     for x_t, dt_t, B_t, C_t in zip(*(v.split(1, dim=1) for v in (x, dt, B, C))):
         y_t, h = selective_scan(x_t, dt_t, A, B_t, C_t, h)

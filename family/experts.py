@@ -114,10 +114,10 @@ class NormedMamba(Mamba):
         self.inner_norms = nn.ModuleList([nn.RMSNorm(size) for size in sizes])
 
     def dt_B_C(self, x):
-        """x (b, L, d_inner) -> dt (b, L, dt_rank); B, C (b, L, d_state)."""
-        dt, B, C = super().dt_B_C(x)
+        """x (b, L, d_inner) -> low_rank_dt (b, L, dt_rank); B, C (b, L, d_state)."""
+        low_rank_dt, B, C = super().dt_B_C(x)
         norm_dt, norm_B, norm_C = self.inner_norms
-        return norm_dt(dt), norm_B(B), norm_C(C)
+        return norm_dt(low_rank_dt), norm_B(B), norm_C(C)
 
 
 def one_by_one(layer, x):
