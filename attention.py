@@ -1,26 +1,26 @@
 """Causal self-attention with a key-value cache, and two ways to tell it the order of the tokens.
 
-Every token t makes a query, a key and a value. Its output is a mean of the values of all tokens up
-to itself, weighted by how well their keys match its query (Vaswani et al. 2017, section 3.2):
+Every token t has a query, a key and a value. Its output is a mean of the values of all tokens up to
+itself, weighted by how well their keys match its query (Vaswani et al. 2017, section 3.2):
 
     y_t = sum over s <= t of w_ts v_s          w_ts = softmax over s of q_t . k_s / sqrt(P)
 
-The output at t costs t products, and the keys and values of all tokens stay in memory: a state that
-grows with the context, where a state space model's has a fixed size.
+The output at t takes t products q . k, and the keys and values of all tokens stay in memory. This
+state grows with the context; that of a state space model has a fixed size.
 
     symbol   meaning
     B        sequences in the batch
     L        tokens in this call
-    Q        tokens that ask: all L, or the last one alone
+    Q        queries: those of all L tokens, or of the last one alone
     S        tokens seen in earlier calls, now in the cache
     H, P     heads, and channels per head; d = H P
     G        heads of keys and values; G = H except in grouped-query attention
 
-Nothing in the formula depends on where a token is, only the mask s <= t does. Position comes from
+In the formula, only the mask s <= t depends on where a token is. More about position comes from
 
     position="rope"     the query and the key are rotated by an angle proportional to their position
     LearnedPosition     a layer of its own, which adds a trained vector per absolute position
-    position="none"     neither: order is known through the mask alone
+    position="none"     neither of them: only the mask tells the order
 """
 
 import math
@@ -47,9 +47,9 @@ class Attention(nn.Module):
     kv_heads: G, which must divide n_heads; each key and value head serves H / G query heads
         (grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245). None for n_heads.
 
-    The maps to q, k and v have a bias, and recall needs it: a head that looks at the token before,
-    whatever that is, needs queries and keys that do not depend on the token. Embeddings are fixed
-    and of length 1, so without a bias nothing is the same in every token.
+    The maps to q, k and v have a bias. Recall needs it: a head that looks at the previous token,
+    whatever it is, needs queries and keys that do not depend on the token. At d = 8, no linear map
+    takes all 16 embeddings to the same vector, except zero; a bias is the same for every token.
     """
 
     attends = answers_last = True
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         """Run a segment of a sequence, continuing from `state`: a KVCache, None at the start.
 
         x (B, L, d) -> y (B, L, d), the longer KVCache. last_only: y of the last token alone,
-        (B, 1, d), at an L-th of the cost.
+        (B, 1, d), at 1/L of the cost.
         """
         if x.shape[1] == 0:
             return x, state
@@ -112,14 +112,14 @@ def attend(q, k, v, mask=None):
     # The fused kernel computes
     #     score = q @ k.mT / sqrt(P), -inf where the mask is False       (B, H, Q, S+L)
     #     y = softmax(score) @ v                                         (B, H, Q, P)
-    # without storing the scores. A single query sees all keys; several, in the first segment, are
-    # as many as the keys, and is_causal masks them without a mask in memory.
+    # without storing the scores. A single query sees all keys. In the first segment there are as
+    # many queries as keys, and is_causal masks them without storing a mask.
     causal = mask is None and Q > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 def visible(Q, length, device, window=None):
-    """(Q, length) bool: the keys each of the last Q tokens sees; only the last `window`, if any."""
+    """(Q, length) bool: the keys that each of the last Q tokens sees. window: at most this many."""
     seen = torch.ones(Q, length, dtype=torch.bool, device=device)
     mask = seen.tril(length - Q)
     return mask if window is None else mask & seen.triu(length - Q - window + 1)
@@ -129,7 +129,7 @@ def extend(state, k, v):
     """The cache with the keys and values of a segment added."""
     if state is not None:
         return KVCache(torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2))
-    # Copies: a view into the output of `qkv` would keep all of that output in memory.
+    # Copies, because a view would keep the whole output of `qkv` in memory.
     return KVCache(k.clone(), v.clone())
 
 
@@ -204,11 +204,11 @@ class SlidingWindow(Attention):
 
 
 class LearnedPosition(nn.Module):
-    """A trained vector per absolute position: a layer whose output does not depend on what x is.
+    """A trained vector per absolute position: a layer whose output does not depend on x's values.
 
-    positions: rows of the table. Rows beyond the training length keep their random start, so a
-    model is lost there; a sequence longer than the table is a ValueError. Rows start short, 0.1
-    beside embeddings of length 1: the model must see the tokens before positions can be of use.
+    positions: rows of the table. Rows beyond the training length stay random, so a model fails
+    there; a sequence longer than the table is a ValueError. Rows start with length 0.1, embeddings
+    have length 1: at delay 5 this solved 3 of 8 runs, and starting with length 1 solved none.
     """
 
     norms_itself = True
@@ -227,7 +227,7 @@ class LearnedPosition(nn.Module):
             self.untrained = torch.cat([self.untrained, rows])
 
     def forward(self, x, state=None):
-        """x (B, L, d), state: how many tokens were before, or None -> (1, L, d), the new count."""
+        """x (B, L, d), state: the number of earlier tokens or None -> (1, L, d), the new number."""
         start = 0 if state is None else state
         end = start + x.shape[1]
         table = self.table
@@ -245,7 +245,7 @@ def random_rows(positions, d):
 
 
 def main():
-    """Show that attention equals its formula, and one call equals single steps."""
+    """Show that attention equals its formula, and that one call equals single decode steps."""
     torch.manual_seed(0)
     layer, x = Attention(8, n_heads=2).double(), torch.randn(1, 6, 8).double()
     q, k, v = layer.heads(x)
@@ -261,7 +261,7 @@ def main():
         y_t, state = layer(x_t, state)
         steps.append(y_t)
     difference = (torch.cat(steps, dim=1) - y).abs().max()
-    print(f"single steps with the cache:   largest difference {difference:.0e}")
+    print(f"decode steps with the cache:   largest difference {difference:.0e}")
     print(f"the cache after 6 tokens: {2 * state.k.numel()} numbers; it grows by 16 per token")
 
 

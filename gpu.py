@@ -1,9 +1,9 @@
-"""What makes a training step fast on a GPU: one CUDA graph, and torch.compile when it pays.
+"""A fast training step on a GPU: captured in a CUDA graph, and compiled when that pays.
 
-Small models launch hundreds of kernels of a few microseconds, and launching one takes the host
-longer than running it. A captured step is replayed as a whole: rope at d = 8 takes 0.5 ms instead
-of 8. Compiled, with fewer kernels, it takes 0.2 ms, but compiling takes 40 s. `FastStep` therefore
-captures the plain step first and compiles later, when that ends the work sooner.
+A small model launches hundreds of kernels per step. Each runs for a few microseconds, less than the
+host needs to launch it. A captured step is launched as a whole: rope at d = 8 takes 0.5 ms instead
+of 8. Compiled, with fewer kernels, it takes 0.2 ms, but compiling takes 40 s. So `FastStep` captures
+the plain step first, and compiles later if the work is then likely to end sooner.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fused_scan import compile_each_shape, compiled_scan
 from runs import say
 
-WARM_UP = 3            # steps before a capture: they allocate what the graph will use
-COMPILE_SECONDS = 40   # what compiling a shape takes, until one has been timed here
-SPEEDUP = 2.5          # what it brings, likewise: 2.6 (rope) to 9 times (mamba) on an H100
+WARM_UP = 3            # steps before a capture: they allocate the memory that the graph uses
+COMPILE_SECONDS = 40   # a guess, until this process has compiled a shape and timed it
+SPEEDUP = 2.5          # of compiling, a guess: from 2.6 (rope) to 9 (mamba) on an H100
 SMALL_D, SMALL_L = 16, 256
-compiled_shapes = {}   # shape -> seconds that it took to compile, in this process
+compiled_shapes = {}   # shape -> seconds that this process took to compile it
 
 
 def has_compiler():
@@ -28,11 +28,11 @@ def has_compiler():
 
 
 def compile_small(function, config):
-    """torch.compile for a function that meets the same shapes at every step of a run.
+    """torch.compile for a function that gets the same shapes at every step of a run.
 
-    Small models: kernels that do not need each other are launched as one, and matmuls are written
-    as sums, which fuse with their surroundings (rope at d = 8: 0.22 instead of 0.27 ms). Mamba-2
-    keeps its matmuls, which are many and wide (0.33 instead of 0.37 ms).
+    In small models, independent kernels are launched as one, and matmuls are written as sums, which
+    fuse with the operations around them (rope at d = 8: 0.22 instead of 0.27 ms). Mamba-2 keeps its
+    matmuls, which are many and wide (0.33 instead of 0.37 ms).
     """
     from torch._inductor import config as inductor       # here, because importing it takes a second
     small = config["d"] <= SMALL_D and config["L"] <= SMALL_L
@@ -47,9 +47,9 @@ def compile_small(function, config):
 
 
 def capture(step, generator):
-    """Capture a training step as a CUDA graph -> a function that replays it and returns its loss.
+    """Capture a training step in a CUDA graph -> a function that replays it and returns its loss.
 
-    Everything the step reads must keep its place in memory.
+    The graph remembers addresses, so the tensors that the step uses must stay where they are.
     """
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(generator)
@@ -63,10 +63,11 @@ def capture(step, generator):
 
 
 class FastStep:
-    """A training step on a GPU: called like `step`, it returns the same losses, to rounding.
+    """A training step on a GPU: a call does what step(*functions) does, and returns its loss.
 
-    step(*functions) takes one training step with these functions; generator: the torch.Generator
-    that it draws from; config: the run's, whose "compile" is auto, on or off.
+    step(*functions) takes one training step and uses these functions, which may be replaced by
+    compiled ones; generator: the torch.Generator that the step draws from; config: the run's, whose
+    "compile" is auto, on or off. Losses are those of `step`, up to rounding.
     """
 
     def __init__(self, step, functions, generator, config):
@@ -75,7 +76,7 @@ class FastStep:
         self.shape = tuple(config[flag] for flag in (
             "task", "model", "K", "d", "L", "batch_size", "n_heads", "d_state", "train_lengths"))
         small = config["d"] <= SMALL_D and config["L"] <= SMALL_L
-        # The plain formula of attention, which the compiler can fuse, not the library's kernels.
+        # For small models, attention's plain formula: the compiler can fuse it, library kernels not.
         self.attention = [SDPBackend.MATH] if small else None
         self.calls, self.replay, self.began, self.compiled = 0, None, time.monotonic(), False
         self.undecided = config["compile"] == "auto" and has_compiler()
@@ -93,23 +94,23 @@ class FastStep:
         return self.replay() if self.replay else self.plain()
 
     def plain(self):
-        """The step, its kernels launched one by one."""
+        """The step, with its kernels launched one by one."""
         attention = sdpa_kernel(self.attention) if self.attention else contextlib.nullcontext()
         with compiled_scan(self.compiled), attention:
             return self.step(*self.functions)
 
     def compile(self):
-        """Compile the step: the next calls compile, and then it is captured anew."""
+        """Replace the functions by compiled ones. The next calls compile, then capture again."""
         self.functions = [compile_small(function, self.config) for function in self.functions]
         self.calls, self.replay, self.compiled, self.undecided = 0, None, True, False
         self.began = time.monotonic()
 
     def compile_if_it_pays(self, step, last, runs_left):
-        """Decide anew at `step`, a moment at which the GPU has caught up with the host.
+        """Compile if the work is then likely to end sooner. Call it when the GPU is idle.
 
-        What is left is not known: a run ends when its task is solved. The best guess for something
-        that has lasted so long is that it is half over, and that the other runs of this shape will
-        be like it.
+        step, last: the steps taken, and the most that the run can take; runs_left: how many runs of
+        this shape follow. A run ends when its task is solved, so the steps left are unknown. We
+        guess that this run is half over, and that the others will take as many steps.
         """
         if not self.undecided or not self.replay or self.calls <= WARM_UP:
             return
@@ -119,5 +120,5 @@ class FastStep:
         cost = min(compiled_shapes.values(), default=COMPILE_SECONDS)
         if steps_left * seconds * (1 - 1 / SPEEDUP) > cost:
             say(f"{1e3 * seconds:.2f} ms per step, captured; compiling now, which takes about "
-                     f"{cost:.0f} s and pays within {steps_left:,} steps")
+                f"{cost:.0f} s and pays within {steps_left:,} steps")
             self.compile()

@@ -251,7 +251,7 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
     clamp = not x.is_cuda and bool(dt.max() * A.min() < -80)
     # All chunks share two buffers: fresh memory for each chunk would cost time in page faults.
     a, hs = x.new_empty(2, T, *A.shape)                                  # (T, N, b, D) each
-    # Cutting them into single steps takes a tenth of a short scan, so it is done once, not per chunk.
+    # They are cut into single steps once, not per chunk: this takes a tenth of a short scan.
     a_t, h_t = a.unbind(), hs.unbind()
     starts = []
     for dt_k, u_k, B_k, C_k, y_k in zip(*(v.split(T) for v in (dt, u, B, C, y))):
