@@ -2,8 +2,8 @@
 
 A small model launches hundreds of kernels per step. Each runs for a few microseconds, less than the
 host needs to launch it. A captured step is launched as a whole: rope at d = 8 takes 0.5 ms instead
-of 8. Compiled, with fewer kernels, it takes 0.2 ms, but compiling takes 40 s. So `FastStep` captures
-the plain step first, and compiles later if the work is then likely to end sooner.
+of 8. Compiled, with fewer kernels, it takes 0.2 ms, but compiling takes 40 s. So `FastStep` first
+captures the plain step, and compiles later if the work is then likely to end sooner.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ class FastStep:
         self.shape = tuple(config[flag] for flag in (
             "task", "model", "K", "d", "L", "batch_size", "n_heads", "d_state", "train_lengths"))
         small = config["d"] <= SMALL_D and config["L"] <= SMALL_L
-        # For small models, attention's plain formula: the compiler can fuse it, library kernels not.
+        # Small models use attention's plain formula, because the compiler can fuse it.
         self.attention = [SDPBackend.MATH] if small else None
         self.calls, self.replay, self.began, self.compiled = 0, None, time.monotonic(), False
         self.undecided = config["compile"] == "auto" and has_compiler()

@@ -1,10 +1,10 @@
-"""What a trained model does on one sequence: where attention looks, what Mamba writes and keeps.
+"""Look inside a trained model on one sequence: where attention looks, what Mamba writes and keeps.
 
     python inside.py results/X.pt             draws figures/inside_X.png
     python inside.py report/checkpoints/*.pt --out figures
 
-Hooks on two linear maps of a layer see what goes through them (`run_and_watch`), and the rest is
-recomputed. The model is not changed.
+A hook on one linear map of each layer records its output (`run_and_watch`), and the rest is
+recomputed from it. The model is not changed.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from summary import text
 
 CONTEXT = 24                               # tokens before the query: few enough to see each of them
 MARKS = {"q": "#D55E00", "v": "#009E73"}   # the query and its value in a sequence
-WRITES, IDLE = 0.1, 1e-6                   # steps of a channel that keeps v for a million tokens
+# A channel holds v for a million tokens if its dt exceeds WRITES at v and stays below IDLE after it.
+WRITES, IDLE = 0.1, 1e-6
 
 
 # ---- what the layers do ----
@@ -57,8 +58,8 @@ def run_and_watch(model, tokens):
 def attention_maps(layer, qkv):
     """The attention weights softmax(q k / sqrt(P)), causal, which the layer itself does not return.
 
-    layer: an Attention; qkv (L, ...): the output of its Linear of that name, from position 0 on.
-    Returns (H, L, L): how much query t (row) takes of key s (column); rows sum to 1.
+    layer: an Attention; qkv (L, ...): the output of layer.qkv, from position 0 on.
+    Returns (H, L, L), the weight of key s (column) for query t (row); rows sum to 1.
     """
     L = len(qkv)
     q, k, _ = qkv.split(layer.sizes, dim=-1)
@@ -75,20 +76,20 @@ def attention_maps(layer, qkv):
 
 
 def share_left(dt, A):
-    """The share of what token t wrote into the state that is left after the last token.
+    """How much of token t's contribution to the state is left after the last token, from 0 to 1.
 
     Unrolled, h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t makes the last state a sum over tokens,
 
         h = sum over t of exp(A * (dt_{t+1} + dt_{t+2} + ... + dt_last)) dt_t B_t x_t
 
-    and its first factor is returned: dt (L, D), A (D, N) negative -> (L, D, N), 1 for the last one.
+    Returns the exp: dt (L, D), A (D, N) negative -> (L, D, N), which is 1 for the last token.
     """
     later = dt.flip(0).cumsum(0).flip(0) - dt                          # (L, D), sums over s > t
     return torch.exp(later[:, :, None] * A)
 
 
 def look_into(model, tokens):
-    """Run the model on tokens (L,) -> logits (K,), a list with a dict for each layer:
+    """Run the model on tokens (L,) -> logits (K,), a list of one dict per layer:
 
     attention   {"maps": (H, L, L)}
     Mamba       {"dt": (D, L), step sizes, "left": (D, L), share_left averaged over the N states}
@@ -109,16 +110,16 @@ def look_into(model, tokens):
 
 
 def look(path):
-    """Look into a checkpoint on one sequence, the same for all models of a task. Raises ValueError.
+    """Run a checkpoint on one sequence, the same for all models of a task. Raises ValueError.
 
-    Returns {"config", "tokens" (L + 1,), "q" and "v" (their indices in the context, in its middle),
-    "label", "answer", "layers" as in look_into}.
+    Returns a dict: "config", "tokens" (L + 1,), "q" and "v" (indices, in the middle of the
+    context), "label", "answer", and "layers" as in look_into.
     """
     model, config = load_run(path)
     config = config.get("config", config)
     K, M, tau = config["K"], config["M"], config["tau"]
     if config.get("task", "recall") != "recall":
-        raise ValueError(f"{path} is of the task {config['task']}, and only recall is drawn")
+        raise ValueError(f"{path} was trained on {config['task']}, but only recall can be drawn")
     L = min(max(CONTEXT, 2 * tau), config["L"])                        # as long as training at most
     q = (L - tau) // 2
     generator = torch.Generator().manual_seed(0)
@@ -131,10 +132,11 @@ def look(path):
 
 
 def count_keepers(dt, q, v):
-    """The number of channels that keep v for a million tokens, None if the context is too short.
+    """The number of channels that hold v for a million tokens, None if the context is too short.
 
-    dt (D, L + 1). They step by more than 0.1 where the convolution sees v, and by less than 1e-6 in
-    the mean over idle tokens: all but the first 3, those where it sees q or v, and the last q.
+    dt (D, L + 1). In such a channel, dt exceeds 0.1 at a token where the convolution sees v, and
+    its mean over the tokens that do not matter is below 1e-6. These are all tokens except the first
+    3, those where the convolution sees q or v, and the last q.
     """
     idle = np.ones(dt.shape[1], bool)
     idle[:3] = idle[q:v + 4] = idle[-1] = False
@@ -146,7 +148,7 @@ def count_keepers(dt, q, v):
 # ---- the figure ----
 
 def images(layer, found):
-    """The images of a layer, from the top -> [(title, image, colour bar's label, colours), ...]."""
+    """A layer's images from top to bottom -> [(title, image, colour bar's label, colours), ...]."""
     q, v, last = found["q"], found["v"], len(found["tokens"]) - 1
     share = dict(vmin=0, vmax=1)
     if "maps" in layer:
@@ -157,13 +159,14 @@ def images(layer, found):
             seen = np.where(np.tri(last + 1), weights, np.nan)
             shown.append((title, seen, "attention weight (grey: later tokens)", share))
         return shown
-    rows = np.ptp(layer["dt"], axis=1).argsort()[::-1]     # channels that select on top
+    rows = np.ptp(layer["dt"], axis=1).argsort()[::-1]     # the most selective channels on top
     dt, left = layer["dt"][rows], layer["left"][rows]
     step = dict(norm=LogNorm(1e-3, 3, clip=True))
     count = count_keepers(dt, q, v)
-    keep = f"\n{count} of {len(dt)} channels write at v (Δ > 0.1)\nand idle elsewhere (Δ < 1e-6)"
+    keep = (f"\n{count} of {len(dt)} channels hold v: Δ > 0.1 at v\n"
+            "and Δ < 1e-6 at tokens that do not matter")
     keep = "" if count is None else keep
-    return [(f"step size Δ, widest range on top\npale: passes by, dark: resets{keep}",
+    return [(f"step size Δ, widest range on top\npale: state kept, dark: overwritten{keep}",
              dt, "Δ", step),
             ("share of each token left at the end\npale: forgotten, dark: kept",
              left, "left", share),
@@ -171,7 +174,7 @@ def images(layer, found):
 
 
 def mark(ax, found, rows):
-    """Frame the columns of q, v and the last q in an image, and if `rows`, their rows too."""
+    """Frame the columns of q, v and the last q in an image, and their rows too if `rows`."""
     for place, name in ((found["q"], "q"), (found["v"], "v"), (len(found["tokens"]) - 1, "q")):
         bold = dict(textcoords="offset points", color=MARKS[name], fontweight="bold")
         ax.annotate(name, (place, 1), (0, 2), ax.get_xaxis_transform(), ha="center", **bold)
@@ -187,7 +190,7 @@ def draw(found):
     """The figure of what `look` found: a column for each layer, tokens from left to right."""
     tokens, config = found["tokens"], found["config"]
     columns = [(depth, layer) for depth, layer in enumerate(found["layers"], 1) if layer]
-    height = 5.2                                           # of a map, in inches; of Mamba 8.6
+    height = 5.2                        # inches for an attention map; all of Mamba's take 8.6
     tall = max(height * len(layer["maps"]) if "maps" in layer else 8.6 for _, layer in columns)
     fig = Figure(figsize=(max(7.5, 5 * len(columns)), tall + 1), layout="constrained")
     parts = np.atleast_1d(fig.subfigures(1, len(columns), wspace=0.02))
@@ -224,8 +227,11 @@ def draw(found):
 
 
 def main(argv=None):
-    """Draw a figure for each checkpoint in argv -> their paths. What is no checkpoint is left out
-    with a sentence. SystemExit, status 2, if nothing is left or argv is wrong."""
+    """Draw a figure for each checkpoint in argv -> the paths of the figures.
+
+    A file that cannot be drawn is left out, and one sentence says why. SystemExit with status 2 if
+    no file can be drawn or argv is wrong.
+    """
     about = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser("inside.py", allow_abbrev=False, description=about)
     parser.error = lambda message: parser.exit(2, f"inside.py: {text(message, 1000)}\n")

@@ -203,24 +203,29 @@ def write_checkpoint(path, model, config):
 
 
 def load_run(path, device="cpu"):
-    """Read a checkpoint of train.py -> model, config. Raises ValueError if it is none."""
+    """Read a checkpoint of train.py -> model, config. Raises ValueError if that is impossible."""
     if not os.path.exists(path):
         raise ValueError(f"{path} is not there; train.py writes it when a run is finished")
+    problem = f"{path} is not a whole checkpoint of train.py"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             config = {**DEFAULTS, **checkpoint["config"]}
-            check(config)
+            try:
+                check(config)
+            except ValueError as error:      # for example, --model is a word that nobody registered
+                problem = f"{path} cannot be loaded: {error}"
+                raise
             model = model_from(config)
             model.load_state_dict(checkpoint["model"])
     except Exception:     # there is no telling how a file that is something else will fail
-        raise ValueError(f"{path} is not a whole checkpoint of train.py") from None
+        raise ValueError(problem) from None
     return model.to(device).eval(), config
 
 
 def read_result(path):
-    """The result in a JSON file of train.py; None if it is missing, cut short or another."""
+    """The result in a JSON file of train.py; None if it is missing, cut short or something else."""
     try:
         with open(path, encoding="utf-8") as f:
             result = json.load(f)

@@ -83,7 +83,7 @@ RUNS = [
     ("if hashlib.sha256(data).digest() != digest:", "if False:"),
     ("set_states(parts, before)", "pass"),
     ("config = {**DEFAULTS, **checkpoint[\"config\"]}", "config = checkpoint[\"config\"]"),
-    ("            check(config)\n", ""),
+    ("                check(config)\n", "                pass\n"),
     ("model.to(device).eval()", "model.to(device)"),
     ("read_result(path + \".json\") is not None and", "os.path.exists(path + \".json\") and"),
     ("and os.path.exists(path + \".pt\")", ""),

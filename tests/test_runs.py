@@ -215,8 +215,13 @@ def test_crafted_checkpoints_are_refused_in_one_sentence(change, checkpoint, ref
     path = checkpoint(change)
     began = time.monotonic()
     error = refuses(evaluation.main, [path, "--device", "cpu"])
-    assert "x.pt is not a whole checkpoint" in error
+    assert "x.pt is not a whole checkpoint" in error or "x.pt cannot be loaded: --" in error
     assert time.monotonic() - began < 5
+
+
+def test_a_checkpoint_of_an_unknown_layer_names_it(checkpoint):
+    with pytest.raises(ValueError, match="x.pt cannot be loaded: --model is 'gpt', but it must be"):
+        runs.load_run(checkpoint(change_config(model="gpt")))
 
 
 @pytest.mark.parametrize("damage", [
