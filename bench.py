@@ -1,4 +1,4 @@
-"""How fast it is on this machine: a training step, the scan, and what a longer context costs.
+"""Speed on this machine: a training step, the scan, and what a longer context costs.
 
     python bench.py                             a training step of the six models, and the scan
     python bench.py --tables step --model jamba mamba2+mlp        other models
@@ -6,23 +6,21 @@
     python bench.py --tables length --out length.json             what a longer context costs
     python bench.py --draw length.json                            its figure, length.png
 
-Peers are timed beside ours, in the same run, where they can be imported: mambapy's parallel scan,
-and on CUDA the kernels of mamba_ssm for Mamba and Mamba-2. On CUDA every time is that of a CUDA
-graph, so the time to launch kernels is left out, as it is in training. Times are medians; memory is
-the most that is held during a call, beyond what the program held before, and is counted on CUDA
-only.
+Other implementations are timed in the same run if they are installed: mambapy's parallel scan, and
+on CUDA the kernels of mamba_ssm for Mamba and Mamba-2. Times are medians. On CUDA they are those of
+CUDA graphs and leave out the time to launch kernels, which training does not spend either.
 """
 
 import argparse
 import gc
+import itertools
 import json
-import math
 import os
 import statistics
 import time
 
 import torch
-import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 import gpu
 import mamba
@@ -31,28 +29,23 @@ from data import recall, recall_batch
 from eval import SEGMENT
 from family.mamba2 import ssd
 from hybrid import MODELS, state_bytes
+from plot import COLOURS
 from train import make_optimizer, set_learning_rate
 
 SHAPES = {  # (b, L, D, N)
     "cpu": [(64, 64, 16, 16), (64, 64, 128, 16), (8, 1024, 128, 16)],
     "cuda": [(64, 64, 16, 16), (64, 64, 128, 16), (64, 256, 128, 16), (8, 2048, 1536, 16)]}
 LENGTHS = {"cpu": [2**10, 2**12, 2**14], "cuda": [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]}
-LONGEST = {"mamba": 2**20}   # others stop at 2^16, where a training step of attention takes seconds
+LONGEST = {"mamba": 2**20}   # others end at 2^16, where a training step of attention takes seconds
 COSTS = {"train us/token": "training, μs per token", "prefill us/token": "prefill, μs per token",
          "decode ms": "decode step, ms", "state bytes": "state, bytes"}
 
 
 # ---- measuring -----------------------------------------------------------------------------------
 
-def sync(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def captured(call, device):
-    """A call, on CUDA as a graph. Three calls come before it: they may compile."""
-    for _ in range(3):
-        call()
+    """The call itself; on CUDA, the replay of a CUDA graph of it."""
+    seconds(call, device, times=3)                           # the first calls may compile
     if device.type != "cuda":
         return call
     graph = torch.cuda.CUDAGraph()
@@ -62,54 +55,42 @@ def captured(call, device):
     return graph.replay
 
 
+def seconds(call, device, times=1):
+    """The seconds that this many calls take."""
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    sync()
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    sync()
+    return time.perf_counter() - start
+
+
 def timed(call, device, repeats=9, in_a_row=10):
-    """Milliseconds of call(): median, lowest, highest of the repeats."""
-    took = []
-    for _ in range(repeats):
-        sync(device)
-        start = time.perf_counter()
-        for _ in range(in_a_row):
-            call()
-        sync(device)
-        took.append(1e3 * (time.perf_counter() - start) / in_a_row)
-    return statistics.median(took), min(took), max(took)
+    """Milliseconds per call, the median of the repeats."""
+    took = [seconds(call, device, in_a_row) for _ in range(repeats)]
+    return 1e3 * statistics.median(took) / in_a_row
 
 
-def peak_megabytes(call, inputs, device):
-    """The most memory held during call(), its inputs included; None on a CPU."""
-    if device.type != "cuda":
-        return None
+def peak_megabytes(call, inputs):
+    """Peak CUDA memory of a call, its inputs included, but not what else was allocated before."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() - sum(v.nbytes for v in inputs)
     call()
-    sync(device)
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def first_call(call, device):
-    """Seconds of the first call, which may compile."""
-    start = time.perf_counter()
-    call()
-    sync(device)
-    return time.perf_counter() - start
-
-
 def table(title, rows):
-    """Print rows, dicts with the same keys, as they come; returns them as a list."""
+    """Print each row, a dict, as soon as it is measured; returns the list of rows."""
     print(f"\n{title}")
     found = []
     for row in rows:
-        words = []
-        for key, value in row.items():
-            text = "-" if value is None else str(value)
-            if isinstance(value, float):
-                text = f"{value:.3f}" if value < 100 else f"{value:.0f}"
-            words.append((f"{key:>{max(8, len(key))}}", f"{text:>{max(8, len(key))}}"))
+        texts = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()]
         if not found:
-            print("  ".join(key for key, _ in words))
-        print("  ".join(text for _, text in words), flush=True)
+            print("  ".join(f"{key:>12}" for key in row))
+        print("  ".join(f"{t:>{max(12, len(key))}}" for key, t in zip(row, texts)), flush=True)
         found.append(row)
     return found
 
@@ -117,30 +98,27 @@ def table(title, rows):
 # ---- the scan ------------------------------------------------------------------------------------
 
 def mambapy_scan(x, dt, A, B, C):
-    """mambapy's parallel scan, with what it leaves to its caller: it scans a and b (b, L, D, N)."""
+    """mambapy's parallel scan. It takes decays and inputs and returns states, (b, L, D, N) each."""
     from mambapy.pscan import pscan
-    h = pscan(torch.exp(dt[..., None] * A), (dt * x)[..., None] * B[:, :, None])      # (b, L, D, N)
+    h = pscan(torch.exp(dt[..., None] * A), (dt * x)[..., None] * B[:, :, None])
     return (h @ C[..., None])[..., 0]
 
 
-def official_scan(x, dt, A, B, C):
-    """The CUDA kernel of mamba_ssm, which takes (b, D, L)."""
+def official_scan(x, dt, A, B, C):          # takes (b, D, L)
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     return selective_scan_fn(x.mT, dt.mT, A, B.mT, C.mT).mT
 
 
-def official_ssd(x, dt, A, B, C):
-    """The Triton kernels of mamba_ssm for Mamba-2."""
+def official_ssd(x, dt, A, B, C):           # Mamba-2, in Triton
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
     return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256)
 
 
-def y_of(scan):
-    return lambda *inputs: scan(*inputs)[0]
-
-
 def forms(device):
-    """The scans to time: name -> scan(x, dt, A, B, C) -> y."""
+    """The scans to time, {name: scan(x, dt, A, B, C) -> y}. Names that end in 2 are Mamba-2."""
+    def y_of(scan):                         # without the last state
+        return lambda *inputs: scan(*inputs)[0]
+
     ours = {"ours": y_of(mamba.selective_scan), "mambapy": mambapy_scan}
     if device.type == "cpu":
         return {**ours, "ours 2": y_of(ssd)}
@@ -154,50 +132,45 @@ def operands(device, name, shape, dtype):
     x, dt = torch.randn(b, L, D, device=device), torch.rand(b, L, D, device=device)
     A, B, C = -N * torch.rand(D, N, device=device), *torch.randn(2, b, L, N, device=device)
     if name.endswith("2"):
-        P = math.gcd(D, 64)
+        P = min(D, 64)
         x, dt, A = x.unflatten(-1, (-1, P)), dt[..., ::P].contiguous(), A[::P, 0].contiguous()
         B, C = B[:, :, None], C[:, :, None]
     elif name == "mamba_ssm":
-        x, dt, B, C = (v.mT.contiguous().mT for v in (x, dt, B, C))      # its own layout
+        x, dt, B, C = (v.mT.contiguous().mT for v in (x, dt, B, C))      # (b, D, L) in memory
     x, dt, B, C = (v.to(dtype) for v in (x, dt, B, C))
     return [v.requires_grad_() for v in (x, dt, A, B, C)]
 
 
-def scan_row(name, scan, shape, device, dtype):
-    """What one form costs, forward and backward."""
-    inputs = operands(device, name, shape, dtype)
-    dy = torch.randn_like(inputs[0])
-
-    def call():
-        return torch.autograd.grad(scan(*inputs), inputs, dy)
-
-    row = {"b, L, D, N": "{} {} {} {}".format(*shape), "form": name}
-    seconds = first_call(call, device)
-    calls = captured(lambda: [call() for _ in range(10)], device)        # in one graph
-    times = timed(calls, device, in_a_row=1)
-    row["ms"], row["lowest"], row["highest"] = (ms / 10 for ms in times)
-    return {**row, "MB": peak_megabytes(call, [*inputs, dy], device), "first s": seconds}
-
-
 def scan_rows(device, args):
-    for shape in SHAPES[device.type]:
-        for name, scan in forms(device).items():
-            try:
-                yield scan_row(name, scan, shape, device, getattr(torch, args.dtype))
-            except ImportError:
-                pass
+    for shape, (name, scan) in itertools.product(SHAPES[device.type], forms(device).items()):
+        inputs = operands(device, name, shape, getattr(torch, args.dtype))
+        dy = torch.randn_like(inputs[0])
+
+        def call():
+            return torch.autograd.grad(scan(*inputs), inputs, dy)
+
+        try:
+            first = seconds(call, device)
+        except ImportError:                                              # it is not installed
+            continue
+        calls = captured(lambda: [call() for _ in range(10)], device)    # 10 in one graph
+        ms = timed(calls, device, in_a_row=1) / 10
+        memory = {"MB": peak_megabytes(call, [*inputs, dy])} if device.type == "cuda" else {}
+        yield {"b, L, D, N": "{} {} {} {}".format(*shape), "form": name, "ms": ms,
+               "first s": first, **memory}
 
 
-# ---- a training step, and what length costs ------------------------------------------------------
+# ---- a training step, and the cost of a longer context -------------------------------------------
 
-def training_step(model, config, device):
-    """The step of train.py as a call without arguments; on CUDA as config["compile"] says."""
+def training_step(config, device):
+    """A new model, and its training step as a call without arguments; on CUDA a gpu.FastStep."""
+    model = runs.model_from(config).to(device)
     optimizer, trained = make_optimizer(model, config, device)
     set_learning_rate(optimizer, config["lr"])
     generator = torch.Generator(device)
 
     def loss_of(tokens, labels):
-        return F.cross_entropy(model(tokens), labels)
+        return torch.nn.functional.cross_entropy(model(tokens), labels)
 
     def step(draw, loss_of, clip):
         tokens, labels, _ = draw(config["batch_size"], config["L"], device=device,
@@ -211,8 +184,8 @@ def training_step(model, config, device):
 
     functions = recall, loss_of, torch.nn.utils.clip_grad_norm_
     if device.type == "cuda":
-        return gpu.FastStep(step, functions, generator, config)
-    return lambda: step(*functions)
+        return model, gpu.FastStep(step, functions, generator, config)
+    return model, lambda: step(*functions)
 
 
 def config_for(name, **changes):
@@ -223,17 +196,13 @@ def config_for(name, **changes):
 def step_rows(device, args):
     for name in args.model:
         for mode in ["off", "on"] if device.type == "cuda" else ["off"]:
-            config = config_for(name, d=args.d, compile=mode)
-            model = runs.model_from(config).to(device)
-            step = training_step(model, config, device)
-            row = {"model": f"{name:>14}", "compiled": mode}
-            seconds = first_call(lambda: [step() for _ in range(4)], device)
-            row["ms"], row["lowest"], row["highest"] = timed(step, device)
-            row.update({"first s": seconds, "params": model.n_params()})
-            yield {**row, **{f"state {n}": state_bytes(model, n) for n in (64, 4096)}}
+            model, step = training_step(config_for(name, d=args.d, compile=mode), device)
+            first = seconds(step, device, times=4)
+            yield {"model": name, "compiled": mode, "ms": timed(step, device), "first s": first,
+                   "params": model.n_params(), "state 64": state_bytes(model, 64),
+                   "state 4096": state_bytes(model, 4096)}
 
 
-@torch.no_grad()
 def prefill(model, tokens):
     """The states of a model after tokens (1, L)."""
     states = None
@@ -242,38 +211,28 @@ def prefill(model, tokens):
     return states
 
 
-@torch.no_grad()
-def decode(model, token, states):
-    return model.head(model.run_layers(token, states)[0])
-
-
 def length_rows(device, args):
-    for name in args.model:
-        for L in LENGTHS[device.type]:
-            if L > LONGEST.get(name, 2**16):
-                continue
-            config = config_for(name, d=64, L=L - 1, batch_size=1)
-            model = runs.model_from(config).to(device)
-            tokens = recall_batch(1, L - 1, device=device)[0]                         # (1, L)
-            step = training_step(model, config, device)
-            for _ in range(4):
-                step()
-            often = 3 if L <= 2**16 else 1
-            train_ms, _, _ = timed(step, device, often, 1)
-            read_ms, _, _ = timed(lambda: prefill(model, tokens), device, often, 1)
-            states = prefill(model, tokens)
-            call = captured(lambda: decode(model, tokens[:, -1:], states), device)
-            yield {"model": f"{name:>14}", "length": L, "train us/token": 1e3 * train_ms / L,
-                   "prefill us/token": 1e3 * read_ms / L, "decode ms": timed(call, device)[0],
-                   "state bytes": state_bytes(model, L)}
-            del step, call
+    for name, L in itertools.product(args.model, LENGTHS[device.type]):
+        if L > LONGEST.get(name, 2**16):
+            continue
+        model, step = training_step(config_for(name, d=64, L=L - 1, batch_size=1), device)
+        tokens = recall_batch(1, L - 1, device=device)[0]                             # (1, L)
+        seconds(step, device, times=4)                                                # captures
+        repeats = 3 if L <= 2**16 else 1
+        train_ms = timed(step, device, repeats, in_a_row=1)
+        with torch.no_grad():
+            prefill_ms = timed(lambda: prefill(model, tokens), device, repeats, in_a_row=1)
+            states, last = prefill(model, tokens), tokens[:, -1:]
+            decode = captured(lambda: model.head(model.run_layers(last, states)[0]), device)
+            decode_ms = timed(decode, device)
+        yield {"model": name, "length": L, "train us/token": 1e3 * train_ms / L,
+               "prefill us/token": 1e3 * prefill_ms / L, "decode ms": decode_ms,
+               "state bytes": state_bytes(model, L)}
+        del step, decode                                 # frees their graphs before the next length
 
 
 def draw_lengths(path, out):
-    """The figure of what length costs, from a file that --out wrote."""
-    from matplotlib.figure import Figure
-
-    from plot import COLOURS
+    """Draw the table "length" of a file that --out wrote."""
     with open(path) as f:
         result = json.load(f)
     rows = result["length"]
@@ -281,10 +240,8 @@ def draw_lengths(path, out):
     for ax, (cost, title) in zip(fig.subplots(2, 2, sharex=True).flat, COSTS.items()):
         for name in dict.fromkeys(row["model"] for row in rows):
             x, y = zip(*[(row["length"], row[cost]) for row in rows if row["model"] == name])
-            colour = COLOURS.get(name.strip(), "black")
-            ax.plot(x, y, marker="o", color=colour, label=name.strip())
+            ax.semilogx(x, y, "o-", base=2, color=COLOURS.get(name, "black"), label=name)
         ax.set(title=title, yscale="log")
-        ax.set_xscale("log", base=2)
         ax.spines[["top", "right"]].set_visible(False)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
     fig.supxlabel("context length, tokens")
@@ -294,25 +251,22 @@ def draw_lengths(path, out):
 
 
 TABLES = {  # name: title, rows; the step first, because torch reads some of gpu.py's options once
-    "step": ("A training step, K 16, L 64, batch 64: ms, seconds of the first 4, bytes of state",
-             step_rows),
-    "scan": ("The scan (2: Mamba-2's), forward and backward: ms, seconds of the first call",
-             scan_rows),
-    "length": ("What length costs: d 64, one sequence", length_rows)}
+    "step": ("A training step, K 16, L 64, batch 64; first s: 4 steps; state: bytes", step_rows),
+    "scan": ("The scan, forward and backward (2: Mamba-2's); first s: one call", scan_rows),
+    "length": ("A longer context: d 64, one sequence", length_rows)}
 
 
 def main(argv=None):
-    """Print the tables asked for; returns them as {"env": ..., table: list of rows}."""
-    parser = runs.short_errors(argparse.ArgumentParser(
-        description="Time the training step, the scan and what length costs."))
+    """Print the tables of --tables; returns {"env": ..., name of a table: list of rows}."""
+    parser = runs.short_errors(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
     add = parser.add_argument
     add("--tables", nargs="+", choices=TABLES, default=["step", "scan"], help="default: step scan")
     add("--model", nargs="+", default=list(MODELS), metavar="NAME", help="default: the six models")
     add("--d", type=int, default=8, metavar="N", help="width in the table step (default: 8)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the scan's inputs")
     add("--device", help="cuda, cuda:1 or cpu (default: the best one here)")
-    add("--out", metavar="FILE.json", help="write the numbers there too")
-    add("--draw", metavar="FILE.json", help="draw the table length of this file, and time nothing")
+    add("--out", metavar="FILE.json", help="also write the numbers to this file")
+    add("--draw", metavar="FILE.json", help="only draw the table length of this file")
     args = parser.parse_args(argv)
     try:
         if args.draw:
