@@ -6,7 +6,7 @@ tokens, at position i, its value v tau tokens later, and then asks for q again:
     position    1   2  ...  i  ...  i+tau  ...  L  |  L+1
     token       .   .       q         v         .  |   q      -> v
 
-    python data.py          three sequences of every task
+    python data.py          shows sequences of every task
 """
 
 import numpy as np
@@ -18,8 +18,8 @@ STREAMS = {"training": 0, "test": 1, "evaluation": 2}
 def stream(seed, purpose, device="cpu"):
     """A torch.Generator on `device` for one purpose of a run: "training", "test" or "evaluation".
 
-    No two pairs of seed and purpose share their draws, for seeds from 0 to 2^30 - 1: a CPU
-    generator keeps 32 bits of what it is seeded with.
+    Any two pairs of seed and purpose draw different numbers, for seeds from 0 to 2^30 - 1. Seeds
+    cannot be larger, because a CPU generator uses only 32 bits of the number it is seeded with.
     """
     return torch.Generator(device).manual_seed(4 * seed + STREAMS[purpose])
 
@@ -27,7 +27,7 @@ def stream(seed, purpose, device="cpu"):
 # ---- associative recall --------------------------------------------------------------------------
 
 def check_task(L, K=16, M=1, tau=1, task="recall"):
-    """Raise a ValueError, in one sentence, unless the numbers describe a task that exists."""
+    """Raise a ValueError, in one sentence, unless there is a task with these numbers."""
     if task not in TASKS:
         raise ValueError(f"--task is {task!r}, but it must be one of {', '.join(TASKS)}")
     if K < 2:
@@ -56,8 +56,9 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
                  i=None):
     """Draw a batch of associative recall (the assignment's Definition 1 and sampling steps).
 
-    The query is uniform over the first M tokens of the vocabulary {0 ... K-1}, its position over 1
-    ... L - tau, and the value and every other context token over the vocabulary without the query.
+    The query is uniform over the first M tokens of the vocabulary {0 ... K-1}, and its position is
+    uniform over 1 ... L - tau. The value and all other context tokens are uniform over the
+    vocabulary without the query.
     (The assignment's step 2 draws the value from the whole vocabulary, but its Definition 1 has the
     query appear exactly twice. L counts the context without the query at the end: with it, the
     assignment's positions 1 ... L - tau and its shortest length tau + 1 would not fit together.)
@@ -68,8 +69,8 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
         random one.
     generator: a torch.Generator on `device`.
 
-    Returns tokens (B, L + 1) int64 and labels (B,) int64. Raises ValueError if the task cannot
-    exist.
+    Returns tokens (B, L + 1) int64 and labels (B,) int64. Raises ValueError for numbers that
+    describe no task.
     """
     check_task(L, K, M, tau)
     draw = dict(device=device, generator=generator)
@@ -86,7 +87,7 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
     i, end = i[:, None], lengths[:, None]                                # (B, 1): both places of q
 
     tokens = others + (others >= q)              # 0 ... K-2 with a gap at q: any token except q
-    labels = tokens.gather(1, i + tau)[:, 0]     # v: any token except q, so what is already there
+    labels = tokens.gather(1, i + tau)[:, 0]     # v is any token except q, so keep the one there
     position = torch.arange(L + 1, device=device)
     tokens = torch.where((position == i) | (position == end), q, tokens)
     return tokens, labels
@@ -96,14 +97,14 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
 #
 # task(batch_size, L, K, M, tau, device, generator, uniform) -> tokens (B, T), labels, at
 #
-# at (B, Q) int64 are the positions that count, labels (B, Q) their labels; or labels (B,) and at
-# None where only the last token counts, or at (B,) for one position in each row. To add a task,
-# write such a function and give it a name in TASKS: train.py and eval.py do the rest.
+# at (B, Q) int64 are the positions to answer at, labels (B, Q) the answers. If there is one answer
+# per sequence, labels are (B,), and at is (B,), or None for the last token. To add a task, write
+# such a function and give it a name in TASKS: train.py and eval.py do the rest.
 
 def recall(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):
-    """recall_batch. uniform: each sequence has a length of its own, from tau + 1 to L.
+    """recall_batch. uniform: each sequence has a random length of its own, from tau + 1 to L.
 
-    A shorter or longer context: q has fewer or more places, and v has to be kept for longer.
+    In a longer context, q has more possible positions, and v has to be kept for longer.
     """
     lengths = None
     if uniform:
@@ -115,10 +116,10 @@ def recall(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, unifor
 def mqar(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):
     """Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927).
 
-    First M keys, each followed by its value; then L - 2M tokens among which every key comes once
-    more, in random order at random places, and has to be answered with its value. Keys are from the
-    lower half of the vocabulary, no two alike; values and all other tokens are from the upper half.
-    A shorter or longer context: the queries are nearer to the pairs or farther from them.
+    First come M keys, each followed by its value. Among the L - 2M tokens after them, every key
+    comes once more, in random order and at random places, and the answer there is its value. Keys
+    are from the lower half of the vocabulary and all different; values and all other tokens are
+    from the upper half. In a longer context, the queries are farther from the pairs.
     """
     draw = dict(device=device, generator=generator)
     half = K // 2
@@ -133,9 +134,9 @@ def mqar(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=
 def copy(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):
     """Selective copying (Gu and Dao 2023, section 4.1.1): repeat M tokens scattered among blanks.
 
-    A context of L tokens: M from {0 ... K-3} at random places, blanks (K-1) between them. Then M
-    marks (K-2), at which the model answers the M tokens in their order. A shorter or longer
-    context: fewer or more blanks to ignore.
+    A context of L tokens has M tokens from {0 ... K-3} at random places and blanks (K-1) elsewhere.
+    After it come M marks (K-2), at which the model answers the M tokens in order. In a longer
+    context, there are more blanks to ignore.
     """
     draw = dict(device=device, generator=generator)
     content = torch.randint(K - 2, (batch_size, M), **draw)                          # (B, M)
@@ -149,8 +150,8 @@ def copy(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=
 def parity(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):
     """Parity: at every token, is the number of ones so far odd? Tokens and answers are 0 and 1.
 
-    It has to be counted, not recalled: a state that only decays cannot, one that can change sign
-    can. A shorter or longer context: fewer or more positions, all of which count.
+    The model has to count, not to recall. A state that only decays cannot do it; a state that can
+    change its sign can. In a longer context there are more positions to answer at.
     """
     tokens = torch.randint(2, (batch_size, L), device=device, generator=generator)   # (B, L)
     at = torch.arange(L, device=device).expand(batch_size, L)
@@ -160,7 +161,7 @@ def parity(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, unifor
 TASKS = {"recall": recall, "mqar": mqar, "copy": copy, "parity": parity}
 
 
-# ---- the embedding, and sequences to show --------------------------------------------------------
+# ---- the embedding, and sequences as text --------------------------------------------------------
 
 def embedding_table(K, d):
     """The fixed embedding, (K, d): standard normal numbers, each row scaled to length 1.
@@ -173,7 +174,7 @@ def embedding_table(K, d):
 
 
 def show(tokens, tau):
-    """A sequence of recall as a line of text, (q) and [v] marked, distant tokens left out."""
+    """A sequence of recall as a line of text, with (q) and [v] marked; far tokens are left out."""
     tokens = [int(token) for token in tokens]
     last = len(tokens) - 1
     i = tokens.index(tokens[last])
@@ -195,7 +196,7 @@ if __name__ == "__main__":
         print(show(row, 2), " -> ", label.item())
     for name, task in TASKS.items():
         if name != "recall":
-            print(f"\n{name}, L = 12, M = 3: the tokens, and below them the answers that count")
+            print(f"\n{name}, L = 12, M = 3: the tokens, with the answers below them")
             tokens, labels, at = task(1, 12, M=3, generator=stream(0, "training"))
             answers = dict(zip(at[0].tolist(), labels[0].tolist()))
             print(" ".join(f"{token:>3}" for token in tokens[0].tolist()))

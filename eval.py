@@ -1,4 +1,4 @@
-"""Accuracy of a trained model against context length, for Mamba to a million tokens.
+"""Accuracy of a trained model against context length, up to a million tokens for Mamba.
 
     python eval.py results/X.pt                         every length from tau + 1 to 3L
     python eval.py results/X.pt --lengths 64 1024 65536
@@ -19,14 +19,14 @@ from data import TASKS, recall_batch, shortest, show, stream
 from grid import wait_for
 from runs import load_run, pick_device, read_result, remove, short_errors, write_json
 
-TEST_SEQUENCES = 512 # of a test during training,
-TEST_TOKENS = 2**18  # and the most of their tokens that are in the model together
-SEGMENT = 4096       # tokens of a context that are read in one call
-BATCH_ROWS = 512     # contexts in a batch,
-HELD_TOKENS = 2**20  # and the most of their tokens, which bounds memory
+TEST_SEQUENCES = 512 # in a test during training
+TEST_TOKENS = 2**18  # most tokens of such a test in one call, which bounds memory
+SEGMENT = 4096       # most tokens per call when a long context is read
+BATCH_ROWS = 512     # most contexts in a batch
+HELD_TOKENS = 2**20  # most tokens in a batch, which bounds memory
 ON_CUDA = 16         # times as many of both on CUDA
-MOST_LENGTHS = 768   # that are tested after training: all of them up to L = 256
-STRIDE = 8           # lengths of one group: every eighth of a block
+MOST_LENGTHS = 768   # tested after training, which are all lengths up to L = 256
+STRIDE = 8           # a group has every eighth length of a block
 
 
 @torch.no_grad()
@@ -34,8 +34,8 @@ def accuracy_one_by_one(model, lengths, K, M, tau, sequences=1024, device="cpu",
                         task="recall"):
     """Accuracy at each length, from sequences of exactly that length: a list like `lengths`.
 
-    The definition. For 191 lengths it reads 20 million tokens; `accuracy_by_length` reads 5
-    million.
+    This is the definition. For 191 lengths it reads 20 million tokens; `accuracy_by_length` needs
+    only 5 million.
     """
     generator, accuracies = stream(seed, "evaluation", device), []
     for length in lengths:
@@ -47,9 +47,9 @@ def accuracy_one_by_one(model, lengths, K, M, tau, sequences=1024, device="cpu",
 def groups(lengths, tau):
     """Split lengths into groups that can share their contexts: lists of lengths, sorted.
 
-    In a group the longest has at most twice as many positions for the query as the shortest.
-    Neighbours are in different groups: lengths that share contexts also share their luck, and the
-    mean of a curve over many lengths would be as uncertain as a single point of it. With eight
+    In a group, the longest has at most twice as many positions for the query as the shortest.
+    Neighbours are in different groups, because lengths that share contexts also share their luck:
+    in a single group, the mean of a curve would be as uncertain as one of its points. With eight
     groups for each factor of two, its standard deviation is below 0.004 for 1,024 sequences.
     """
     lengths = sorted(set(lengths))
@@ -64,10 +64,9 @@ def groups(lengths, tau):
 def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", seed=0, bar=False):
     """Accuracy at each length, from at least `sequences` contexts: a list like `lengths`.
 
-    A context cut short is again a context, as long as its value has been seen, and the query's
-    position is uniform among those that are. So draw contexts of the longest length of a group with
-    positions spread evenly, read them once, and ask the query at every length of the group on the
-    way.
+    The first tokens of a context are a shorter context, provided that its value is among them, and
+    the query's position in it is uniform too. So draw contexts of a group's longest length, with
+    positions spread evenly, read them once, and ask the query at every length of the group.
     """
     generator, accuracy = stream(seed, "evaluation", device), {}
     scale = ON_CUDA if torch.device(device).type == "cuda" else 1
@@ -78,7 +77,7 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
     for group in plan:
         longest, positions = group[-1], group[-1] - tau
         n = math.ceil(sequences * positions / (group[0] - tau)) + 1
-        if n > 4 * positions:                                # then make it exact
+        if n > 4 * positions:            # each position equally often: n is a multiple of positions
             n = -(-n // positions) * positions
         spread = torch.rand(n, dtype=torch.float64, generator=stream(seed, "evaluation"))
         i = ((torch.arange(n) + spread) / n * positions).long().clamp(max=positions - 1).to(device)
@@ -107,7 +106,7 @@ def accuracy_now(model, config, generator, device):
     K, M, tau, L = (config[k] for k in ("K", "M", "tau", "L"))
     draw, right = TASKS[config["task"]], []
     tokens, labels, at = draw(TEST_SEQUENCES, L, K, M, tau, device, generator)
-    with torch.compiler.set_stance("force_eager"):                    # not worth compiling for
+    with torch.compiler.set_stance("force_eager"):           # compiling would take longer
         for part in torch.arange(TEST_SEQUENCES, device=device).split(max(1, TEST_TOKENS // L)):
             answers = model(tokens[part], None if at is None else at[part]).argmax(-1)
             right.append(answers == labels[part])
@@ -125,9 +124,9 @@ def evaluate(model, config, lengths, sequences, device, seed=0, bar=False):
 
 
 def lengths_to_test(L, M=1, tau=1, task="recall"):
-    """Every length from the shortest to 3L, as the assignment asks; of very many, MOST_LENGTHS.
+    """Every length from the shortest to 3L, as the assignment asks, or MOST_LENGTHS of them.
 
-    Tasks without a shared reading are tested at eight lengths up to L and sixteen beyond.
+    For tasks other than recall, lengths cannot share contexts: eight up to L and sixteen beyond it.
     """
     lengths = range(shortest(M, tau, task), 3 * L + 1)
     most = MOST_LENGTHS if task == "recall" else 24
@@ -138,13 +137,13 @@ def lengths_to_test(L, M=1, tau=1, task="recall"):
 
 
 def some_lengths(L, tau):
-    """A few lengths below, at and beyond L, for a table that fits a terminal."""
+    """A few lengths below, at and beyond L, for a table that fits into a terminal."""
     lengths = tau + 1, L // 8, L // 4, L // 2, L, 3 * L // 2, 2 * L, 3 * L
     return sorted({n for n in lengths if n > tau})
 
 
 def print_table(lengths, accuracies, L, say=print):
-    """Print lengths and accuracies, eight in a line."""
+    """Print lengths and accuracies, eight per line."""
     for k in range(0, len(lengths), 8):
         say("length   " + " ".join(f"{n:>7}" for n in lengths[k:k + 8]))
         say("accuracy " + " ".join(f"{a:7.3f}" for a in accuracies[k:k + 8]))
@@ -168,20 +167,20 @@ def show_result(model, result, device, say=print, sequences=3):
 
 
 def main(argv=None):
-    """Test checkpoints; returns a list of their lengths and accuracies."""
+    """Test checkpoints; returns a list of (lengths, accuracies), one for each."""
     parser = short_errors(argparse.ArgumentParser(
         description="Accuracy of trained models against context length. The numbers go into each "
-                    "run's JSON, except where it has one from more sequences."))
+                    "run's JSON, unless it has numbers from more sequences."))
     parser.add_argument("checkpoints", nargs="*", metavar="RUN.pt", help="checkpoints of train.py")
     parser.add_argument("--lengths", nargs="+", default=[], metavar="N",
                         help="context lengths (default: every length from tau + 1 to 3L)")
     parser.add_argument("--sequences", type=int, default=1024, metavar="N",
-                        help="sequences of each length, at least (default: 1024)")
+                        help="least number of sequences per length (default: 1024)")
     parser.add_argument("--seed", type=int, default=0, help="of the test sequences (default: 0)")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best one here)")
     parser.add_argument("--no-save", action="store_true", help="leave the JSON as it is")
     args = parser.parse_intermixed_args(argv)
-    # `--lengths 5 X.pt`: argparse takes all of it for lengths.
+    # In `--lengths 5 X.pt`, argparse takes X.pt for a length, so sort them out here.
     paths = args.checkpoints + [word for word in args.lengths if not word.isdecimal()]
     lengths = sorted({int(word) for word in args.lengths if word.isdecimal()})
     paths = [path for path in dict.fromkeys(paths) if not path.endswith(".resume.pt")]
@@ -221,7 +220,7 @@ def main(argv=None):
         stem = os.path.splitext(path)[0]
         if args.no_save or not os.path.exists(stem + ".json"):
             continue
-        with wait_for(stem):                         # of two at once, neither loses its lengths
+        with wait_for(stem):                         # two processes must not overwrite each other
             result = read_result(stem + ".json")
             try:
                 if result:
@@ -236,9 +235,9 @@ def main(argv=None):
 
 
 def merged(old, lengths, accuracies, sequences):
-    """The eval section with new numbers, except where an old one is from more sequences.
+    """The eval section with new numbers, except where an old one comes from more sequences.
 
-    `sequences` is one number where all lengths agree, otherwise a list like `length`.
+    In the result, "sequences" is one number if all lengths agree, otherwise a list like "length".
     """
     counts = old["sequences"]
     if not isinstance(counts, list):
