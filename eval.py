@@ -25,7 +25,7 @@ SEGMENT = 4096       # most tokens per call when a long context is read
 BATCH_ROWS = 512     # most contexts in a batch
 HELD_TOKENS = 2**20  # most tokens in a batch, which bounds memory
 ON_CUDA = 16         # times as many of both on CUDA
-MOST_LENGTHS = 768   # tested after training, which are all lengths up to L = 256
+MOST_LENGTHS = 768   # tested after training; up to L = 256 these are all lengths to 3L
 STRIDE = 8           # a group has every eighth length of a block
 
 
