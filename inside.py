@@ -27,7 +27,7 @@ from summary import text
 
 CONTEXT = 24                               # tokens before the query: few enough to see each of them
 MARKS = {"q": "#D55E00", "v": "#009E73"}   # the query and its value in a sequence
-# A channel holds v for a million tokens if its dt exceeds WRITES at v and stays below IDLE after it.
+# A channel holds v for a million tokens if dt exceeds WRITES at v and stays below IDLE elsewhere.
 WRITES, IDLE = 0.1, 1e-6
 
 

@@ -1,7 +1,7 @@
 """Mamba (Gu and Dao 2023, arXiv 2312.00752) in PyTorch: the recurrence, the layer, and a fast scan.
 
 A Mamba layer reads a sequence with a state of fixed size. Each token decides how much of the state
-decays, what is written into it and what is read from it: the state space model is selective.
+decays, what it writes and what it reads: the state space model is selective.
 `python mamba.py` shows that all forms of the recurrence agree, and how long each takes.
 
     symbol   shape        meaning
@@ -227,7 +227,7 @@ def _broadcast(x, dt, A, B, C):
 
 
 def _recur(a, w, h):
-    """h_t = a_t h_{t-1} + w_t for lists a of decays and w of what is written, (N, b, D) each.
+    """h_t = a_t h_{t-1} + w_t for lists of decays a_t and writes w_t, (N, b, D) each.
 
     h_t overwrites w_t, which saves memory. Returns the last h.
     """
