@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_STEPS = 8     # most steps in a chunk
-LONG = 1024         # from so many steps on, twice CHUNK_STEPS: half the states, twice the compiling
+LONG = 1024         # from so many steps on, chunks twice as long: fewer states, slower to compile
 GROUP_CHUNKS = 16   # most chunks in a group
 _compile_kernels = True                 # see compiled_scan
 
@@ -78,12 +78,11 @@ def widest(device):
 # Each function that goes through _kernel becomes one kernel, its loop over steps unrolled (_ends
 # and _group_ends two). A kernel sums over states or over channels, so dx shares none with dB; and
 # dC needs h where dB needs g. All is computed in A's dtype, float32 or wider. dB and dC are rounded
-# to the dtype of B and C after the last step: a conversion at each step would end the kernel's loop
-# over channels, and the loops that follow would read every step's state from memory.
+# only at the end: with a conversion after each sum, the kernel wrote every step's state to memory.
 
 def _decay(dt, A):
-    """exp(dt A) (b, c, D, N) for one step's dt (b, c, D). With exp the scan takes a fifth longer."""
-    return torch.exp2(dt[..., None] * (A * math.log2(math.e)))           # a GPU's own instruction
+    """exp(dt A) for one step's dt (b, c, D): (b, c, D, N)."""
+    return torch.exp2(dt[..., None] * (A * math.log2(math.e)))     # with exp, a fifth slower
 
 
 def _next_state(h, t, x, dt, A, B):
@@ -166,13 +165,10 @@ def _gradient_C(x, dt, A, B, C, dy, h):
 # the carry that arrives at its last step.
 
 def _group_starts(span, A, ends, h, backwards):
-    """Every chunk's start (b, c, D, N), and every group's last state (b, groups, D, N).
-
-    h: every group's start, None for zero.
-    """
+    """Every chunk's start (b, c, D, N), and every group's last state, from the groups' starts h."""
     c = span.shape[1]
     span, ends = split(span, GROUP_CHUNKS), split(ends, GROUP_CHUNKS)    # (b, groups, chunks, ...)
-    h = torch.zeros_like(ends[:, :, 0]) if h is None else h
+    h = torch.zeros_like(ends[:, :, 0]) if h is None else h              # (b, groups, D, N)
     order = range(span.shape[2])
     starts = [None] * len(order)
     for k in reversed(order) if backwards else order:
@@ -228,7 +224,6 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor | No
     """-> y, the last state (b, D, N), and for the gradient every chunk's start and span."""
     ends, span = _kernel(_ends, compiled)(x, dt, A, B)
     starts, last = _across(span, A, ends, h, False, compiled)
-    del ends                                                 # as large as starts
     return _kernel(_outputs, compiled)(x, dt, A, B, C, starts), last, starts, span
 
 
@@ -239,7 +234,7 @@ def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start
     """-> the gradients of x, dt, A, B, C and h."""
     first_carries = _kernel(_first_carry, compiled)(dt, A, C, dy)
     carries, dh = _across(span, A, first_carries, dh, True, compiled)
-    del first_carries
+    del first_carries                                      # as large as carries, or as starts
     dB = _kernel(_gradient_B, compiled)(x, dt, A, B, C, dy, carries)
     dC = _kernel(_gradient_C, compiled)(x, dt, A, B, C, dy, starts)
     dx, ddt = _kernel(_gradients_x_dt_A, compiled)(x, dt, A, B, C, dy, starts, carries)
@@ -255,8 +250,7 @@ def _(x, dt, A, B, C, h, compiled):
 
 @_scan_backward.register_fake
 def _(x, dt, A, B, C, starts, span, dy, dh, compiled):
-    gradients = (v.new_empty(v.shape) for v in (x, dt, A, B, C))
-    return *gradients, A.new_empty(x.shape[0], *A.shape)
+    return *(v.new_empty(v.shape) for v in (x, dt, A, B, C)), A.new_empty(x.shape[0], *A.shape)
 
 
 def _save(ctx, inputs, output):
