@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_STEPS = 8     # most steps in a chunk; 16 compiles twice as long and is not faster
+CHUNK_STEPS = 8     # most steps in a chunk
+LONG = 1024         # from so many steps on, chunks twice as long: fewer states, slower to compile
 GROUP_CHUNKS = 16   # most chunks in a group
 _compile_kernels = True                 # see compiled_scan
 
@@ -74,16 +75,14 @@ def widest(device):
 
 # ---- Inside a chunk ------------------------------------------------------------------------------
 #
-# Each function that goes through _kernel becomes one kernel, its loop over steps unrolled (_ends,
-# _group_ends and _total may be two). A kernel sums over states or over channels, so dx shares none
-# with dB; and dC needs h where dB needs g. All is computed in A's dtype, float32 or wider.
+# Each function that goes through _kernel becomes one kernel, its loop over steps unrolled (_ends
+# and _group_ends two). A kernel sums over states or over channels, so dx shares none with dB; and
+# dC needs h where dB needs g. All is computed in A's dtype, float32 or wider. dB and dC are rounded
+# only at the end: with a conversion after each sum, the kernel wrote every step's state to memory.
 
 def _decay(dt, A):
-    """exp(dt A) for one step's dt (b, c, D): (b, c, D, N).
-
-    As a power of 2, for which a GPU has an instruction; with exp the scan takes a fifth longer.
-    """
-    return torch.exp2(dt[..., None] * (A * math.log2(math.e)))
+    """exp(dt A) for one step's dt (b, c, D): (b, c, D, N)."""
+    return torch.exp2(dt[..., None] * (A * math.log2(math.e)))     # with exp, a fifth slower
 
 
 def _next_state(h, t, x, dt, A, B):
@@ -123,12 +122,11 @@ def _first_carry(dt, A, C, dy):
 
 
 def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carry):
-    """The sums over states, dx and ddt (b, c, T, D), and every chunk's part of dA (b, c, D, N)."""
-    h_before = []
-    for t in range(x.shape[2]):
-        h_before.append(h)
-        h = _next_state(h, t, x, dt, A, B)
-    dx, ddt, dA = [], [], 0.0
+    """The sums over states, dx and ddt (b, c, T, D). Writes every chunk's part of dA over carry."""
+    h_before = [h]
+    for t in range(x.shape[2] - 1):
+        h_before.append(_next_state(h_before[t], t, x, dt, A, B))
+    dx, ddt, dA, arrived = [], [], 0.0, carry
     for t in reversed(range(x.shape[2])):
         g = _state_gradient(carry, t, A, C, dy)                          # (b, c, D, N)
         carry = _decay(dt[:, :, t], A) * g
@@ -137,7 +135,8 @@ def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carry):
         dx.append((du * dt[:, :, t]).to(x.dtype))
         ddt.append(((d_dtA * A).sum(-1) + du * x[:, :, t]).to(dt.dtype))
         dA = dA + d_dtA * dt[:, :, t, :, None]
-    return torch.stack(dx[::-1], dim=2), torch.stack(ddt[::-1], dim=2), dA
+    arrived.copy_(dA)
+    return torch.stack(dx[::-1], dim=2), torch.stack(ddt[::-1], dim=2)
 
 
 def _gradient_B(x, dt, A, B, C, dy, carry):
@@ -147,8 +146,8 @@ def _gradient_B(x, dt, A, B, C, dy, carry):
     for t in reversed(range(x.shape[2])):
         g = _state_gradient(carry, t, A, C, dy)                          # (b, c, D, N)
         carry = _decay(dt[:, :, t], A) * g
-        dB.append((g * u[:, :, t, :, None]).sum(-2).to(B.dtype))         # (b, c, N)
-    return torch.stack(dB[::-1], dim=2)
+        dB.append((g * u[:, :, t, :, None]).sum(-2))                     # (b, c, N)
+    return torch.stack(dB[::-1], dim=2).to(B.dtype)
 
 
 def _gradient_C(x, dt, A, B, C, dy, h):
@@ -156,13 +155,8 @@ def _gradient_C(x, dt, A, B, C, dy, h):
     dC = []
     for t in range(x.shape[2]):
         h = _next_state(h, t, x, dt, A, B)
-        dC.append((h * dy[:, :, t, :, None]).sum(-2).to(C.dtype))        # (b, c, N)
-    return torch.stack(dC, dim=2)
-
-
-def _total(dA):
-    """The sum over sequences and chunks: (D, N)."""
-    return dA.sum((0, 1))
+        dC.append((h * dy[:, :, t, :, None]).sum(-2))                    # (b, c, N)
+    return torch.stack(dC, dim=2).to(C.dtype)
 
 
 # ---- Across chunks -------------------------------------------------------------------------------
@@ -170,30 +164,23 @@ def _total(dA):
 # Backwards, from the last chunk to the first, "ends" are first carries, and a chunk's "start" is
 # the carry that arrives at its last step.
 
-def _group_ends(span, A, ends, backwards):
-    """Every group's last state from zero (b, groups, D, N), and its span (b, groups, D)."""
-    span, ends = split(span, GROUP_CHUNKS), split(ends, GROUP_CHUNKS)    # (b, groups, chunks, ...)
-    order = range(span.shape[2])
-    h = 0.0
-    for k in reversed(order) if backwards else order:
-        h = _decay(span[:, :, k], A) * h + ends[:, :, k]
-    return h, span.sum(2)
-
-
 def _group_starts(span, A, ends, h, backwards):
-    """Every chunk's start (b, c, D, N), and every group's last state (b, groups, D, N).
-
-    h: every group's start, None for a single group that starts from zero.
-    """
+    """Every chunk's start (b, c, D, N), and every group's last state, from the groups' starts h."""
     c = span.shape[1]
-    h = torch.zeros_like(ends[:, :1]) if h is None else h
     span, ends = split(span, GROUP_CHUNKS), split(ends, GROUP_CHUNKS)    # (b, groups, chunks, ...)
+    h = torch.zeros_like(ends[:, :, 0]) if h is None else h              # (b, groups, D, N)
     order = range(span.shape[2])
     starts = [None] * len(order)
     for k in reversed(order) if backwards else order:
         starts[k] = h
         h = _decay(span[:, :, k], A) * h + ends[:, :, k]
     return torch.stack(starts, dim=2).flatten(1, 2)[:, :c], h
+
+
+def _group_ends(span, A, ends, backwards):
+    """Every group's last state from zero (b, groups, D, N), and its span (b, groups, D)."""
+    _, h = _group_starts(span, A, ends, None, backwards)
+    return h, split(span, GROUP_CHUNKS).sum(2)
 
 
 def _across(span, A, ends, h, backwards, compiled):
@@ -241,17 +228,17 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor | No
 
 
 @torch.library.custom_op("mamba::scan_backward", mutates_args=())
-def _scan_backward(
-        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, span: Tensor,
-        dy: Tensor, dh: Tensor | None, compiled: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor,
+                   span: Tensor, dy: Tensor, dh: Tensor | None, compiled: bool
+                   ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> the gradients of x, dt, A, B, C and h."""
     first_carries = _kernel(_first_carry, compiled)(dt, A, C, dy)
     carries, dh = _across(span, A, first_carries, dh, True, compiled)
-    dx, ddt, dA = _kernel(_gradients_x_dt_A, compiled)(x, dt, A, B, C, dy, starts, carries)
+    del first_carries                                      # as large as carries, or as starts
     dB = _kernel(_gradient_B, compiled)(x, dt, A, B, C, dy, carries)
     dC = _kernel(_gradient_C, compiled)(x, dt, A, B, C, dy, starts)
-    return dx, ddt, _kernel(_total, compiled)(dA), dB, dC, dh
+    dx, ddt = _kernel(_gradients_x_dt_A, compiled)(x, dt, A, B, C, dy, starts, carries)
+    return dx, ddt, carries.sum((0, 1)), dB, dC, dh        # carries have become the parts of dA
 
 
 @_scan.register_fake
@@ -263,8 +250,7 @@ def _(x, dt, A, B, C, h, compiled):
 
 @_scan_backward.register_fake
 def _(x, dt, A, B, C, starts, span, dy, dh, compiled):
-    gradients = (v.new_empty(v.shape) for v in (x, dt, A, B, C))
-    return *gradients, A.new_empty(x.shape[0], *A.shape)
+    return *(v.new_empty(v.shape) for v in (x, dt, A, B, C)), A.new_empty(x.shape[0], *A.shape)
 
 
 def _save(ctx, inputs, output):
@@ -308,6 +294,7 @@ def parallel_scan(x, dt, A, B, C, h=None, compiled=None):
     if x.numel() == 0:
         return x.clone(), A.new_zeros(x.shape[0], *A.shape) if h is None else h
     # Cut outside of the scan's kernels: padding inside them made their loads twice as slow.
-    x_k, dt_k, B_k, C_k = (split(v, CHUNK_STEPS) for v in (x, dt, B, C))     # (b, c, T, D or N)
+    steps = CHUNK_STEPS if x.shape[1] < LONG else 2 * CHUNK_STEPS
+    x_k, dt_k, B_k, C_k = (split(v, steps) for v in (x, dt, B, C))       # (b, c, T, D or N)
     y, h, _, _ = _scan(x_k, dt_k, A.contiguous(), B_k, C_k, h, compiled)
     return y.flatten(1, 2)[:, :x.shape[1]], h

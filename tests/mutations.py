@@ -198,9 +198,9 @@ FUSED = [
     ("dx.append((du * dt[:, :, t])", "dx.append((du * dt[:, :, 0])"),
     ("dA = dA + d_dtA * dt[:, :, t, :, None]", "dA = dA + d_dtA"),
     ("(d_dtA * A).sum(-1) + du * x[:, :, t]", "(d_dtA * A).sum(-1)"),
-    ("return dA.sum((0, 1))", "return dA.mean((0, 1))"),
+    ("carries.sum((0, 1))", "carries.mean((0, 1))"),
     ("        starts[k] = h\n", "        starts[k] = 0 * h\n"),
-    ("return h, span.sum(2)", "return h, span[:, :, -1]"),
+    ("split(span, GROUP_CHUNKS).sum(2)", "split(span, GROUP_CHUNKS)[:, :, -1]"),
 ]
 INSIDE = [
     (".triu(1)", ".triu(2)"),

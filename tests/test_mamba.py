@@ -28,6 +28,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr("mamba.CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(fused_scan, "CHUNK_STEPS", CHUNK)
     monkeypatch.setattr(fused_scan, "GROUP_CHUNKS", 4)
+    monkeypatch.setattr(fused_scan, "LONG", CHUNK * CHUNK)
 
 
 def operands(L, b=2, D=3, N=4, h=True, dtype=torch.float64, seed=0):
