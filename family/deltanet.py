@@ -124,10 +124,13 @@ class GatedDeltaNet(nn.Module):
         k = unit(k.unflatten(-1, (self.n_heads, -1)))                    # (b, L, H, N)
         return q, k, v.unflatten(-1, (self.n_heads, -1)), window
 
+    def step_size(self, x):
+        """x (b, L, d) -> dt (b, L, H), positive, as in Mamba-2."""
+        return F.softplus(self.a_proj(x) + self.dt_bias)
+
     def log_decay(self, x):
-        """x (b, L, d) -> log a (b, L, H), as in Mamba-2: A times a step size."""
-        dt = F.softplus(self.a_proj(x) + self.dt_bias)                   # (b, L, H)
-        return -torch.exp(self.A_log) * dt
+        """x (b, L, d) -> log a (b, L, H), as in Mamba-2: A times the step size."""
+        return -torch.exp(self.A_log) * self.step_size(x)
 
     def output(self, y, x):
         """Norm, gate and last map: y (b, L, H, P) and the layer's x -> (b, L, d)."""

@@ -69,10 +69,11 @@ class LinearAttention(GatedDeltaNet):
         if self.angle_proj is None:
             angle = x.new_zeros(len(x), self.n_heads, 0)
         else:
-            turn = math.pi * torch.tanh(self.angle_proj(x).to(widest(x.device)))
-            angles = turn.unflatten(-1, (self.n_heads, -1)).cumsum(1)    # (b, L, H, N / 2)
+            # As in Mamba-3, up to pi per unit of the step size, which starts small.
+            turn = math.pi * torch.tanh(self.angle_proj(x)).unflatten(-1, (self.n_heads, -1))
+            angles = (turn * self.step_size(x)[..., None]).to(widest(x.device)).cumsum(1)
             if angle is not None:
-                angles = angles + angle[:, None]
+                angles = angles + angle[:, None]                         # (b, L, H, N / 2)
             angle = angles[:, -1].remainder(2 * math.pi)
             q = rotate(q, angles.remainder(2 * math.pi).to(q.dtype))
             k = rotate(k, angles.remainder(2 * math.pi).to(k.dtype))

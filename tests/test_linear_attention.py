@@ -26,7 +26,8 @@ def by_hand(layer, x):
     for t in range(x.shape[1]):
         q_t, k_t = (u[:, t] / u[:, t].norm(dim=-1, keepdim=True) for u in (q, k))
         if getattr(layer, "angle_proj", None) is not None:
-            angle = angle + math.pi * torch.tanh(layer.angle_proj(x[:, t]))
+            dt = torch.nn.functional.softplus(layer.a_proj(x[:, t]) + layer.dt_bias)
+            angle = angle + math.pi * torch.tanh(layer.angle_proj(x[:, t])) * dt
             turn = torch.complex(angle.cos(), angle.sin())
             q_t, k_t = (torch.view_as_real(torch.view_as_complex(u.unflatten(-1, (-1, 2))) * turn)
                         .flatten(-2) for u in (q_t, k_t))
