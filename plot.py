@@ -6,6 +6,7 @@
     python plot.py results/*.json --against lr     accuracy at the training length against any flag
     python plot.py results/*.json --against model  a row for each model: at L, and the lowest to 3L
     python plot.py results/*.json --against state  accuracy against bytes of state
+    python plot.py ... --against d --lowest        the lowest accuracy to 3L, not that at L
     python plot.py results/*.json --table [16 64]  a Markdown table [of the accuracy at 16 and 64]
 
 The seeds of a curve differ in the seed alone: any other flag that differs, such as --lr, is part of
@@ -28,10 +29,13 @@ from summary import (MODELS, TASK, caption, file_name, finding, group, median, m
                      rank, read, table, text)
 
 MOST_PANELS = 40  # of a figure
+AXES = {"at": "accuracy at L", "lowest": "lowest accuracy from L to 3L"}
 COLOURS = dict(zip(MODELS, [  # first those of Okabe and Ito, which the colour-blind can tell apart
     "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999", "#666666",
     "#8C6D31", "#5C4A1F", "#A50F15", "#1B7837", "#54278F", "#01665E", "#35978F", "#756BB1",
-    "#9E9AC8"]))
+    "#9E9AC8", "#DD1C77", "#66A61E", "#1B9E77", "#8C564B", "#E7298A", "#333333", "#009E73",
+    "#56B4E9", "#0072B2", "#8C564B", "#E7298A", "#BCBD22", "#C7A76C", "#8C6D31", "#F4A582",
+    "#CA0020", "#92C5DE", "#1B9E77", "#5E3C99"]))
 UNNAMED = ["black", "#E31A1C", "#6A3D9A", "#33A02C", "#B15928", "#1F78B4", "#FF7F00"]  # of stacks
 DASHES = ["-", (0, (7, 2)), (0, (4.5, 4.5)), (0, (1.5, 3))]  # gaps show the curves below
 GREY, RAISED = "0.35", str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -129,14 +133,14 @@ def draw_curves(ax, curves, look, flag, kind):
     label_ends(ax, [end for _, end in sorted(ends, key=lambda end: end[0])])   # the fastest first
 
 
-def draw_points(ax, curves, look, flag, position):
-    """Accuracy at L, each seed small, their median large. position(curve, x, runs): its x."""
+def draw_points(ax, curves, look, flag, position, what):
+    """Accuracy, each seed small, their median large. position(curve, x, runs): its x."""
     lines = {}
     for (curve, x), runs in curves.items():
         at = position(curve, x, runs)
-        ax.plot([at] * len(runs), [run["at"] for run in runs], ls="", marker=".", alpha=0.6,
+        ax.plot([at] * len(runs), [run[what] for run in runs], ls="", marker=".", alpha=0.6,
                 color=look[curve][0], clip_on=False)
-        lines.setdefault(curve, []).append((at, middle(runs, "at")))
+        lines.setdefault(curve, []).append((at, middle(runs, what)))
     for curve, line in lines.items():
         colour, dashes = look[curve]
         ax.plot(*zip(*sorted(line)), color=colour, ls=dashes, lw=2, marker="o", clip_on=False)
@@ -157,7 +161,7 @@ def draw_rows(ax, curves, look):
     ax.grid(axis="y", color="0.92", zorder=-1)
 
 
-def draw(kind, cells, panels, curve, across=(), stacks=(), published=()):
+def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="at", title=None):
     """The figure of a `group`, of the kind length, training, against, state or model."""
     places = [(panel, tokens) for panel in dict.fromkeys(panel for panel, _, _ in cells)
               for tokens in ((64, 4096) if kind == "state" else (None,))]
@@ -177,23 +181,24 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=()):
     for ax, (panel, tokens) in zip(axes, places):
         shown = {(c, x): seeds for (p, c, x), seeds in cells.items() if p == panel}
         config = next(run["config"] for seeds in shown.values() for run in seeds)
-        title = ", ".join(text(value) if flag == "model" else f"{flag} = {text(value)}"
+        words = ", ".join(text(value) if flag == "model" else f"{flag} = {text(value)}"
                           for flag, value in zip(panels, panel))
-        ax.set_title(title if len(places) > 1 else "", pad=18 if kind == "length" else 6)
+        ax.set_title(words if len(places) > 1 else "", pad=18 if kind == "length" else 6)
         if kind == "model":
             draw_rows(ax, shown, look)
             continue
         mark(ax, config, kind)
         if kind == "against":
             aside = {c: 0.04 * (i - (len(look) - 1) / 2) for i, c in enumerate(look)}
-            ax.set(xlim=(-0.4, len(xs) - 0.6), xlabel=across[0], ylabel="accuracy at L")
+            ax.set(xlim=(-0.4, len(xs) - 0.6), xlabel=across[0], ylabel=AXES[what])
             ax.set_xticks(range(len(xs)), [text(x[0]) for x in xs])
-            draw_points(ax, shown, look, curve, lambda c, x, seeds: xs.index(x) + aside[c])
+            draw_points(ax, shown, look, curve, lambda c, x, seeds: xs.index(x) + aside[c],
+                        what)
             continue
         scale_x(ax, kind, min(xs), max(xs), config["L"])
         if kind == "state":
-            ax.set(xlabel=f"bytes of state after {tokens:,} tokens", ylabel="accuracy at L")
-            draw_points(ax, shown, look, curve, lambda c, x, seeds: seeds[0]["state"][tokens])
+            ax.set(xlabel=f"bytes of state after {tokens:,} tokens", ylabel=AXES[what])
+            draw_points(ax, shown, look, curve, lambda c, x, seeds: seeds[0]["state"][tokens], what)
             continue
         draw_curves(ax, shown, look, curve, kind)
         for source in published if kind == "length" else ():
@@ -204,7 +209,7 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=()):
                     ax.plot(x, y, color=COLOURS.get(name, GREY), ls="", marker="o", mfc="white",
                             ms=6, clip_on=False, zorder=4)
     flags, wide = (*panels, curve, *across), fig.get_figwidth()
-    words = textwrap.fill(finding(cells, flags, kind), int(10 * wide))
+    words = textwrap.fill(title or finding(cells, flags, kind, what), int(10 * wide))
     fig.suptitle(words, fontsize=13, x=0.02, ha="left")
     lines = (caption(cells, flags, kind) + "".join(sources)).split("\n")
     words = "\n".join(textwrap.fill(line, int(15 * wide)) for line in lines)
@@ -246,6 +251,8 @@ def main(argv=None):
     parser.add_argument("results", nargs="+", metavar="RUN.json", help="results of train.py")
     parser.add_argument("--panels", nargs="+", default=["M"], metavar="FLAG", help="(default: M)")
     parser.add_argument("--against", metavar="FLAG", help="a flag of train.py, model, or state")
+    parser.add_argument("--lowest", action="store_true", help="with --against: not the accuracy at L")
+    parser.add_argument("--title", help="of the figures (default: what they show)")
     parser.add_argument("--table", nargs="*", type=int, metavar="LENGTH", help="print a table")
     parser.add_argument("--name", help="name of a figure's file (default: what it shows)")
     parser.add_argument("--out", default="figures", metavar="DIR", help="(default: figures)")
@@ -282,7 +289,8 @@ def main(argv=None):
                 if path in written:
                     raise ValueError(f"left out: a second figure of the name {path}")
                 with matplotlib.rc_context(LOOK):
-                    fig = draw(kind, cells, panels, curve, across, stacks, published)
+                    fig = draw(kind, cells, panels, curve, across, stacks, published,
+                               "lowest" if args.lowest else "at", args.title)
                     os.makedirs(args.out, exist_ok=True)
                     write(fig, path)
                 written.append(path)

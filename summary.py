@@ -15,7 +15,11 @@ TASK = ["task", "tau", "K", "d", "L", "M"]                   # the flags that sa
 IGNORED = {"model", "seed", "device", "compile", "out", "overwrite"}       # no settings of a run
 MODELS = [  # in the order of figures and tables
     "nope", "learned", "rope", "mamba", "hybrid-a", "hybrid-b", "rnn", "lti", "retention",
-    "griffin", "mamba2", "samba", "mamba2-hybrid", "jamba", "zamba", "zamba2", "zamba2-mini"]
+    "griffin", "mamba2", "samba", "mamba2-hybrid", "jamba", "zamba", "zamba2", "zamba2-mini",
+    "mamba3", "deltanet", "gated-deltanet", "alibi", "forgetting", "conv+attention",
+    "mamba+attention", "2xattention", "2xrope", "2xalibi", "2xforgetting", "2xwindow",
+    "2xlinear-fixed-noconv", "2xlinear-fixed", "2xlinear-decay-noconv", "2xlinear-decay",
+    "2xgated-deltanet-noconv", "2xgated-deltanet", "2xlinear-rotation"]
 TEST_BATCH = 512  # sequences of a test during training, as in train.py
 SOLVED = 0.99     # the accuracy to which steps are counted
 KEPT = 0.95       # a model that stays above it beyond L does not fade
@@ -181,7 +185,7 @@ def numbered(numbers):
     return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 3 else ", ".join(numbers)
 
 
-def verdict(runs, kind):
+def verdict(runs, kind, what="at"):
     """What the median of some seeds says: a key of the phrases in `finding`, None if not tested."""
     x, y = median(runs, "length")
     at, lowest = middle(runs, "at"), middle(runs, "lowest")
@@ -192,11 +196,11 @@ def verdict(runs, kind):
     if np.isnan(at + lowest):
         return None
     if kind in ("against", "state"):
-        return "good" if at >= SOLVED else "bad"
+        return "good" if middle(runs, what) >= SOLVED else "bad"
     return "stay" if lowest >= KEPT else "fade" if at >= KEPT else "miss"
 
 
-def finding(cells, flags, kind):
+def finding(cells, flags, kind, what="at"):
     """A figure's title: the verdict on each model, and in which settings, if not in all of them.
 
     flags: what the values in a cell are, those of its panel, its curve and its x. kind: of `draw`.
@@ -209,9 +213,10 @@ def finding(cells, flags, kind):
         name = name_of("model", (runs[0]["config"]["model"], extra))
         place = [f"{flags[i]} = {text(row[i])}" for i in shown]
         everywhere.setdefault(name, []).append(place)
-        found.setdefault(verdict(runs, kind), {}).setdefault(name, []).append(place)
+        found.setdefault(verdict(runs, kind, what), {}).setdefault(name, []).append(place)
     L, parts = numbered(runs[0]["config"]["L"] for runs in cells.values()), []
     after = "" if kind == "training" else f" after {L} tokens"
+    after = after if what == "at" else " from L to 3L"
     stay = f"above {KEPT} beyond {L} tokens" + (" in every panel" if kind == "model" else "")
     for key, phrase in {
             "stay": f"{{}} stay{{}} {stay}", "fade": f"{{}} fade{{}} beyond {L}",
@@ -256,6 +261,7 @@ def caption(cells, flags, kind):
     if kind == "model":
         marks.append("dots: at L, diamonds: the lowest from L to 3L, dotted: chance")
     return f"task {text(', '.join(config['task']))}: {', '.join(words)}\n{'; '.join(marks)}"
+
 
 def file_name(kind, cells, args):
     """The name of a figure: what it shows, or --name."""

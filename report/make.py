@@ -22,13 +22,13 @@ import eval as evaluation
 import plot
 import train
 from hybrid import FAMILY, MODELS
-from runs import is_finished, short_errors
+from runs import short_errors
 
 SIX = " ".join(MODELS)
 ALL = " ".join([*MODELS, *FAMILY])
 RUNGS = ["linear-fixed", "linear-decay", "gated-deltanet", "linear-rotation"]
 ATTENTIONS = ["attention", "rope", "alibi", "forgetting"]
-LADDER = " ".join([*(f"2x{word} 2x{word}-noconv" for word in RUNGS),
+LADDER = " ".join([*(f"2x{word}" for word in RUNGS), *(f"2x{word}-noconv" for word in RUNGS[:3]),
                    *(f"2x{word} conv+{word}+conv+{word}" for word in ATTENTIONS)])
 WITH_STATE = ("rope forgetting 2xwindow mamba mamba2 mamba3 gated-deltanet 2xlinear-fixed "
               "conv+attention hybrid-a")
@@ -66,34 +66,45 @@ EXPERIMENTS = {
                   + " ".join(str(2**k) for k in range(6, 21))),
                  ("[lr]o*", "--sequences 64 --lengths "
                   + " ".join(str(2**k) for k in range(6, 17)))],
-        "draw": ["{}/table2/* report/published/table2.json --name table2"]},
+        "draw": ["{}/table2/mamba*uniform* {}/table2/rope* {}/table2/learned*seed[04].json "
+                 "report/published/table2.json --name table2 --title 'Mamba, trained at lengths up "
+                 "to 256, recalls after a million tokens; attention fades'"]},
     "filter": {
         "train": ["--d 8 16 32 --tau 1 2 3 4 5 10 --model conv+attention mamba+attention",
                   "--d 8 16 32 --M 4 16 --model conv+attention mamba+attention",
                   "--d 16 --tau 1 2 3 4 5 7 8 10 --model conv2+attention conv8+attention"],
-        "draw": ["{}/filter/*_M1_*_d16_* --against tau --name filter"]},
+        "draw": ["{}/filter/*_M1_*_d16_* --against tau --name filter --title 'A filter of n taps in "
+                 "front of attention bridges n - 1 tokens, no more; Mamba bridges all ten'"]},
     "ladder": {
         "train": [f"--d 16 --M 4 16 --model {LADDER}"],
-        "draw": ["{}/ladder/* --against model --name ladder"]},
+        "draw": ["{}/ladder/* --against model --name ladder --title 'With a short convolution, "
+                 "each idea keeps more beyond 64 tokens: fixed decay, decay per token, delta rule, "
+                 "rotation'"]},
     "state": {
         "train": [f"--d 8 16 32 --M 16 --model {WITH_STATE}",
                   f"--d 8 16 32 --M 8 --task mqar --model {WITH_STATE}"],
-        "draw": ["{}/state/*_M16_* --against state --name state",
-                 "{}/state/mqar_* --against state --name state_mqar"]},
+        "draw": ["{}/state/*_M16_* --against state --lowest --name state --title 'Sixteen queries: "
+                 "among states of fixed size, the delta rule keeps most beyond 64 tokens'",
+                 "{}/state/mqar_* --against state --lowest --name state_mqar --title 'MQAR, eight "
+                 "pairs: fixed states and decayed attention keep them, rotary attention does "
+                 "not'"]},
     "parity": {
-        "train": ["--d 16 --task parity --model rnn lti mamba mamba2 mamba3 gated-deltanet "
-                  "2xlinear-rotation rope hybrid-a"],
-        "draw": ["{}/parity/* --name parity"]},
+        "train": ["--d 16 --task parity --model rnn lti mamba mamba2 mamba3 gated-deltanet rope "
+                  "hybrid-a"],
+        "draw": ["{}/parity/* --name parity --title 'Parity: states that only decay lose count; a "
+                 "state that rotates, or an RNN, does not'"]},
     "ratio": {
         "train": ["--d 22 --M 16 --model mamba+attention", "--d 16 --M 16 --model 2xmamba+attention",
                   "--d 12 --M 16 --model 3xmamba+attention",
                   "--d 8 --M 16 --model 6xmamba+attention",
                   "--d 4 5 6 7 8 --M 16 --model mamba+attention",
                   "--d 10 12 14 16 --M 16 --model conv+attention"],
-        "draw": ["{}/ratio/* --against model --name ratio"]},
+        "draw": ["{}/ratio/* --against model --name ratio --title 'Sixteen queries: one layer of "
+                 "attention serves one to six of Mamba; what decides is the width'"]},
     "rotary": {
         "train": ["--M 4 16 --model rope 2xrope-fast 2xrope-slow 2xrope-half alibi forgetting"],
-        "draw": ["{}/rotary/* --name rotary"]},
+        "draw": ["{}/rotary/* --name rotary --title 'Rotating half of the channels fades least; "
+                 "slower or faster angles, or ALiBi, do not help'"]},
     "width": {
         "train": ["--M 16 --d 16 32 64 --model rope mamba hybrid-a hybrid-b",
                   "--M 16 --d-state 4 --model mamba", "--M 16 --d-state 64 --model mamba"],
@@ -102,17 +113,22 @@ EXPERIMENTS = {
         "train": ["--M 16 --model mamba --steps 200000", "--M 16 --model mamba --batch-size 512",
                   "--M 16 --model mamba --train-lengths uniform", "--M 16 --model mamba --lr 4e-3",
                   "--M 16 --model 3xmamba 4xmamba"],
-        "draw": ["{}/narrow/* {}/problem2/mamba_M16_* --against model --name narrow"]},
+        "draw": ["{}/narrow/* {}/problem2/mamba_M16_* {}/state/mamba2_M16_*_d8_* "
+                 "{}/state/gated-deltanet_M16_*_d8_* --against model --name narrow --title 'At "
+                 "d = 8, Mamba-2 and the delta rule learn the sixteen queries that Mamba does "
+                 "not'"]},
     "four": {
         "train": ["--M 4 --model mamba", "--M 4 --model mamba --train-lengths uniform",
                   "--M 4 --model mamba --batch-size 256"],
-        "draw": ["{}/four/* --against model --name four"]},
+        "draw": ["{}/four/* --against model --name four --title 'Mixed training lengths: all 30 seeds "
+                 "of Mamba learn four queries and keep them'"]},
     "uniform": {
         "train": [f"--train-lengths uniform --model {SIX}"],
         "draw": ["{}/problem1/*_tau1_* {}/uniform/* --panels train_lengths --name uniform"]},
     "family": {
         "train": [f"--d 16 --M 1 16 --model {ALL}"],
-        "draw": ["{}/family/* --against model --name family"]},
+        "draw": ["{}/family/* --against model --name family --title 'One query is easy; sixteen "
+                 "need a selective state or attention with a filter'"]},
 }
 
 
@@ -127,6 +143,7 @@ def main(argv=None):
     parser.add_argument("names", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
     parser.add_argument("--seed", nargs="+", default=["0"], help="seeds (default: 0)")
     parser.add_argument("--out", default="results", help="folder of the runs (default: results)")
+    parser.add_argument("--draw", action="store_true", help="draw the runs that are there, only")
     parser.add_argument("--figures", default="figures", help="folder of figures (default: figures)")
     args, flags = parser.parse_known_intermixed_args(argv)
     for name in args.names:
@@ -138,6 +155,16 @@ def main(argv=None):
             for line in experiment["train"]:
                 print(f"    train.py {line}")
         return
+    if not args.draw:
+        make(args, flags)
+    if os.environ.get("RANK", "0") == "0":
+        for name in args.names:
+            for line in EXPERIMENTS[name]["draw"]:
+                draw(line.replace("{}", args.out), args.figures)
+
+
+def make(args, flags):
+    """The runs and tests of the experiments named."""
     # First take all runs that are free, then wait for those that other processes have taken.
     for wait in (False, True):
         for name in args.names:
@@ -149,10 +176,6 @@ def main(argv=None):
             paths = share(sorted(glob.glob(f"{args.out}/{name}/{pattern}.pt")))
             if paths:
                 evaluation.main([*paths, *line.split()])
-    if os.environ.get("RANK", "0") == "0":
-        for name in args.names:
-            for line in EXPERIMENTS[name]["draw"]:
-                draw(line.replace("{}", args.out), args.figures)
 
 
 def draw(line, figures):
