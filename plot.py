@@ -251,7 +251,7 @@ def main(argv=None):
     parser.add_argument("results", nargs="+", metavar="RUN.json", help="results of train.py")
     parser.add_argument("--panels", nargs="+", default=["M"], metavar="FLAG", help="(default: M)")
     parser.add_argument("--against", metavar="FLAG", help="a flag of train.py, model, or state")
-    parser.add_argument("--lowest", action="store_true", help="with --against: not the accuracy at L")
+    parser.add_argument("--lowest", action="store_true", help="with --against: see above")
     parser.add_argument("--title", help="of the figures (default: what they show)")
     parser.add_argument("--table", nargs="*", type=int, metavar="LENGTH", help="print a table")
     parser.add_argument("--name", help="name of a figure's file (default: what it shows)")
@@ -290,7 +290,8 @@ def main(argv=None):
                     raise ValueError(f"left out: a second figure of the name {path}")
                 with matplotlib.rc_context(LOOK):
                     fig = draw(kind, cells, panels, curve, across, stacks, published,
-                               "lowest" if args.lowest else "at", args.title)
+                               "lowest" if args.lowest else "at",
+                               None if kind == "training" else args.title)
                     os.makedirs(args.out, exist_ok=True)
                     write(fig, path)
                 written.append(path)

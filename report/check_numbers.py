@@ -76,7 +76,9 @@ def test_every_result_is_whole():
         result = runs.read_result(path)
         assert result, path
         config, curve, tested = result["config"], result["train"], result["eval"]
-        assert path.name.startswith("{model}_M{M}_tau{tau}_K{K}_d{d}_L{L}_".format(**config)), path
+        task = "" if config.get("task", "recall") == "recall" else config["task"] + "_"
+        name = task + "{model}_M{M}_tau{tau}_K{K}_d{d}_L{L}_".format(**config)
+        assert path.name.startswith(name), path
         assert path.stem.endswith(f"_seed{config['seed']}"), path
         assert len(curve["step"]) == len(curve["loss"]) == len(curve["accuracy"]) > 0, path
         assert tested["length"] == sorted(set(tested["length"])), path

@@ -1,6 +1,6 @@
 """Make an experiment of the report: its runs, its tests to a million tokens, and its figures.
 
-    python report/make.py                                  the experiments, and how many runs each has
+    python report/make.py                                  the experiments and their flags
     python report/make.py problem1                         one seed, on a laptop: runs and figures
     python report/make.py problem1 --seed 0 1 2 3 4        all that the report has
     torchrun --nproc-per-node 8 -- report/make.py problem1 problem2       eight runs at a time
@@ -34,24 +34,31 @@ WITH_STATE = ("rope forgetting 2xwindow mamba mamba2 mamba3 gated-deltanet 2xlin
               "conv+attention hybrid-a")
 
 # Each experiment: "train" lists flags of train.py without --seed and --out, "test" flags of eval.py
-# for all runs whose names match a pattern, "draw" flags of plot.py. {} is the folder of the runs.
+# for all runs whose names match a pattern, "draw" flags of plot.py and the title for the report's
+# runs, None for what plot.py finds by itself. {} is the folder of the runs.
 EXPERIMENTS = {
     "problem1": {
         "train": [f"--tau 1 5 --model {SIX}"],
-        "draw": ["{}/problem1/*_tau1_* --name problem1_tau1",
-                 "{}/problem1/*_tau5_* --name problem1_tau5"]},
+        "draw": {
+            "{}/problem1/*_tau1_* --name problem1_tau1": None,
+            "{}/problem1/*_tau5_* --name problem1_tau5": None}},
     "problem2": {
         "train": ["--M 4 8 16 --model rope mamba hybrid-a hybrid-b"],
-        "draw": ["{}/problem2/* --name finding",
-                 "{}/problem2/* --panels model --name problem2_models"]},
+        "draw": {
+            "{}/problem2/* --name finding":
+                "Rotary attention fades in long contexts, Mamba learns few queries; Mamba "
+                "followed by attention recalls all 16",
+            "{}/problem2/* --panels model --name problem2_models": None}},
     "problem3": {
         "train": ["--d 64 --M 4 8 16 --model mamba", "--d 64 --M 16 --tau 10 --model mamba"],
-        "draw": ["{}/problem2/mamba_* {}/problem3/*_tau1_* --panels model d --name problem3",
-                 "{}/problem3/*_tau10_* --name problem3_tau10"]},
+        "draw": {
+            "{}/problem2/mamba_* {}/problem3/*_tau1_* --panels model d --name problem3": None,
+            "{}/problem3/*_tau10_* --name problem3_tau10": None}},
     "page": {
         "train": [f"--L 32 --tau 1 5 --model {SIX}"],
         "test": [("*", "--lengths " + " ".join(map(str, range(97, 129))))],
-        "draw": ["{}/page/* report/published/page* --panels tau --name page"]},
+        "draw": {
+            "{}/page/* report/published/page* --panels tau --name page": None}},
     "table2": {
         "train": ["--d 64 --L 256 --model learned rope",
                   "--d 64 --L 256 --model mamba --lr 8e-3 --batch-size 16 --steps 10000 "
@@ -64,71 +71,92 @@ EXPERIMENTS = {
                   "--no-stop-early --train-lengths uniform"],
         "test": [("mamba*", "--sequences 64 --lengths "
                   + " ".join(str(2**k) for k in range(6, 21))),
-                 ("[lr]o*", "--sequences 64 --lengths "
+                 ("rope*", "--sequences 64 --lengths "
+                  + " ".join(str(2**k) for k in range(6, 17))),
+                 ("learned*", "--sequences 64 --lengths "
                   + " ".join(str(2**k) for k in range(6, 17)))],
-        "draw": ["{}/table2/mamba*uniform* {}/table2/rope* {}/table2/learned*seed[04].json "
-                 "report/published/table2.json --name table2 --title 'Mamba, trained at lengths up "
-                 "to 256, recalls after a million tokens; attention fades'"]},
+        "draw": {
+            "{}/table2/mamba*uniform* {}/table2/rope* {}/table2/learned*seed[04].json "
+            "report/published/table2.json --name table2":
+                "Mamba, trained at lengths up to 256, recalls after a million tokens; attention "
+                "fades"}},
     "filter": {
         "train": ["--d 8 16 32 --tau 1 2 3 4 5 10 --model conv+attention mamba+attention",
                   "--d 8 16 32 --M 4 16 --model conv+attention mamba+attention",
                   "--d 16 --tau 1 2 3 4 5 7 8 10 --model conv2+attention conv8+attention"],
-        "draw": ["{}/filter/*_M1_*_d16_* --against tau --name filter --title 'A filter of n taps in "
-                 "front of attention bridges n - 1 tokens, no more; Mamba bridges all ten'"]},
+        "draw": {
+            "{}/filter/*_M1_*_d16_* --against tau --name filter":
+                "A filter of n taps in front of attention bridges n - 1 tokens, no more; Mamba "
+                "bridges all ten"}},
     "ladder": {
         "train": [f"--d 16 --M 4 16 --model {LADDER}"],
-        "draw": ["{}/ladder/* --against model --name ladder --title 'With a short convolution, "
-                 "each idea keeps more beyond 64 tokens: fixed decay, decay per token, delta rule, "
-                 "rotation'"]},
+        "draw": {
+            "{}/ladder/* --against model --name ladder":
+                "With a short convolution, each idea keeps more beyond 64 tokens: fixed decay, "
+                "decay per token, delta rule, rotation"}},
     "state": {
         "train": [f"--d 8 16 32 --M 16 --model {WITH_STATE}",
                   f"--d 8 16 32 --M 8 --task mqar --model {WITH_STATE}"],
-        "draw": ["{}/state/*_M16_* --against state --lowest --name state --title 'Sixteen queries: "
-                 "among states of fixed size, the delta rule keeps most beyond 64 tokens'",
-                 "{}/state/mqar_* --against state --lowest --name state_mqar --title 'MQAR, eight "
-                 "pairs: fixed states and decayed attention keep them, rotary attention does "
-                 "not'"]},
+        "draw": {
+            "{}/state/*_M16_* --against state --lowest --name state":
+                "Sixteen queries: among states of fixed size, the delta rule keeps most beyond "
+                "64 tokens",
+            "{}/state/mqar_* --against state --lowest --name state_mqar":
+                "MQAR, eight pairs: fixed states and decayed attention keep them, rotary "
+                "attention does not"}},
     "parity": {
         "train": ["--d 16 --task parity --model rnn lti mamba mamba2 mamba3 gated-deltanet rope "
                   "hybrid-a"],
-        "draw": ["{}/parity/* --name parity --title 'Parity: states that only decay lose count; a "
-                 "state that rotates, or an RNN, does not'"]},
+        "draw": {
+            "{}/parity/* --name parity":
+                "Parity: states that only decay lose count within 64 tokens; Mamba-3's, which "
+                "rotates, does not"}},
     "ratio": {
-        "train": ["--d 22 --M 16 --model mamba+attention", "--d 16 --M 16 --model 2xmamba+attention",
+        "train": ["--d 22 --M 16 --model mamba+attention",
+                  "--d 16 --M 16 --model 2xmamba+attention",
                   "--d 12 --M 16 --model 3xmamba+attention",
                   "--d 8 --M 16 --model 6xmamba+attention",
                   "--d 4 5 6 7 8 --M 16 --model mamba+attention",
                   "--d 10 12 14 16 --M 16 --model conv+attention"],
-        "draw": ["{}/ratio/* --against model --name ratio --title 'Sixteen queries: one layer of "
-                 "attention serves one to six of Mamba; what decides is the width'"]},
+        "draw": {
+            "{}/ratio/* --against model --name ratio":
+                "Sixteen queries: one layer of attention serves one to six of Mamba; what "
+                "decides is the width"}},
     "rotary": {
         "train": ["--M 4 16 --model rope 2xrope-fast 2xrope-slow 2xrope-half alibi forgetting"],
-        "draw": ["{}/rotary/* --name rotary --title 'Rotating half of the channels fades least; "
-                 "slower or faster angles, or ALiBi, do not help'"]},
+        "draw": {
+            "{}/rotary/* --name rotary":
+                "Rotating half of the channels fades least; slower or faster angles, or ALiBi, "
+                "do not help"}},
     "width": {
         "train": ["--M 16 --d 16 32 64 --model rope mamba hybrid-a hybrid-b",
                   "--M 16 --d-state 4 --model mamba", "--M 16 --d-state 64 --model mamba"],
-        "draw": ["{}/width/*L64_seed* {}/problem2/*_M16_* --against d --name width"]},
+        "draw": {
+            "{}/width/*L64_seed* {}/problem2/*_M16_* --against d --name width": None}},
     "narrow": {
         "train": ["--M 16 --model mamba --steps 200000", "--M 16 --model mamba --batch-size 512",
                   "--M 16 --model mamba --train-lengths uniform", "--M 16 --model mamba --lr 4e-3",
                   "--M 16 --model 3xmamba 4xmamba"],
-        "draw": ["{}/narrow/* {}/problem2/mamba_M16_* {}/state/mamba2_M16_*_d8_* "
-                 "{}/state/gated-deltanet_M16_*_d8_* --against model --name narrow --title 'At "
-                 "d = 8, Mamba-2 and the delta rule learn the sixteen queries that Mamba does "
-                 "not'"]},
+        "draw": {
+            "{}/narrow/* {}/problem2/mamba_M16_* {}/state/mamba2_M16_*_d8_* "
+            "{}/state/gated-deltanet_M16_*_d8_* --against model --name narrow":
+                "At d = 8, Mamba-2 and the delta rule learn the sixteen queries that Mamba does "
+                "not"}},
     "four": {
         "train": ["--M 4 --model mamba", "--M 4 --model mamba --train-lengths uniform",
                   "--M 4 --model mamba --batch-size 256"],
-        "draw": ["{}/four/* --against model --name four --title 'Mixed training lengths: all 30 seeds "
-                 "of Mamba learn four queries and keep them'"]},
+        "draw": {
+            "{}/four/* --against model --name four":
+                "Mixed training lengths: all 30 seeds of Mamba learn four queries and keep them"}},
     "uniform": {
         "train": [f"--train-lengths uniform --model {SIX}"],
-        "draw": ["{}/problem1/*_tau1_* {}/uniform/* --panels train_lengths --name uniform"]},
+        "draw": {
+            "{}/problem1/*_tau1_* {}/uniform/* --panels train_lengths --name uniform": None}},
     "family": {
         "train": [f"--d 16 --M 1 16 --model {ALL}"],
-        "draw": ["{}/family/* --against model --name family --title 'One query is easy; sixteen "
-                 "need a selective state or attention with a filter'"]},
+        "draw": {
+            "{}/family/* --against model --name family":
+                "One query is easy; sixteen need a selective state or attention with a filter"}},
 }
 
 
@@ -159,8 +187,9 @@ def main(argv=None):
         make(args, flags)
     if os.environ.get("RANK", "0") == "0":
         for name in args.names:
-            for line in EXPERIMENTS[name]["draw"]:
-                draw(line.replace("{}", args.out), args.figures)
+            for line, title in EXPERIMENTS[name]["draw"].items():
+                more = ["--title", title] if title and args.out == "report" else []
+                draw(line.replace("{}", args.out), [*more, "--out", args.figures])
 
 
 def make(args, flags):
@@ -178,13 +207,13 @@ def make(args, flags):
                 evaluation.main([*paths, *line.split()])
 
 
-def draw(line, figures):
-    """Draw what plot.py's flags say, of the files that its patterns name and that are there."""
+def draw(line, more):
+    """Run plot.py on the files that are there; line: its flags, with patterns for files."""
     words = []
     for word in shlex.split(line):
         found = sorted(path for path in glob.glob(word) if path.endswith(".json"))
         words += found if "*" in word else [word]
-    plot.main([*words, "--out", figures])
+    plot.main([*words, *more])
 
 
 if __name__ == "__main__":

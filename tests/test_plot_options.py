@@ -1,0 +1,39 @@
+"""plot.py --lowest and --title, and the order and colours of models."""
+
+import pytest
+from test_plot import figures, thick, write  # noqa: F401: figures is a fixture
+
+import plot
+import summary
+
+
+def test_lowest(tmp_path, figures):  # noqa: F811
+    paths = [write(tmp_path, d=d, at=1.0, beyond=low) for d, low in ((8, 0.25), (16, 0.995))]
+    at = figures(*paths, "--against", "d")["against_d_tau1_K16_d8-16_L64_M1.png"]
+    lowest = figures(*paths, "--against", "d", "--lowest")["against_d_tau1_K16_d8-16_L64_M1.png"]
+    colour = plot.COLOURS["rope"].lower()
+    assert list(thick(at.axes[0])[colour][1]) == [1.0, 1.0]
+    assert list(thick(lowest.axes[0])[colour][1]) == [0.25, 0.995]
+    assert at.axes[0].get_ylabel() == "accuracy at L"
+    assert lowest.axes[0].get_ylabel() == "lowest accuracy from L to 3L"
+    assert at.get_suptitle() == "At 0.99 after 64 tokens: rope"
+    title = lowest.get_suptitle().replace("\u00a0", " ")
+    assert title == "At 0.99 from L to 3L: rope (d = 16); below 0.99: rope (d = 8)"
+
+
+def test_title(tmp_path, figures):  # noqa: F811
+    drawn = figures(write(tmp_path), "--name", "x", "--title", "What was found")
+    assert drawn["x.png"].get_suptitle() == "What was found"
+    assert drawn["x_training.png"].get_suptitle() != "What was found"      # shows something else
+
+
+def test_listed_stacks_have_a_place_and_a_colour():
+    assert len(set(summary.MODELS)) == len(summary.MODELS) == len(plot.COLOURS)
+    order = ["2xlinear-fixed", "2xlinear-decay", "2xgated-deltanet", "2xlinear-rotation"]
+    assert sorted(reversed(order), key=summary.rank) == order
+    assert summary.rank("rope") < summary.rank("2xrope") < summary.rank("2xunknown")
+
+
+@pytest.mark.parametrize("name", ["mamba+attention", "hybrid-a"])
+def test_two_names_of_one_model_have_one_colour(name):
+    assert plot.COLOURS[name] == "#009E73"
