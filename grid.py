@@ -6,6 +6,7 @@ take a run is to lock OUT/NAME.lock. The system frees the lock of a process that
 goes to another, or to the same command given again.
 """
 
+import glob
 import itertools
 import os
 import tempfile
@@ -112,6 +113,7 @@ def to_make(configs, out, overwrite, failed, wait=True):
                 taken.append((number, (config, path)))
                 continue
             with lock:
+                remove(*glob.glob(glob.escape(path) + ".*.tmp"))     # of a process that was killed
                 if not is_finished(path):
                     yield config, path, title(number), runs_left(config, configs[number:])
                 remove(path + ".lock")

@@ -176,8 +176,9 @@ def commit():
 
 def write_file(path, data):
     """Write bytes. At any moment, even a power cut, the old or the new file is there, whole."""
-    folder = os.path.dirname(path) or "."
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as f:
+    folder, name = os.path.split(path)
+    with tempfile.NamedTemporaryFile(dir=folder or ".", prefix=name + ".", suffix=".tmp",
+                                     delete=False) as f:
         try:
             f.write(data)
             f.flush()

@@ -37,7 +37,8 @@ from hybrid import FAMILY, LAYERS, MODELS, WORDS, state_bytes
 WARMUP = 400             # steps in which the learning rate rises
 BETAS = (0.9, 0.98)      # of AdamW
 CLIP = 0.2               # largest norm of the gradient
-POINTS = 200             # tests during a run of --steps
+POINTS = 200             # tests during a run of --steps, but
+APART = 10               # so many steps between two, or a short trial would be all tests
 SOLVED_TESTS = 3         # a task is solved when 3 tests in a row reach
 SOLVED_ACCURACY = 0.99   # 99 %
 COOLDOWN_STEPS = 1000    # the learning rate falls in the last 1,000 steps, at most a quarter,
@@ -189,7 +190,7 @@ def run(config, path, device, title="", runs_left=0):
     if device.type == "cuda":
         fast = gpu.FastStep(train_step, functions, training, config)
 
-    every = max(1, steps // POINTS)
+    every = max(1, steps // POINTS, min(APART, steps // 20))
     last = last_step(curves, config)
     began = said = saved_at = time.monotonic()
     bar = tqdm(total=steps, initial=start, desc=title, dynamic_ncols=True, leave=False,

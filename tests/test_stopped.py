@@ -38,6 +38,24 @@ def test_stopped_at_any_write_and_resumed(at, train_tiny, monkeypatch, tmp_path)
     assert names(tmp_path / "out") == names(tmp_path / "whole")
 
 
+def test_a_file_left_by_a_killed_save_goes(train_tiny, tmp_path):
+    """A kill leaves the temporary file of the save; the next owner of the run removes it."""
+    (tmp_path / "out").mkdir()
+    left = tmp_path / "out" / f"{NAME}.resume.pt.abc123.tmp"
+    other = tmp_path / "out" / f"{NAME.replace('seed0', 'seed1')}.pt.abc123.tmp"
+    left.touch()
+    other.touch()
+    train_tiny()
+    assert not left.exists() and other.exists()              # that one may be in use
+
+
+def test_a_save_is_named_after_its_file(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(os, "replace", lambda source, target: seen.append(source))
+    runs.write_file(str(tmp_path / "x.pt"), b"")
+    assert os.path.basename(seen[0]).startswith("x.pt.") and seen[0].endswith(".tmp")
+
+
 def test_a_resumed_run_takes_the_steps_that_are_left(train_tiny, monkeypatch, capsys):
     stopped_run(train_tiny, monkeypatch, [], 6)
     taken, cross_entropy = [], train.F.cross_entropy
