@@ -74,6 +74,14 @@ def wait_for(path):
     return lock
 
 
+def barrier():
+    """Wait for all processes that torchrun started together."""
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def to_make(configs, out, overwrite, failed, wait=True):
     """Yield (config, path, title, runs left of its shape) for the runs that are still to be made.
 
@@ -86,10 +94,7 @@ def to_make(configs, out, overwrite, failed, wait=True):
     if overwrite:
         if first:                                # forget the old results before anyone begins
             remove(*[path + ending for path in paths for ending in (".json", ".resume.pt")])
-        if "RANK" in os.environ:
-            dist.init_process_group("gloo")
-            dist.barrier()
-            dist.destroy_process_group()
+        barrier()
 
     def title(number):
         return f"[{number}/{len(configs)}] " if len(configs) > 1 else ""

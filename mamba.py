@@ -16,8 +16,8 @@ decays, what it writes and what it reads: the state space model is selective.
     y        (b, L, D)    output
     dx, ddt, dA, ...      gradient of the loss with respect to x, dt, A, ...
 
-As in the paper, D has two meanings. In shapes it is the number of channels, which the layer calls
-d_inner. In the layer, self.D is a trained parameter, the weight of a skip connection from x to y.
+D has two meanings. In shapes it is the number of channels, which the layer calls d_inner. In the
+layer, as in the official code, self.D is the weight of a skip connection from x to y.
 """
 
 import math
@@ -48,16 +48,17 @@ from fused_scan import check_shapes, parallel_scan
 #
 #     h_t = exp(dt A) h_{t-1} + dt B x_t         y_t = C h_t
 #
-# The two agree for small dt |A| and differ for large: at A = -1 and dt = 10 ours writes 10 B x, the
-# exact one 1 B x. Ours is simpler, it saves a division per state, and the scale of B and x is
-# learned anyway. The exact rule is in family/ladder.py, LTI.
+# The two agree for small dt |A| and differ for large dt |A|: at A = -1 and dt = 10 ours writes 10 B
+# x, the exact one 1 B x. Ours is simpler: dt x is the same for all N states, which the exact factor
+# is not. And the scale of B and x is learned anyway. family/ladder.py, LTI, has the exact rule.
 #
 # Mamba computes dt, B and C from the token (paper, section 3.2, algorithm 2). With dt near 0 a
 # token leaves the state alone: nothing decays, nothing is written. With a large dt the past is
 # erased, and h becomes dt B x of this token alone.
 
 def selective_scan_ref(x, dt, A, B, C, h=None):
-    """The recurrence as in the paper (algorithm 2, lines 5 and 6); autograd computes its gradient.
+    """The recurrence of the paper (algorithm 2, lines 5 and 6), B discretized as dt B; autograd
+    computes its gradient.
 
     x, dt (b, L, D); A (D, N), negative; B, C (b, L, N); h (b, D, N), the state before the first
     step, None for zero. It computes in the dtype of its arguments.
@@ -91,7 +92,7 @@ class DepthwiseConv1d(nn.Conv1d):
 
     def forward(self, x):
         """x (b, channels, L + taps - 1) -> (b, channels, L)."""
-        x = x.mT                                                         # causal_conv's layout
+        x = x.mT                                                         # (b, L, channels)
         L = x.shape[1] - self.kernel_size[0] + 1
         taps = self.weight[:, 0].unbind(1)                               # (channels,) each
         products = (x[:, k:k + L] * tap for k, tap in enumerate(taps))
@@ -106,13 +107,13 @@ def causal_conv(x, conv1d, window=None):
     """
     L, before = x.shape[1], conv1d.kernel_size[0] - 1
     x = F.pad(x, (0, 0, before, 0)) if window is None else torch.cat([window.mT, x], dim=1)
-    start = conv1d.padding[0]                                            # the module's own padding
+    start = conv1d.padding[0]                                            # 0 for DepthwiseConv1d
     y = conv1d(x.mT)[:, :, start:start + L].mT.contiguous()              # (b, L, D)
-    return y, x[:, L:].mT.clone()                                        # a view would hold all x
+    return y, x[:, L:].mT.clone()                                        # a view keeps all of x
 
 
 class MambaState(NamedTuple):
-    """All that a Mamba layer keeps of the tokens so far. Its size does not depend on them."""
+    """All that a Mamba layer keeps of the tokens so far, however many there were."""
     conv: torch.Tensor   # (b, d_inner, d_conv - 1), the last inputs of the convolution
     h: torch.Tensor      # (b, d_inner, d_state)
 
@@ -120,18 +121,19 @@ class MambaState(NamedTuple):
 class Mamba(nn.Module):
     r"""The Mamba layer (paper, section 3.4 and figure 3), without a residual connection or a norm.
 
-        x -> in_proj -> causal convolution -> SiLU -> selective scan -> * -> out_proj -> y
-                    \-> z -> SiLU ------------------------------------/
+        x -> in_proj -> causal convolution -> SiLU -> selective scan -> + D x -> * -> out_proj -> y
+                    \-> z -> SiLU --------------------------------------------/
 
-    d_model: width of x and y; d_state: N; d_conv: taps of the convolution; expand: there are
-    d_inner = expand * d_model channels; dt_rank: rank of the map from a token to its dt, None for
-    ceil(d_model / 16). Parameters have the names, shapes and initial values of mamba_ssm.Mamba with
-    its default arguments, so either can load the state dict of the other.
+    d_model: width of the layer's input and output; d_state: N; d_conv: taps of the convolution;
+    expand: there are d_inner = expand * d_model channels; dt_rank: rank of the map from a token to
+    its dt, None for ceil(d_model / 16). Parameters have the names, shapes and initial distributions
+    of mamba_ssm.Mamba with its default arguments, so either can load the state dict of the other.
 
-    As there, in_proj has no bias, so a gate z = w x has no constant part that could hold it open
-    for every token. On this task that hurts: at d = 8, mamba+attention learned 16 queries in 0 of
-    12 runs without a bias, and in 3 of 3 with one. `takes_bias` asks the model for a norm with a
-    bias in front of the layer (hybrid.RMSNorm), which adds the constant w bias to z.
+    As there, in_proj has no bias. The gate SiLU(z), z = w x, then has no constant part that could
+    keep it open for every token. On the task of this repository, recall of one of 16 queries, that
+    hurts: with d_model = 8, a Mamba layer followed by attention learned it in 0 of 12 runs without
+    a bias, and in 3 of 3 with one. `takes_bias` asks the model for a norm with a bias in front of
+    the layer (hybrid.RMSNorm), which adds the constant w bias to z.
     """
 
     takes_bias = True
@@ -159,7 +161,7 @@ class Mamba(nn.Module):
         with torch.no_grad():
             self.dt_proj.bias.copy_(torch.log(torch.expm1(dt)))
 
-    def dt_B_C(self, x):
+    def low_rank_dt_B_C(self, x):
         """x (b, L, d_inner) -> low_rank_dt (b, L, dt_rank); B, C (b, L, d_state).
 
         low_rank_dt is not yet the step size: dt = softplus(dt_proj(low_rank_dt)).
@@ -176,7 +178,7 @@ class Mamba(nn.Module):
         x, window = causal_conv(x, self.conv1d, window)
         x = F.silu(x)                                                    # (b, L, d_inner)
 
-        low_rank_dt, B, C = self.dt_B_C(x)
+        low_rank_dt, B, C = self.low_rank_dt_B_C(x)
         dt = F.softplus(self.dt_proj(low_rank_dt))                       # (b, L, d_inner), positive
         A = -torch.exp(self.A_log)                                       # (d_inner, d_state)
         y, h = selective_scan(x, dt, A, B, C, h)                         # (b, L, d_inner)
@@ -212,10 +214,10 @@ class Mamba(nn.Module):
 #
 # The backward pass takes the chunks from last to first. In each it repeats the recurrence from the
 # state before the chunk to get h, then runs backwards to get g. There is no division, and no exp of
-# a positive number, so nothing overflows, however long the sequence or strong the decay.
+# a positive number, so nothing overflows, however long the sequence or how strong the decay.
 #
-# Time comes first here and b and D last, so that the values of one step are contiguous:
-# x, dt, y (L, b, D); B, C (L, b, N); states (N, b, D).
+# Inside both passes time comes first, so that one step is contiguous, and b and D come last, so
+# that the innermost loops are long: x, dt, y (L, b, D); B, C (L, b, N); states and A (N, b, D).
 
 CHUNK_ELEMENTS = 2**18   # of (T, N, b, D): 1 MiB in float32; 2^17 and 2^19 are equally fast
 
@@ -247,7 +249,7 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
     y = torch.empty_like(x[:, 0])
     # exp of -87 to -103 is denormal in float32, below 1.2e-38, and CPUs are 10 to 50 times slower
     # with such numbers. So dt A is clamped at -80, a decay of 2e-35, effectively 0; a trained model
-    # runs twice as fast. A GPU has no such penalty, and bool() would make the CPU wait for it.
+    # runs twice as fast. CUDA has no such penalty, and bool() would make the CPU wait for it.
     clamp = not x.is_cuda and bool(dt.max() * A.min() < -80)
     # All chunks share two buffers: fresh memory for each chunk would cost time in page faults.
     a, hs = x.new_empty(2, T, *A.shape)                                  # (T, N, b, D) each
@@ -290,8 +292,8 @@ def _backward(
         steps = len(dt_k)
         a_k, g_k = a[:steps], g[:steps]                                  # (T, N, b, D) each
         h_k, h_before = hs[1:steps + 1], hs[:steps]                      # h_t, h_{t-1}
-        # Not clamped here, because a_t is a factor of dA: where the true decay underflows to 0, a
-        # clamped 2e-35 would give a false gradient.
+        # Not clamped here, though slower, because a_t is a factor of dA: where decays underflow to
+        # 0, all of dA can be smaller than what a clamped 2e-35 would add to it.
         torch.mul(dt_k, A, out=a_k).exp_()
         torch.mul(u_k, B_k, out=h_k)
         hs[0] = start
@@ -363,9 +365,9 @@ def chunked_scan(x, dt, A, B, C, h=None):
 #     one step, no steps, or torch.func     selective_scan_ref, on any device
 
 def selective_scan(x, dt, A, B, C, h=None):
-    """The fastest form for the device: arguments and results as in selective_scan_ref, to rounding.
+    """The fastest form for the device: arguments and results of selective_scan_ref, up to rounding.
 
-    States and sums are float32 or wider, whatever the arguments are; y has the dtype of x.
+    States and sums have the dtype of A, or float32 if that is wider; y has the dtype of x.
     Under torch.func (vmap, grad, jvp) and forward-mode AD it is selective_scan_ref itself, the only
     form that supports them. The fast forms have no second derivative.
     """

@@ -54,7 +54,7 @@ def delta_rule_ref(q, k, v, beta, log_a, S=None):
 
 
 class DeltaState(NamedTuple):
-    """All that a GatedDeltaNet layer keeps of the tokens so far, however many they were."""
+    """All that a GatedDeltaNet layer keeps of the tokens so far, however many there were."""
     conv: torch.Tensor   # (b, H (2 N + P), conv - 1), the last inputs of the convolution
     S: torch.Tensor      # (b, H, P, N)
 

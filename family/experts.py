@@ -113,9 +113,9 @@ class NormedMamba(Mamba):
         sizes = (self.dt_rank, d_state, d_state)
         self.inner_norms = nn.ModuleList([nn.RMSNorm(size) for size in sizes])
 
-    def dt_B_C(self, x):
+    def low_rank_dt_B_C(self, x):
         """x (b, L, d_inner) -> low_rank_dt (b, L, dt_rank); B, C (b, L, d_state)."""
-        low_rank_dt, B, C = super().dt_B_C(x)
+        low_rank_dt, B, C = super().low_rank_dt_B_C(x)
         norm_dt, norm_B, norm_C = self.inner_norms
         return norm_dt(low_rank_dt), norm_B(B), norm_C(C)
 

@@ -1,20 +1,21 @@
 """Linear attention, one idea at a time: fixed decay, decay per token, delta rule, rotation.
 
-The layers of family/ differ in many things at once. These differ in one: every rung below keeps
-the projections, the norm and the gate of the one before, and adds a line to its recurrence.
+The layers of family/ differ in many things at once. These form a ladder: each rung changes one
+thing in the recurrence of the one before, and keeps its projections, its norm and its gate.
 
     linear-fixed      S_t = gamma S_{t-1} + beta_t v_t k_t^T             a decay that never changes
     linear-decay      S_t = a_t S_{t-1} + beta_t v_t k_t^T               a decay that the token sets
     gated-deltanet    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T
     linear-rotation   the same, and q_t and k_t turn by angles that the tokens so far set
 
-y_t = S_t q_t in all of them; symbols are those of family/deltanet.py. The first is RetNet's
-recurrence (Sun et al. 2023, arXiv 2307.08621), the second that of gated linear attention and
-Mamba-2 (Yang et al. 2023, arXiv 2312.06635; Dao and Gu 2024, arXiv 2405.21060), the third Gated
-DeltaNet (arXiv 2412.06464); the rotation is Mamba-3's (arXiv 2603.15569, section 3.2). With the
-ending -noconv, a rung has no short convolution.
+y_t = S_t q_t / sqrt(N) in all of them; symbols and shapes are those of family/deltanet.py. The
+decay of the first is RetNet's (Sun et al. 2023, arXiv 2307.08621), that of the second Mamba-2's
+(Dao and Gu 2024, arXiv 2405.21060), one number per head; in gated linear attention it is one per
+key channel (Yang et al. 2023, arXiv 2312.06635). The third is Gated DeltaNet (arXiv 2412.06464),
+the rotation Mamba-3's (arXiv 2603.15569, section 3.2). With the suffix -noconv, a rung has no short
+convolution.
 
-`python -m family.linear_attention` shows what each rung remembers of a value that was replaced.
+`python -m family.linear_attention` writes twice under one key and shows what three rules then read.
 """
 
 import math
@@ -29,10 +30,10 @@ from fused_scan import widest
 
 
 class RungState(NamedTuple):
-    """All that a LinearAttention layer keeps of the tokens so far, however many they were."""
+    """All that a LinearAttention layer keeps of the tokens so far, however many there were."""
     conv: torch.Tensor   # as in DeltaState
     S: torch.Tensor      # (b, H, P, N)
-    angle: torch.Tensor  # (b, H, N / 2), the sum of all angles, in 0 ... 2 pi; empty if none
+    angle: torch.Tensor  # (b, H, N / 2), the sum of all angles modulo 2 pi; empty if none
 
 
 class LinearAttention(GatedDeltaNet):
@@ -40,7 +41,7 @@ class LinearAttention(GatedDeltaNet):
 
     decay: "fixed", gamma = 1 - 2^-5 in the first head, 1 - 2^-6 in the second, ...; or "token".
     delta: whether a value replaces what its key had, or is added to it. rotation: whether q and k
-    turn. conv: taps of the convolution, None for none. The rest is GatedDeltaNet, which says more.
+    turn. conv: taps of the convolution, None for none. For the rest see GatedDeltaNet.
     """
 
     def __init__(self, d_model, n_heads=1, d_state=16, expand=2, decay="token", delta=False,
@@ -78,18 +79,18 @@ class LinearAttention(GatedDeltaNet):
             q = rotate(q, angles.remainder(2 * math.pi).to(q.dtype))
             k = rotate(k, angles.remainder(2 * math.pi).to(k.dtype))
         beta = torch.sigmoid(self.b_proj(x))                             # (b, L, H)
-        recurrence = delta_rule if self.delta else add
+        recurrence = delta_rule if self.delta else additive_rule
         y, S = recurrence(q / self.d_state**0.5, k, v, beta, self.log_decay(x), S)
         return self.output(y, x), RungState(window, S, angle)
 
 
-def add(q, k, v, beta, log_a, S=None):
+def additive_rule(q, k, v, beta, log_a, S=None):
     """S_t = a_t S_{t-1} + beta_t v_t k_t^T, in chunks; arguments and results as of delta_rule.
 
-    It is Mamba-3's recurrence without its term for the token before.
+    It is Mamba-3's recurrence without its term for the previous token, and with rank R = 1.
     """
-    q, k, v = (u[:, :, None] for u in (q, k, v))                         # rank R = 1
-    y, S = trapezoid(v, log_a, torch.zeros_like(beta), beta, k, q, S)
+    q, k, v = (u[:, :, None] for u in (q, k, v))                         # (b, L, R, H, N or P)
+    y, S = trapezoid(v, log_a, before=torch.zeros_like(beta), now=beta, B=k, C=q, h=S)
     return y[:, :, 0], S
 
 
@@ -98,8 +99,8 @@ def main():
     """Write 3 and then 5 under one key, and read after 0, 10 and 40 other tokens."""
     key, others = unit(torch.eye(4)[:1]), unit(torch.eye(4)[1:])         # orthogonal keys
     print("3, then 5 written under one key, with beta = 1; read after 0, 10 and 40 more tokens")
-    for name, log_a, rule in [("linear-fixed", math.log(1 - 2**-5), add),
-                              ("linear-decay, a = 1", 0.0, add),
+    for name, log_a, rule in [("linear-fixed", math.log(1 - 2**-5), additive_rule),
+                              ("linear-decay, a = 1", 0.0, additive_rule),
                               ("delta rule, a = 1", 0.0, delta_rule)]:
         read = []
         for more in (0, 10, 40):

@@ -66,7 +66,7 @@ def ssd_ref(x, dt, A, B, C, h=None):
 
 
 class Mamba2State(NamedTuple):
-    """All that a Mamba-2 layer keeps of the tokens so far, however many they were."""
+    """All that a Mamba-2 layer keeps of the tokens so far, however many there were."""
     conv: torch.Tensor   # (b, d_inner + 2 G N, d_conv - 1), the last inputs of the convolution
     h: torch.Tensor      # (b, H, P, N)
 

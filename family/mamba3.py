@@ -77,7 +77,7 @@ def rotate(v, angle):
 
 
 class Mamba3State(NamedTuple):
-    """All that a Mamba-3 layer keeps of the tokens so far, however many they were."""
+    """All that a Mamba-3 layer keeps of the tokens so far, however many there were."""
     h: torch.Tensor      # (b, H, P, N)
     angle: torch.Tensor  # (b, H, S), the sum of all angles, in 0 ... 2 pi
     B: torch.Tensor      # (b, R, H, N), of the last token, rotated

@@ -1,12 +1,13 @@
-"""Make an experiment of the report: its runs, its tests to a million tokens, and its figures.
+"""Make an experiment of the report: its runs, its tests (table2: to a million tokens), its figures.
 
     python report/make.py                                  the experiments and their flags
     python report/make.py problem1                         one seed, on a laptop: runs and figures
-    python report/make.py problem1 --seed 0 1 2 3 4        all that the report has
+    python report/make.py problem1 --seed 0 1 2 3 4        the five seeds of the report
     torchrun --nproc-per-node 8 -- report/make.py problem1 problem2       eight runs at a time
 
-Runs go to results/EXPERIMENT/, figures to figures/; --out and --figures name other folders. The
-same command continues after it was killed. Other flags, such as --device, go on to train.py.
+Runs go to results/EXPERIMENT/, figures to figures/; --out and --figures name other folders. If it
+is killed, the same command resumes it. Other flags, such as --device, are passed on to train.py.
+Some figures also show runs of other experiments, where they have been made.
 """
 
 import argparse
@@ -21,6 +22,7 @@ sys.path.insert(0, os.getcwd())
 import eval as evaluation
 import plot
 import train
+from grid import barrier
 from hybrid import FAMILY, MODELS
 from runs import short_errors
 
@@ -34,8 +36,8 @@ WITH_STATE = ("rope forgetting 2xwindow mamba mamba2 mamba3 gated-deltanet 2xlin
               "conv+attention hybrid-a")
 
 # Each experiment: "train" lists flags of train.py without --seed and --out, "test" flags of eval.py
-# for all runs whose names match a pattern, "draw" flags of plot.py and the title for the report's
-# runs, None for what plot.py finds by itself. {} is the folder of the runs.
+# for all runs whose names match a pattern, "draw" flags of plot.py and a title, used only with
+# --out report; with None, plot.py finds one. {} is the folder of the runs.
 EXPERIMENTS = {
     "problem1": {
         "train": [f"--tau 1 5 --model {SIX}"],
@@ -75,6 +77,7 @@ EXPERIMENTS = {
                   + " ".join(str(2**k) for k in range(6, 17))),
                  ("learned*", "--sequences 64 --lengths "
                   + " ".join(str(2**k) for k in range(6, 17)))],
+        # Of `learned`, only these two seeds learn; chance would hide how they fade.
         "draw": {
             "{}/table2/mamba*uniform* {}/table2/rope* {}/table2/learned*seed[04].json "
             "report/published/table2.json --name table2":
@@ -120,14 +123,14 @@ EXPERIMENTS = {
                   "--d 10 12 14 16 --M 16 --model conv+attention"],
         "draw": {
             "{}/ratio/* --against model --name ratio":
-                "Sixteen queries: one layer of attention serves one to six of Mamba; what "
-                "decides is the width"}},
+                "Sixteen queries: one attention layer is enough for one to six Mamba layers; "
+                "width decides"}},
     "rotary": {
         "train": ["--M 4 16 --model rope 2xrope-fast 2xrope-slow 2xrope-half alibi forgetting"],
         "draw": {
             "{}/rotary/* --name rotary":
-                "Rotating half of the channels fades least; slower or faster angles, or ALiBi, "
-                "do not help"}},
+                "Attention that rotates half of its channels fades least; slower or faster angles "
+                "and ALiBi do not help"}},
     "width": {
         "train": ["--M 16 --d 16 32 64 --model rope mamba hybrid-a hybrid-b",
                   "--M 16 --d-state 4 --model mamba", "--M 16 --d-state 64 --model mamba"],
@@ -142,7 +145,7 @@ EXPERIMENTS = {
             "{}/state/gated-deltanet_M16_*_d8_* --against model --name narrow":
                 "At d = 8, Mamba-2 and the delta rule learn the sixteen queries that Mamba does "
                 "not"}},
-    "four": {
+    "four": {                                                # the report has seeds 0 to 29
         "train": ["--M 4 --model mamba", "--M 4 --model mamba --train-lengths uniform",
                   "--M 4 --model mamba --batch-size 256"],
         "draw": {
@@ -161,7 +164,7 @@ EXPERIMENTS = {
 
 
 def share(paths):
-    """The part of a list that is this process's, of those that torchrun started."""
+    """This process's share of a list, if torchrun started several."""
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     return paths[rank::processes]
 
@@ -171,7 +174,7 @@ def main(argv=None):
     parser.add_argument("names", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
     parser.add_argument("--seed", nargs="+", default=["0"], help="seeds (default: 0)")
     parser.add_argument("--out", default="results", help="folder of the runs (default: results)")
-    parser.add_argument("--draw", action="store_true", help="draw the runs that are there, only")
+    parser.add_argument("--draw", action="store_true", help="only draw the runs that are there")
     parser.add_argument("--figures", default="figures", help="folder of figures (default: figures)")
     args, flags = parser.parse_known_intermixed_args(argv)
     for name in args.names:
@@ -205,6 +208,7 @@ def make(args, flags):
             paths = share(sorted(glob.glob(f"{args.out}/{name}/{pattern}.pt")))
             if paths:
                 evaluation.main([*paths, *line.split()])
+    barrier()                                                # figures need the tests of all
 
 
 def draw(line, more):

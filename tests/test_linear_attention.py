@@ -7,7 +7,7 @@ import torch
 from conftest import in_segments, relative
 
 from family.deltanet import GatedDeltaNet
-from family.linear_attention import LinearAttention, add
+from family.linear_attention import LinearAttention, additive_rule
 from hybrid import build_layer
 
 RUNGS = ["linear-fixed", "linear-decay", "gated-deltanet", "linear-rotation"]
@@ -69,11 +69,11 @@ def test_with_the_delta_rule_it_is_gated_deltanet():
     assert torch.equal(one(x)[0], other(x)[0])
 
 
-def test_add_is_a_sum_and_the_fixed_decay_is_the_same_for_every_token():
+def test_the_additive_rule_is_a_sum_and_the_fixed_decay_is_the_same_for_every_token():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 20, 2, 4, dtype=torch.float64)
     beta, log_a = torch.rand(2, 1, 20, 2, dtype=torch.float64)
-    y, S = add(q, k, v, beta, -log_a)
+    y, S = additive_rule(q, k, v, beta, -log_a)
     expected = torch.zeros(1, 2, 4, 4, dtype=torch.float64)
     for t in range(20):
         written = beta[:, t, :, None, None] * v[:, t, ..., None] * k[:, t, :, None]
