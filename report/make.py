@@ -192,7 +192,10 @@ def main(argv=None):
         for name in args.names:
             for line, title in EXPERIMENTS[name]["draw"].items():
                 more = ["--title", title] if title and args.out == "report" else []
-                draw(line.replace("{}", args.out), [*more, "--out", args.figures])
+                try:
+                    draw(line.replace("{}", args.out), [*more, "--out", args.figures])
+                except ValueError as error:
+                    parser.error(str(error))
 
 
 def make(args, flags):
@@ -212,11 +215,16 @@ def make(args, flags):
 
 
 def draw(line, more):
-    """Run plot.py on the files that are there; line: its flags, with patterns for files."""
+    """Run plot.py on the files that are there; line: its flags, with patterns for files.
+
+    Raises ValueError if there is none.
+    """
     words = []
     for word in shlex.split(line):
         found = sorted(path for path in glob.glob(word) if path.endswith(".json"))
         words += found if "*" in word else [word]
+    if not any(word.endswith(".json") for word in words):
+        raise ValueError(f"there are no runs to draw: {line.split(' --')[0]}")
     plot.main([*words, *more])
 
 

@@ -1,4 +1,4 @@
-"""bench.py: its tables have the rows and columns that they promise, and wrong flags one sentence."""
+"""bench.py: rows of each table, a model that is asked for, wrong commands, the length figure."""
 
 import json
 
@@ -64,7 +64,8 @@ def test_figure_of_lengths(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, word", [
-    ("--tables all", "--tables"), ("--device cuda:77", "cuda:77"), ("--device nonsense", "nonsense"),
+    ("--tables all", "--tables"), ("--device cuda:77", "cuda:77"),
+    ("--device nonsense", "nonsense"),
     ("--model nonsense", "--model"), ("--out none/x.json", "none"), ("--out .", "--out"),
     ("--draw none.json", "none.json"), ("--scan", "--scan")])
 def test_wrong_flags(tiny, refuses, flags, word):

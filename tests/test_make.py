@@ -41,7 +41,8 @@ def test_runs_tests_and_figures(tmp_path, monkeypatch, capsys):
     flags = ["tiny", "--out", out, "--figures", figures, "--device", "cpu"]
     make.main(flags)
     stems = [f"nope_M{M}_tau1_K16_d8_L8_batch-size4_steps2_seed0" for M in (1, 2)]
-    assert names(out + "/tiny") == sorted(f"{stem}{end}" for stem in stems for end in (".json", ".pt"))
+    written = [f"{stem}{end}" for stem in stems for end in (".json", ".pt")]
+    assert names(out + "/tiny") == sorted(written)
     assert 30 in train.runs.read_result(f"{out}/tiny/{stems[0]}.json")["eval"]["length"]
     assert 30 not in train.runs.read_result(f"{out}/tiny/{stems[1]}.json")["eval"]["length"]
     assert {"one.png", "two.png"} <= set(names(figures))
@@ -63,3 +64,7 @@ def test_titles_are_for_the_runs_of_the_report(monkeypatch):
 
 def test_an_unknown_experiment(refuses):
     assert "problem1" in refuses(make.main, ["problem9"])
+
+
+def test_nothing_to_draw(refuses, tmp_path):
+    assert "no runs" in refuses(make.main, ["ladder", "--draw", "--out", tmp_path])
