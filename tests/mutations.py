@@ -68,7 +68,7 @@ EVAL = [
     ("min(BATCH_ROWS, HELD_TOKENS // longest)", "BATCH_ROWS"),
     ("n = -(-n // positions) * positions", "pass"),
     ("rows[n][1] <= sequences", "True"),
-    ("if not args.no_save and result:", "if result:"),
+    ("if args.no_save or not os.path.exists", "if not os.path.exists"),
     ("if not path.endswith(\".resume.pt\")", "if path"),
     ("range(shortest(M, tau, task), 3 * L + 1)", "range(shortest(M, tau, task), 2 * L + 1)"),
     ("if len(lengths) <= most:", "if True:"),
@@ -97,6 +97,8 @@ RUNS = [
 ]
 
 GRID = [
+    ("            if not wait:\n                return\n", ""),
+    ("                remove(*glob.glob(glob.escape(path) + \".*.tmp\"))", "                pass"),
     ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
     ("| os.O_NOFOLLOW", ""),
     ("for ending in (\".json\", \".resume.pt\")", "for ending in (\".resume.pt\",)"),
@@ -105,6 +107,7 @@ GRID = [
 ]
 
 TRAIN = [
+    ("min(APART, steps // 20)", "1"),
     ("        optimizer.zero_grad()\n", ""),
     ("        clip(trained, CLIP)\n", ""),
     ("CLIP = 0.2", "CLIP = 0.25"),
@@ -120,7 +123,7 @@ TRAIN = [
     ("training = stream(config[\"seed\"], \"training\", device)",
      "training = stream(0, \"training\", device)"),
     ("    torch.manual_seed(config[\"seed\"])\n", ""),
-    ("SOLVED_TESTS = 10", "SOLVED_TESTS = 9"),
+    ("SOLVED_TESTS = 3", "SOLVED_TESTS = 2"),
     ("SOLVED_ACCURACY = 0.99", "SOLVED_ACCURACY = 0.98"),
     ("max(solved + COOLDOWN_STEPS, round(solved / (1 - COOLDOWN_SHARE)))",
      "solved + COOLDOWN_STEPS"),
@@ -138,7 +141,30 @@ TRAIN = [
      "F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=1e-3)"),
 ]
 
+LINEAR_ATTENTION = [
+    ("2.0 ** (-5 - heads)", "2.0 ** (-4 - heads)"),
+    ("self.delta, self.fixed = delta", "self.delta, self.fixed = True"),
+    ("math.pi * torch.tanh", "torch.tanh"),
+    ("turn * self.step_size(x)[..., None]", "turn"),
+    ("angles = angles + angle[:, None]", "angles = angles"),
+    ("k = rotate(k, ", "k = rotate(k, 0 * "),
+    ("before=torch.zeros_like(beta), now=beta", "before=beta, now=beta"),
+    ("q / self.d_state**0.5", "q"),
+]
+
+DELTANET = [
+    ("beta * decay * (k @ k.mT)", "decay * (k @ k.mT)"),
+    ("known[:, i] - waiting[:, i] @ S.mT", "known[:, i]"),
+    ("exp(g[..., -1:] - g, dtype)", "exp(g, dtype)"),
+    ("from_start * (q @", "(q @"),
+    ("torch.sigmoid(self.b_proj(x))", "self.b_proj(x)"),
+    ("-torch.exp(self.A_log) * self.step_size(x)", "-self.step_size(x)"),
+    ("y = rms_norm(y) * self.o_norm", "y = y * self.o_norm"),
+]
+
 ATTENTION = [
+    ("int(rotated * x.shape[-1] / 2)", "int(x.shape[-1] / 2)"),
+    ("frequency = base **", "frequency = 10000.0 **"),
     ("nn.init.constant_(self.qkv.bias[:d_model + kv_heads * P], recency)", "pass"),
     ("seen.tril(length - Q)", "seen.tril(length - Q + 1)"),
     ("seen.triu(length - Q - window + 1)", "seen.triu(length - Q - window)"),
@@ -221,6 +247,8 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "family/ladder.py": (LADDER, "test_ladder.py"),
     "family/zamba.py": (ZAMBA, "test_blocks.py test_hybrid.py"),
     "family/experts.py": (EXPERTS, "test_blocks.py"),
+    "family/linear_attention.py": (LINEAR_ATTENTION, "test_linear_attention.py"),
+    "family/deltanet.py": (DELTANET, "test_deltanet.py test_linear_attention.py"),
     "fused_scan.py": (FUSED, "test_mamba.py"),
     "inside.py": (INSIDE, "test_inside.py"),
     "plot.py": (PLOT, "test_plot.py"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attention import Attention, KVCache, LearnedPosition, SlidingWindow, rotary
-from hybrid import build_model
+from hybrid import build_layer, build_model
 
 SEGMENTS = [[], [1, 4], [5], [3, 1, 2], [2, 2, 2, 2]]  # the rest goes one token at a time
 
@@ -265,3 +265,21 @@ def test_model_with_extended_positions_trains():
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     model.load_state_dict(saved)
     assert isinstance(model.run_layers(torch.zeros(1, 60, dtype=torch.long))[1][1], KVCache)
+
+
+@pytest.mark.parametrize("word, base, turned", [("rope", 10000.0, 8), ("rope-fast", 100.0, 8),
+                                                ("rope-slow", 1e6, 8), ("rope-half", 10000.0, 4)])
+def test_angles_of_the_rotary_words(word, base, turned):
+    """Each pair of channels turns by t base^(-2j/P), written out; the other channels stay."""
+    layer = build_layer(word, 8, 64, 1, 16, [])
+    x = torch.randn(1, 1, 5, 8, dtype=torch.float64)
+    y = rotary(x, 3, layer.base, layer.rotated)
+    half = turned // 2
+    for t in range(5):
+        for j in range(half):
+            angle = (3 + t) * base ** (-2 * j / turned)
+            a, b = x[0, 0, t, j].item(), x[0, 0, t, j + half].item()
+            right = (a * math.cos(angle) - b * math.sin(angle),
+                     a * math.sin(angle) + b * math.cos(angle))
+            assert (y[0, 0, t, j].item(), y[0, 0, t, j + half].item()) == pytest.approx(right)
+    assert torch.equal(y[..., turned:], x[..., turned:])

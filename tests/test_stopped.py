@@ -251,3 +251,10 @@ def test_a_stdout_that_is_closed_or_full_loses_nothing(tmp_path):
         assert process.returncode == 0
         assert len(list((tmp_path / out).glob("*.json"))) == 2
         assert (tmp_path / (out + ".err")).read_text() == ""
+
+
+def test_without_waiting_a_run_that_is_taken_is_left_alone(train_tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+    with grid.claim(str(tmp_path / "out" / NAME)):
+        results = train.main(tiny("--seed", 0, 1, "--out", tmp_path / "out"), wait=False)
+    assert results[0] is None and results[1]["config"]["seed"] == 1
