@@ -198,6 +198,7 @@ if __name__ == "__main__":
         if name != "recall":
             print(f"\n{name}, L = 12, M = 3: the tokens, with the answers below them")
             tokens, labels, at = task(1, 12, M=3, generator=stream(0, "training"))
-            answers = dict(zip(at[0].tolist(), labels[0].tolist()))
+            at = torch.tensor([[tokens.shape[1] - 1]]) if at is None else at     # the last token
+            answers = dict(zip(at.reshape(-1).tolist(), labels.reshape(-1).tolist()))
             print(" ".join(f"{token:>3}" for token in tokens[0].tolist()))
             print(" ".join(f"{answers.get(t, ''):>3}" for t in range(tokens.shape[1])))

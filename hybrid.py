@@ -148,8 +148,9 @@ def layer_words(name):
         count, word = re.fullmatch(r"(?:(\d+)x)?(.*)", part, re.DOTALL).groups()
         if word not in (*WORDS, *LAYERS) or count == "0":
             raise ValueError(
-                f"--model is {name!r}, but it must be one of {', '.join([*MODELS, *FAMILY])}, or "
-                f"layers joined by +, as in 2xmamba+mlp, of {', '.join([*WORDS, *LAYERS])}")
+                f"--model is {name!r}, but {part!r} is no layer; it must be one of "
+                f"{', '.join([*MODELS, *FAMILY])}, or layers joined by +, as in 2xmamba+mlp, of "
+                f"{', '.join([*WORDS, *LAYERS])}")
         words += [word] * min(int(count or 1), MOST_LAYERS + 1)
         if len(words) > MOST_LAYERS:
             raise ValueError(f"--model is {name!r}, but a stack has at most {MOST_LAYERS} layers")

@@ -163,8 +163,8 @@ def images(layer, found):
     dt, left = layer["dt"][rows], layer["left"][rows]
     step = dict(norm=LogNorm(1e-3, 3, clip=True))
     count = count_keepers(dt, q, v)
-    keep = (f"\n{count} of {len(dt)} channels hold v: Δ > 0.1 at v\n"
-            "and Δ < 1e-6 at tokens that do not matter")
+    keep = (f"\n{count} of {len(dt)} would hold v for a million tokens:\n"
+            "Δ > 0.1 soon after v, Δ < 1e-6 elsewhere")
     keep = "" if count is None else keep
     return [(f"step size Δ, widest range on top\npale: state kept, dark: overwritten{keep}",
              dt, "Δ", step),

@@ -23,12 +23,9 @@ from tqdm import tqdm
 
 from data import check_task
 from hybrid import build_model
+from summary import DEFAULTS          # the other flags that change a run
 
 GRID = ["model", "M", "tau", "K", "d", "L", "seed"]          # flags that take several values
-DEFAULTS = {                                                 # the other flags that change a run
-    "task": "recall", "batch_size": 64, "steps": 20000, "lr": None, "weight_decay": 0.0,
-    "n_heads": 1, "d_state": 16, "train_lengths": "fixed", "learn_embedding": False,
-    "stop_early": True}
 
 
 def short_errors(parser):

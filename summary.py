@@ -8,9 +8,10 @@ import os
 
 import numpy as np
 
-DEFAULTS = {  # of train.py, for files that lack a flag; any other flag was off before it came
-    "task": "recall", "batch_size": 64, "steps": 20000, "n_heads": 1, "d_state": 16,
-    "train_lengths": "fixed", "init": "official", "stop_early": True}
+DEFAULTS = {  # of the flags that change a run and are not in its name's first part; lr: see below
+    "task": "recall", "batch_size": 64, "steps": 20000, "lr": None, "weight_decay": 0.0,
+    "n_heads": 1, "d_state": 16, "train_lengths": "fixed", "learn_embedding": False,
+    "stop_early": True}
 TASK = ["task", "tau", "K", "d", "L", "M"]                   # the flags that say what is learned
 IGNORED = {"model", "seed", "device", "compile", "out", "overwrite"}       # no settings of a run
 MODELS = [  # in the order of figures and tables
@@ -47,7 +48,7 @@ def load(path):
         defaults = {**DEFAULTS, "lr": min(8e-3, 0.128 / config["d"])}    # lr as in train.py
         config = {"lr": defaults["lr"], **config}
         off = {flag: value for flag, value in config.items()
-               if flag not in IGNORED.union(TASK) and (value or 0) != (defaults.get(flag) or 0)}
+               if flag not in IGNORED.union(TASK) and value != defaults.get(flag, False)}
         L, (x, y) = config["L"], points(result["eval"], "length")
         step, test = points(result["train"], "step")
         beyond = y[(x >= L) & (x <= 3 * L)] if L in x and x[-1] >= 3 * L else [np.nan]
@@ -251,6 +252,7 @@ def caption(cells, flags, kind):
         seeds.setdefault(run["config"]["model"], set()).add(run["config"]["seed"])
     everyone = set().union(*seeds.values())
     marks = [f"thin or small: seeds {numbered(everyone)}, thick or large: their median"]
+    marks = [f"seed {numbered(everyone)}"] if len(everyone) == 1 else marks
     marks += [f"{text(model)} has seeds {numbered(found)} only" for model, found in seeds.items()
               if found != everyone]
     tests = numbered(np.concatenate([run["sequences"] for run in runs]).tolist())
