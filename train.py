@@ -284,7 +284,8 @@ def main(argv=None, wait=True):
         names = [os.path.join(args.out, runs.run_name(config)) for config in configs]
         results = [runs.read_result(name + ".json") for name in names]
     except KeyboardInterrupt:
-        print("\nstopped; the same command without --overwrite continues", file=sys.stderr)
+        print("\nstopped; the same command without --overwrite resumes from the last save",
+              file=sys.stderr)
         sys.exit(130)
     finally:
         torch.set_num_threads(threads)
