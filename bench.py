@@ -16,8 +16,12 @@ import gc
 import itertools
 import json
 import os
+import signal
 import statistics
 import time
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C is no traceback, also during imports
 
 import torch
 from matplotlib.figure import Figure

@@ -9,8 +9,12 @@ The numbers are printed and added to the run's JSON, results/X.json.
 import argparse
 import math
 import os
+import signal
 import sys
 import time
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C is no traceback, also during imports
 
 import torch
 from tqdm import tqdm

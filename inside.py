@@ -9,7 +9,11 @@ recomputed from it. The model is not changed.
 
 import argparse
 import os
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C is no traceback, also during imports
 
 import matplotlib
 import numpy as np

@@ -17,8 +17,12 @@ import argparse
 import io
 import os
 import secrets
+import signal
 import sys
 import textwrap
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C is no traceback, also during imports
 
 import matplotlib
 import numpy as np

@@ -253,6 +253,19 @@ def test_a_stdout_that_is_closed_or_full_loses_nothing(tmp_path):
         assert (tmp_path / (out + ".err")).read_text() == ""
 
 
+@pytest.mark.parametrize("command", ["eval.py x.pt", "inside.py x.pt", "bench.py", "plot.py x.json",
+                                     "report/make.py"])
+def test_ctrl_c_while_the_other_scripts_load(command, tmp_path):
+    name, *words = command.split()
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, name), *words], cwd=tmp_path,
+                               stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 130, 0, 2)             # 0 and 2: it was quicker
+    assert "Traceback" not in error, error
+
+
 def test_without_waiting_a_run_that_is_taken_is_left_alone(train_tiny, tmp_path):
     (tmp_path / "out").mkdir()
     with grid.claim(str(tmp_path / "out" / NAME)):
