@@ -37,9 +37,9 @@ AXES = {"at": "accuracy at L", "lowest": "lowest accuracy from L to 3L"}
 COLOURS = dict(zip(MODELS, [  # first those of Okabe and Ito, which the colour-blind can tell apart
     "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999", "#666666",
     "#8C6D31", "#5C4A1F", "#A50F15", "#1B7837", "#54278F", "#01665E", "#35978F", "#756BB1",
-    "#9E9AC8", "#DD1C77", "#66A61E", "#1B9E77", "#8C564B", "#E7298A", "#333333", "#009E73",
-    "#56B4E9", "#0072B2", "#8C564B", "#E7298A", "#BCBD22", "#C7A76C", "#8C6D31", "#F4A582",
-    "#CA0020", "#92C5DE", "#1B9E77", "#5E3C99"]))
+    "#9E9AC8", "#DD1C77", "#66A61E", "#1B9E77", "#8C564B", "#E7298A", "#E69F00", "#333333",
+    "#CC79A7", "#009E73", "#56B4E9", "#0072B2", "#8C564B", "#E7298A", "#BCBD22", "#C7A76C",
+    "#8C6D31", "#F4A582", "#CA0020", "#92C5DE", "#1B9E77", "#5E3C99"]))
 UNNAMED = ["black", "#E31A1C", "#6A3D9A", "#33A02C", "#B15928", "#1F78B4", "#FF7F00"]  # of stacks
 DASHES = ["-", (0, (7, 2)), (0, (4.5, 4.5)), (0, (1.5, 3))]  # gaps show the curves below
 GREY, RAISED = "0.35", str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -17,8 +17,9 @@ IGNORED = {"model", "seed", "device", "compile", "out", "overwrite"}       # no 
 MODELS = [  # in the order of figures and tables
     "nope", "learned", "rope", "mamba", "hybrid-a", "hybrid-b", "rnn", "lti", "retention",
     "griffin", "mamba2", "samba", "mamba2-hybrid", "jamba", "zamba", "zamba2", "zamba2-mini",
-    "mamba3", "deltanet", "gated-deltanet", "alibi", "forgetting", "conv+attention",
-    "mamba+attention", "2xattention", "2xrope", "2xalibi", "2xforgetting", "2xwindow",
+    "mamba3", "deltanet", "gated-deltanet", "alibi", "forgetting", "conv2+attention",
+    "conv+attention", "conv8+attention", "mamba+attention", "2xattention", "2xrope", "2xalibi",
+    "2xforgetting", "2xwindow",
     "2xlinear-fixed-noconv", "2xlinear-fixed", "2xlinear-decay-noconv", "2xlinear-decay",
     "2xgated-deltanet-noconv", "2xgated-deltanet", "2xlinear-rotation"]
 TEST_BATCH = 512  # sequences of a test during training, as in train.py

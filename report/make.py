@@ -39,6 +39,12 @@ LADDER = " ".join([*(f"2x{word}" for word in RUNGS), *(f"2x{word}-noconv" for wo
 WITH_STATE = ("rope forgetting 2xwindow mamba mamba2 mamba3 gated-deltanet 2xlinear-fixed "
               "conv+attention hybrid-a")
 
+
+def powers_of_2(last):
+    """Flags of eval.py for the lengths of Table 2, 2^6 to 2^last."""
+    return "--sequences 64 --lengths " + " ".join(str(2**k) for k in range(6, last + 1))
+
+
 # Each experiment: "train" lists flags of train.py without --seed and --out, "test" flags of eval.py
 # for all runs whose names match a pattern, "draw" flags of plot.py and a title, used only with
 # --out report; with None, plot.py finds one. {} is the folder of the runs.
@@ -75,12 +81,8 @@ EXPERIMENTS = {
                   "--no-stop-early",
                   "--d 64 --L 256 --model mamba --lr 8e-3 --batch-size 16 --steps 10000 "
                   "--no-stop-early --train-lengths uniform"],
-        "test": [("mamba*", "--sequences 64 --lengths "
-                  + " ".join(str(2**k) for k in range(6, 21))),
-                 ("rope*", "--sequences 64 --lengths "
-                  + " ".join(str(2**k) for k in range(6, 17))),
-                 ("learned*", "--sequences 64 --lengths "
-                  + " ".join(str(2**k) for k in range(6, 17)))],
+        "test": [("mamba*", powers_of_2(20)), ("rope*", powers_of_2(16)),
+                 ("learned*", powers_of_2(16))],
         # Of `learned`, only these two seeds learn; chance would hide how they fade.
         "draw": {
             "{}/table2/mamba*uniform* {}/table2/rope* {}/table2/learned*seed[04].json "
