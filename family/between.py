@@ -75,10 +75,11 @@ def main():
     torch.manual_seed(0)
     D, N, tokens = 16, 16, 1000
     x, own, W = torch.randn(tokens, D), torch.randn(tokens, N), torch.randn(N, D)
+    x, own, W = x.double(), own.double(), W.double()
     print(f"state: {D} channels x {N} = {D * N} numbers; rank of the writes of {tokens} tokens")
     for name, B in [("B a map of x (mamba)", x @ W.T), ("B of its own (mamba-own)", own)]:
         writes = (x[:, :, None] * B[:, None]).flatten(1)                 # (tokens, D N)
-        print(f"{name:<26}{torch.linalg.matrix_rank(writes.double()).item():>5}")
+        print(f"{name:<26}{torch.linalg.matrix_rank(writes).item():>5}")
 
 
 if __name__ == "__main__":

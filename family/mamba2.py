@@ -32,6 +32,7 @@ GPU, made of matmuls:
 """
 
 import functools
+import functools
 import math
 import time
 from typing import NamedTuple
@@ -39,6 +40,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.checkpoint import checkpoint
 
 from fused_scan import split, widest
@@ -158,8 +160,8 @@ def ssd(x, dt, A, B, C, h=None, T=None):
 
     States and sums are at least float32; y has the dtype of x. Matmuls multiply numbers of x's
     dtype, float32 for float16, whose products overflow. T: None for 16 on a CPU, where more is more
-    arithmetic, and on a GPU for 64, or 128 if that is all, or if states are so large that fewer of
-    them pay. The steps are those of the paper's listing 1, its first and last in one.
+    arithmetic, and on a GPU for 64, or 128 if states are so large that storing fewer of them pays.
+    The steps are those of the paper's listing 1, its first and last in one.
     """
     dtype, x_dtype = torch.promote_types(x.dtype, torch.float32), x.dtype
     factors = x_dtype if x_dtype == torch.bfloat16 else dtype
@@ -167,7 +169,7 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     if T is None:
         T = 16
         if x.is_cuda:
-            T = 128 if L <= 128 or P * N >= 64 * 64 else 64
+            T = 128 if P * N >= 64 * 64 else 64
     heads, dt = (G, H // G), dt.to(dtype)
     u = split(dt[..., None] * x, T).unflatten(3, heads)                  # (b, c, T, G, H/G, P)
     B, C = split(B.to(factors), T), split(C.to(factors), T)              # (b, c, T, G, N)
@@ -182,34 +184,31 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     decay = exp(sums[:, :, -1], dtype)[..., None, None]                  # (b, c, G, H/G, 1, 1)
     if h is not None:
         h = h.to(dtype).unflatten(1, heads)                              # (b, G, H/G, P, N)
-    starts = [torch.zeros_like(ends[:, 0], dtype=dtype) if h is None else h]
+    starts = [h]
     for decay_k, end_k in zip(decay.unbind(1), ends.unbind(1)):
-        starts.append(decay_k * starts[-1] + end_k)
-    last = starts.pop()
-    if len(starts) > 1 or h is not None:
-        starts = torch.stack(starts, dim=1)                              # (b, c, G, H/G, P, N)
-    else:
-        starts = None                                                    # a single zero
+        h = end_k.to(dtype) if h is None else decay_k * h + end_k
+        starts.append(h)
+    if starts[0] is None:
+        starts[0] = torch.zeros_like(h)
+    starts = torch.stack(starts[:-1], dim=1)                             # (b, c, G, H/G, P, N)
 
     # 3. The outputs. Memory is short in training on a GPU: recompute them in the backward pass.
     outputs = _outputs
     if x.is_cuda and torch.compiler.is_compiling():
         outputs = functools.partial(checkpoint, _outputs, use_reentrant=False)
     y = outputs(u, sums, B, C, starts)                                   # (b, c, T, G, H/G, P)
-    return y.flatten(3, 4).flatten(1, 2)[:, :L].to(x_dtype), last.flatten(1, 2)
+    return y.flatten(3, 4).flatten(1, 2)[:, :L].to(x_dtype), h.flatten(1, 2)
 
 
 def _outputs(u, sums, B, C, starts):
     """In each chunk, attention, and the contribution of the chunk's first state; shapes as in ssd.
 
-    starts: None if it is zero. The decay a_ts is the exp of a difference of running sums.
+    The decay a_ts is the exp of a difference of running sums.
     """
     by_head = sums.movedim(2, -1)                                        # (b, c, G, H/G, T)
     a = exp(by_head[..., :, None] - by_head[..., None, :], u.dtype)      # (b, c, G, H/G, T, T)
     scores = torch.einsum("bctgn, bcsgn -> bcgts", C, B)[:, :, :, None]
     y = torch.einsum("bcghts, bcsghp -> bctghp", (scores * a.tril()).to(B.dtype), u.to(B.dtype))
-    if starts is None:
-        return y
     from_start = torch.einsum("bctgn, bcghpn -> bctghp", C, starts.to(B.dtype))
     return y + exp(sums, u.dtype)[..., None] * from_start
 
