@@ -32,7 +32,6 @@ GPU, made of matmuls:
 """
 
 import functools
-import functools
 import math
 import time
 from typing import NamedTuple
@@ -40,8 +39,6 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-from torch.utils.checkpoint import checkpoint
 
 from fused_scan import split, widest
 from mamba import DepthwiseConv1d, causal_conv
@@ -160,7 +157,7 @@ def ssd(x, dt, A, B, C, h=None, T=None):
 
     States and sums are at least float32; y has the dtype of x. Matmuls multiply numbers of x's
     dtype, float32 for float16, whose products overflow. T: None for 16 on a CPU, where more is more
-    arithmetic, and on a GPU for 64, or 128 if states are so large that storing fewer of them pays.
+    arithmetic, and on a GPU for 64, or 128 if that is all, or if few chunks pay as states are large.
     The steps are those of the paper's listing 1, its first and last in one.
     """
     dtype, x_dtype = torch.promote_types(x.dtype, torch.float32), x.dtype
@@ -169,48 +166,40 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     if T is None:
         T = 16
         if x.is_cuda:
-            T = 128 if P * N >= 64 * 64 else 64
+            T = 128 if L <= 128 or P * N >= 64 * 64 else 64
     heads, dt = (G, H // G), dt.to(dtype)
     u = split(dt[..., None] * x, T).unflatten(3, heads)                  # (b, c, T, G, H/G, P)
     B, C = split(B.to(factors), T), split(C.to(factors), T)              # (b, c, T, G, N)
-    log_decay = split(dt * A.to(dtype), T).to(widest(x.device))          # (b, c, T, H)
-    sums = log_decay.cumsum(2).unflatten(3, heads)                       # (b, c, T, G, H/G)
+    log_decay = split(dt * A.to(dtype), T).unflatten(3, heads).movedim(2, -1)
+    sums = log_decay.to(widest(x.device)).cumsum(-1)                     # (b, c, G, H/G, T)
 
-    # 1. The state at the end of each chunk, had it started from zero.
-    to_end = exp(sums[:, :, -1:] - sums, dtype)[..., None]               # (b, c, T, G, H/G, 1)
-    ends = torch.einsum("bctghp, bctgn -> bcghpn", (to_end * u).to(factors), B)
-
-    # 2. The recurrence from chunk to chunk.
-    decay = exp(sums[:, :, -1], dtype)[..., None, None]                  # (b, c, G, H/G, 1, 1)
-    if h is not None:
-        h = h.to(dtype).unflatten(1, heads)                              # (b, G, H/G, P, N)
-    starts = [h]
-    for decay_k, end_k in zip(decay.unbind(1), ends.unbind(1)):
-        h = end_k.to(dtype) if h is None else decay_k * h + end_k
-        starts.append(h)
-    if starts[0] is None:
-        starts[0] = torch.zeros_like(h)
-    starts = torch.stack(starts[:-1], dim=1)                             # (b, c, G, H/G, P, N)
-
-    # 3. The outputs. Memory is short in training on a GPU: recompute them in the backward pass.
-    outputs = _outputs
-    if x.is_cuda and torch.compiler.is_compiling():
-        outputs = functools.partial(checkpoint, _outputs, use_reentrant=False)
-    y = outputs(u, sums, B, C, starts)                                   # (b, c, T, G, H/G, P)
-    return y.flatten(3, 4).flatten(1, 2)[:, :L].to(x_dtype), h.flatten(1, 2)
-
-
-def _outputs(u, sums, B, C, starts):
-    """In each chunk, attention, and the contribution of the chunk's first state; shapes as in ssd.
-
-    The decay a_ts is the exp of a difference of running sums.
-    """
-    by_head = sums.movedim(2, -1)                                        # (b, c, G, H/G, T)
-    a = exp(by_head[..., :, None] - by_head[..., None, :], u.dtype)      # (b, c, G, H/G, T, T)
+    # 1. In a chunk: attention. a_ts is the exp of a difference of running sums.
+    a = exp(sums[..., :, None] - sums[..., None, :], dtype).tril()       # (b, c, G, H/G, T, T)
     scores = torch.einsum("bctgn, bcsgn -> bcgts", C, B)[:, :, :, None]
-    y = torch.einsum("bcghts, bcsghp -> bctghp", (scores * a.tril()).to(B.dtype), u.to(B.dtype))
-    from_start = torch.einsum("bctgn, bcghpn -> bctghp", C, starts.to(B.dtype))
-    return y + exp(sums, u.dtype)[..., None] * from_start
+    y = torch.einsum("bcghts, bcsghp -> bctghp", (scores * a).to(factors), u.to(factors))
+
+    # 2. The state at the end of each chunk, had it started from zero.
+    to_end = exp(sums[..., -1:] - sums, dtype).movedim(-1, 2)            # (b, c, T, G, H/G)
+    ends = torch.einsum("bctghp, bctgn -> bcghpn", (to_end[..., None] * u).to(factors), B)
+
+    # 3. The recurrence from chunk to chunk.
+    decay = exp(sums[..., -1], dtype)[..., None, None]                   # (b, c, G, H/G, 1, 1)
+    from_zero = h is None
+    if from_zero:
+        h = torch.zeros_like(ends[:, 0], dtype=dtype)
+    else:
+        h = h.to(dtype).unflatten(1, heads)                              # (b, G, H/G, P, N)
+    starts = []
+    for decay_k, end_k in zip(decay.unbind(1), ends.unbind(1)):
+        starts.append(h)
+        h = decay_k * h + end_k
+
+    # 4. The contribution of each chunk's first state to its outputs.
+    if len(starts) > 1 or not from_zero:
+        starts = torch.stack(starts, dim=1).to(factors)                  # (b, c, G, H/G, P, N)
+        from_start = exp(sums, dtype).movedim(-1, 2)                     # (b, c, T, G, H/G)
+        y = y + from_start[..., None] * torch.einsum("bctgn, bcghpn -> bctghp", C, starts)
+    return y.flatten(3, 4).flatten(1, 2)[:, :L].to(x_dtype), h.flatten(1, 2)
 
 
 def exp(difference, dtype):
