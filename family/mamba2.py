@@ -31,7 +31,6 @@ GPU, made of matmuls:
 `python -m family.mamba2` shows that they agree, and their times.
 """
 
-import functools
 import math
 import time
 from typing import NamedTuple
