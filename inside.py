@@ -10,7 +10,6 @@ recomputed from it. The model is not changed.
 import argparse
 import os
 import signal
-import sys
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C is no traceback, also during imports
@@ -25,7 +24,8 @@ from matplotlib.figure import Figure
 from attention import Attention, rotary
 from data import recall_batch
 from mamba import Mamba
-from plot import LOOK, print_now, write
+from output import end_with, say, short_errors
+from plot import LOOK, write
 from runs import load_run
 from summary import text
 
@@ -237,12 +237,11 @@ def main(argv=None):
     no file can be drawn or argv is wrong.
     """
     about = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser("inside.py", allow_abbrev=False, description=about)
-    parser.error = lambda message: parser.exit(2, f"inside.py: {text(message, 1000)}\n")
+    parser = short_errors(argparse.ArgumentParser("inside.py", description=about))
     parser.add_argument("checkpoints", nargs="+", metavar="RUN.pt", help="models of train.py")
     parser.add_argument("--out", default="figures", metavar="DIR", help="(default: figures)")
     args = parser.parse_args(argv)
-    files, written = {}, []
+    files, written, left_out = {}, [], []
     for path in args.checkpoints:
         files.setdefault(os.path.realpath(path), path)
     for path in files.values():
@@ -256,14 +255,13 @@ def main(argv=None):
                 os.makedirs(args.out, exist_ok=True)
                 write(fig, target)
         except ValueError as error:
-            print(f"inside.py: left out: {text(error, 1000)}", file=sys.stderr)
+            left_out.append(str(error))
             continue
         except OSError as error:
             parser.error(f"--out is {args.out!r}, but it cannot be written to: {error.strerror}")
         written.append(target)
-        print_now(target)
-    if not written:
-        parser.error("there is nothing to draw")
+        say(target)
+    end_with(parser, written, left_out)
     return written
 
 

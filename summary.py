@@ -86,26 +86,27 @@ def state_bytes(config, written):
     return {n: 4 * (mambas * mamba + attentions * key_and_value * n) for n in (64, 4096)}
 
 
-def read(paths, complain):
-    """Read files -> runs, published numbers. What is no result, or the same run again, is left out,
-    and complain(sentence) says so."""
-    files, runs, published = {}, {}, []
+def read(paths):
+    """Read files -> runs, published numbers, and a sentence for each file that is left out, because
+    it is no result, or the same run again."""
+    files, runs, published, left_out = {}, {}, [], []
     for path in paths:
         files.setdefault(os.path.realpath(path), path)
     for path in files.values():
         try:
             found = load(path)
         except ValueError as error:
-            complain(f"left out: {error}")
+            left_out.append(str(error))
             continue
         if "published" in found:
             published.append(found)
             continue
         key = values(found, ["model", *TASK, "seed"]), tuple(sorted(found["off"].items()))
         if key in runs:
-            complain(f"left out: {path} has the model, settings and seed of {runs[key]['path']}")
+            left_out.append(f"{path} has the model, settings and seed of {runs[key]['path']}")
         runs.setdefault(key, found)
-    return list(runs.values()), published
+    return list(runs.values()), published, left_out
+
 
 def rank(value):
     """A sort key: numbers by size, models in the order of MODELS, everything else by name."""
