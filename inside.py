@@ -24,10 +24,9 @@ from matplotlib.figure import Figure
 from attention import Attention, rotary
 from data import recall_batch
 from mamba import Mamba
-from output import end_with, say, short_errors
+from output import end_with, say, short_errors, text
 from plot import LOOK, write
 from runs import load_run
-from summary import text
 
 CONTEXT = 24                               # tokens before the query: few enough to see each of them
 MARKS = {"q": "#D55E00", "v": "#009E73"}   # the query and its value in a sequence
@@ -120,9 +119,8 @@ def look(path):
     context), "label", "answer", and "layers" as in look_into.
     """
     model, config = load_run(path)
-    config = config.get("config", config)
     K, M, tau = config["K"], config["M"], config["tau"]
-    if config.get("task", "recall") != "recall":
+    if config["task"] != "recall":
         raise ValueError(f"{path} was trained on {config['task']}, but only recall can be drawn")
     L = min(max(CONTEXT, 2 * tau), config["L"])                        # as long as training at most
     q = (L - tau) // 2
@@ -241,10 +239,8 @@ def main(argv=None):
     parser.add_argument("checkpoints", nargs="+", metavar="RUN.pt", help="models of train.py")
     parser.add_argument("--out", default="figures", metavar="DIR", help="(default: figures)")
     args = parser.parse_args(argv)
-    files, written, left_out = {}, [], []
-    for path in args.checkpoints:
-        files.setdefault(os.path.realpath(path), path)
-    for path in files.values():
+    written, left_out = [], []
+    for path in dict.fromkeys(map(os.path.normpath, args.checkpoints)):
         name = os.path.splitext(os.path.basename(path))[0]
         target = os.path.join(args.out, f"inside_{name}.png")
         try:

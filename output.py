@@ -1,4 +1,4 @@
-"""What scripts print and write: errors of one sentence, progress, files that are never half there.
+"""What scripts print and write: names and numbers, short errors, progress, whole files.
 
 Needs no torch, because plot.py does not.
 """
@@ -10,9 +10,26 @@ import time
 
 from tqdm import tqdm
 
-from summary import text
-
 SAY_SECONDS = 30      # between lines of progress where there is no terminal
+
+
+def text(value, most=40):
+    """A name or number as it may be shown: without control characters, shortened."""
+    value = f"{value:g}" if isinstance(value, float) else str(value)
+    value = "".join(c if c.isprintable() else "?" for c in value)
+    return value if len(value) <= most else value[:most - 1] + "…"
+
+
+def listed(names):
+    """Names in words, which do not break within a name."""
+    names = [name.replace(" ", "\u00a0") for name in names] or ["none"]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def numbered(numbers):
+    """Whole numbers in words: all of them, or the first and the last if they are many."""
+    numbers = [f"{n:,}" for n in sorted(set(numbers))]
+    return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 3 else ", ".join(numbers)
 
 
 def short_errors(parser):

@@ -27,19 +27,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
 
-from output import end_with, say, short_errors, write_file
-from summary import (IGNORED, MODELS, TASK, caption, file_name, finding, group, median, middle,
-                     name_of, rank, read, table, text)
+from output import end_with, say, short_errors, text, write_file
+from summary import (COLOURS, IGNORED, MODELS, TASK, caption, file_name, finding, group, median,
+                     middle, name_of, rank, read, table)
 
 MOST_PANELS = 40  # of a figure
 LONG = 18         # letters of a curve's name, beyond which a panel is wider
 AXES = {"at": "accuracy at L", "lowest": "lowest accuracy from L to 3L"}
-COLOURS = dict(zip(MODELS, [  # first those of Okabe and Ito, which the colour-blind can tell apart
-    "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999", "#666666",
-    "#8C6D31", "#5C4A1F", "#A50F15", "#1B7837", "#54278F", "#01665E", "#35978F", "#756BB1",
-    "#9E9AC8", "#DD1C77", "#66A61E", "#1B9E77", "#8C564B", "#E7298A", "#E69F00", "#333333",
-    "#CC79A7", "#009E73", "#56B4E9", "#0072B2", "#8C564B", "#E7298A", "#BCBD22", "#C7A76C",
-    "#8C6D31", "#F4A582", "#CA0020", "#92C5DE", "#1B9E77", "#5E3C99"]))
 UNNAMED = ["black", "#E31A1C", "#6A3D9A", "#33A02C", "#B15928", "#1F78B4", "#FF7F00"]  # of stacks
 DASHES = ["-", (0, (7, 2)), (0, (4.5, 4.5)), (0, (1.5, 3))]  # gaps show the curves below
 GREY, RAISED = "0.35", str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -182,19 +176,23 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
         raise ValueError(f"a figure of {len(places)} panels, {MOST_PANELS} are the most")
     columns = 2 if kind == "state" or len(places) == 4 else min(3 + len(places) // 10, len(places))
     look, rows = looks(cells, curve, stacks), -(-len(places) // columns)
-    height = 0.42 * len(look) + 0.8 if kind == "model" else max(3.8, 0.21 * len(look))
+    # Inches: the width follows the longest name, the height the number of names and the title.
     longest = 0 if kind == "model" else max(len(name_of(curve, name)) for name in look)
-    width = 4.6 + 0.09 * max(0, longest - LONG)              # inches of a panel and its labels
-    size = max(8, width * columns), 1.2 + height * rows
-    fig = Figure(figsize=size, layout="constrained")
+    wide = max(8, columns * (4.6 + 0.09 * max(0, longest - LONG)))
+    flags = (*panels, curve, *across)
+    title = textwrap.fill(title or finding(cells, flags, kind, what), int(10 * wide),
+                          break_on_hyphens=False)
+    height = 0.42 * len(look) + 0.8 if kind == "model" else max(3.8, 0.22 * len(look))
+    tall = 1.2 + rows * height + 0.22 * max(0, title.count("\n") - 2)
+    fig = Figure(figsize=(wide, tall), layout="constrained")
+    fig.suptitle(title, fontsize=13, x=0.02, ha="left")
     axes = [fig.add_subplot(rows, columns, 1 + i) for i in range(len(places))]
     runs, sources = [run for seeds in cells.values() for run in seeds], {}
     xs = sorted({x for _, _, x in cells}, key=rank)
     for ax, (panel, tokens) in zip(axes, places):
         shown = {(c, x): seeds for (p, c, x), seeds in cells.items() if p == panel}
         config = next(run["config"] for seeds in shown.values() for run in seeds)
-        words = ", ".join(text(value) if flag == "model" else f"{flag} = {text(value)}"
-                          for flag, value in zip(panels, panel))
+        words = ", ".join(name_of(flag, (value, ())) for flag, value in zip(panels, panel))
         ax.set_title(words if len(places) > 1 else "", pad=18 if kind == "length" else 6)
         if kind == "model":
             draw_rows(ax, shown, look)
@@ -221,10 +219,6 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
                 if curve == "model" or name == config["model"]:
                     ax.plot(x, y, color=COLOURS.get(name, GREY), ls="", marker="o", mfc="white",
                             ms=6, clip_on=False, zorder=4)
-    flags, wide = (*panels, curve, *across), fig.get_figwidth()
-    words = textwrap.fill(title or finding(cells, flags, kind, what), int(10 * wide),
-                          break_on_hyphens=False)
-    fig.suptitle(words, fontsize=13, x=0.02, ha="left")
     lines = (caption(cells, flags, kind) + "".join(sources)).split("\n")
     words = "\n".join(textwrap.fill(line, int(15 * wide)) for line in lines)
     fig.supxlabel(words, fontsize=9, color=GREY, x=0.02, ha="left")
@@ -247,7 +241,8 @@ def main(argv=None):
     parser.add_argument("results", nargs="+", metavar="RUN.json", help="results of train.py")
     parser.add_argument("--panels", nargs="+", default=["M"], metavar="FLAG", help="(default: M)")
     parser.add_argument("--against", metavar="FLAG", help="a flag of train.py, model, or state")
-    parser.add_argument("--lowest", action="store_true", help="with --against: see above")
+    parser.add_argument("--lowest", dest="what", action="store_const", const="lowest", default="at",
+                        help="with --against: see above")
     parser.add_argument("--title", help="of the figures (default: what they show)")
     parser.add_argument("--table", nargs="*", type=int, metavar="LENGTH", help="print a table")
     parser.add_argument("--name", help="name of a figure's file (default: what it shows)")
@@ -262,8 +257,8 @@ def main(argv=None):
         return []
     known = set().union(*(run["config"] for run in runs)) - IGNORED | {"model", "seed", "state"}
     for flag in {*args.panels, args.against or "state"} - known if runs else ():
-        words = ", ".join(sorted(known)).replace("_", "-")
-        parser.error(f"{flag.replace('_', '-')!r} is no flag of these runs: {words}")
+        sentence = f"{flag!r} is no flag of these runs: {', '.join(sorted(known))}"
+        parser.error(sentence.replace("_", "-"))
     across = {None: (), "model": (), "state": ("d",)}.get(args.against, (args.against,))
     panels = tuple(flag for flag in args.panels if flag not in (args.against, *across))
     curve = next(flag for flag in ("model", "M", *TASK) if flag not in (*panels, *across))
@@ -287,9 +282,9 @@ def main(argv=None):
                 if path in written:
                     raise ValueError(f"a second figure of the name {path}")
                 with matplotlib.rc_context(LOOK):
-                    fig = draw(kind, cells, panels, curve, across, stacks, published,
-                               "lowest" if args.lowest else "at",
-                               None if kind == "training" else args.title)
+                    title = None if kind == "training" else args.title
+                    fig = draw(kind, cells, panels, curve, across, stacks, published, args.what,
+                               title)
                     os.makedirs(args.out, exist_ok=True)
                     write(fig, path)
                 written.append(path)

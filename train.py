@@ -184,12 +184,11 @@ def run(config, path, device, title="", runs_left=0):
         "seconds": {"train": round(seconds, 3), "eval": round(time.monotonic() - began, 3)}}
     runs.write_json(path + ".json", result)
     runs.remove(path + ".resume.pt")
-    ended = f"stopped at step {step:,}"
+    ended = f"stopped at step {step:,}, not solved"
     if solved_at(curves):
-        ended = (f"first test at {SOLVED_ACCURACY} at step {solved_at(curves, 1):,}, "
-                 f"solved ({SOLVED_TESTS} in a row) at step {solved_at(curves):,}, {ended}")
-    else:
-        ended += ", not solved"
+        first, solved = solved_at(curves, 1), solved_at(curves)
+        ended = (f"first at {SOLVED_ACCURACY} at step {first:,}, solved ({SOLVED_TESTS} tests in a "
+                 f"row) at step {solved:,}, stopped at {step:,}")
     say(f"{title}{ended}; wrote {path}.json")
     print_table(result)
     if not title:
