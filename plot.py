@@ -282,9 +282,8 @@ def main(argv=None):
                 if path in written:
                     raise ValueError(f"a second figure of the name {path}")
                 with matplotlib.rc_context(LOOK):
-                    title = None if kind == "training" else args.title
                     fig = draw(kind, cells, panels, curve, across, stacks, published, args.what,
-                               title)
+                               None if kind == "training" else args.title)
                     os.makedirs(args.out, exist_ok=True)
                     write(fig, path)
                 written.append(path)

@@ -20,7 +20,7 @@ import torch
 
 from data import check_task
 from hybrid import build_model
-from output import say, short_errors, write_file  # noqa: F401, short_errors is for other files
+from output import say, short_errors, write_file      # noqa: F401, bench.py has them from here
 from summary import DEFAULTS          # the other flags that change a run
 
 GRID = ["model", "M", "tau", "K", "d", "L", "seed"]          # flags that take several values
@@ -85,12 +85,9 @@ def check(config):
     for flag in ("d", "L", "K", "M", "tau", "n_heads", "d_state", "batch_size", "steps", "seed"):
         at_least = 0 if flag == "seed" else 1
         value, word = config[flag], flag.replace("_", "-")
-        if type(value) is not int:
-            raise ValueError(f"--{word} is {value!r}, but it must be a whole number")
-        if value < at_least:
-            raise ValueError(f"--{word} is {value}, but it must be at least {at_least}")
-        if value >= 2**30:
-            raise ValueError(f"--{word} is {value}, but it must be below 2^30")
+        if type(value) is not int or not at_least <= value < 2**30:
+            raise ValueError(f"--{word} is {value!r}, but it must be a whole number from {at_least} "
+                             "to 2^30 - 1")
     for flag in ("lr", "weight_decay"):
         value, word = config[flag], flag.replace("_", "-")
         if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
