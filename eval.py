@@ -94,14 +94,14 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
             for k, length in enumerate(group):
                 for segment in tokens[:, start:length].split(SEGMENT, dim=1):
                     _, states = model.run_layers(segment, states)
+                    progress.update(segment.numel() / n)
+                    progress.report(f"testing: {progress.n / progress.total:.0%}")
                 start = length
                 x, _ = model.run_layers(tokens[:, -1:], states)    # the query; its state is dropped
                 right = model.head(x[:, -1]).argmax(-1) == labels
                 seen = i_b + tau < length
                 correct[k] += (right & seen).sum()
                 asked[k] += seen.sum()
-            progress.update(longest * len(i_b) / n)
-            progress.report(f"testing: {progress.n / progress.total:.0%}")
         accuracy.update(zip(group, (correct / asked).tolist()))
     progress.close()
     return [accuracy[length] for length in lengths]

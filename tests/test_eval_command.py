@@ -1,5 +1,6 @@
 """eval.py as a command: what it prints, what it saves, and what it refuses."""
 
+import itertools
 import json
 import os
 import shutil
@@ -77,6 +78,15 @@ def test_without_a_terminal_long_tests_say_how_far_they_are(task, monkeypatch, c
     assert lines(False) == []
     monkeypatch.setattr(output, "SAY_SECONDS", 10**6)
     assert lines(True) == []
+
+
+def test_lines_of_progress_are_half_a_minute_apart(monkeypatch, capsys):
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(output.time, "monotonic", lambda: next(clock))
+    progress = output.Progress(9)
+    for n in range(9):
+        progress.report(f"line {n}")
+    assert capsys.readouterr().out.splitlines() == ["line 3", "line 7"]
 
 
 def test_default_lengths_repeat_what_train_measured(folder):

@@ -28,8 +28,8 @@ def drawn(fig):
 
 def test_ticks_of_training_steps(tmp_path, figures):  # noqa: F811
     """A short trial beside a long run, in three panels."""
-    paths = [write(tmp_path, M=M, steps=steps) for M in (1, 4, 16)
-             for steps in ([10, 20, 50, 100], [100, 1000, 20000])]
+    paths = [write(tmp_path, M=M, steps=steps, seed=seed) for M in (1, 4, 16)
+             for seed, steps in enumerate([[10, 20, 50, 100], [100, 1000, 20000]])]
     fig = drawn(figures(*paths)["training_tau1_K16_d8_L64_M1-4-16.png"])
     for ax in fig.axes:
         assert_apart(ticks(ax))
@@ -55,12 +55,13 @@ def test_each_training_length_has_its_own_range(tmp_path, figures):  # noqa: F81
 
 
 def test_many_long_names(tmp_path, figures):  # noqa: F811
-    paths = [write(tmp_path, lr=lr, batch_size=16 + n, n_heads=2, train_lengths="uniform")
-             for n, lr in enumerate([*LRS, *(10 * lr for lr in LRS)])] + [write(tmp_path, "mamba")]
+    paths = [write(tmp_path, lr=lr, batch_size=16 + n, n_heads=2 + n, train_lengths="uniform")
+             for n, lr in enumerate([*LRS, *(10 * lr for lr in LRS)])]
+    paths += [write(tmp_path), write(tmp_path, "mamba")]
     fig = drawn(figures(*paths)["length_tau1_K16_d8_L64_M1.png"])
     ax, = fig.axes
     names = ax.texts[2:]                                    # after chance and the training length
-    assert len(names) == 21
+    assert len(names) == 22
     assert_apart(names)
     assert max(name.get_window_extent().x1 for name in names) <= fig.bbox.width
     assert ax.get_window_extent().width > 2 * fig.dpi       # inches
