@@ -76,7 +76,7 @@ class Progress(tqdm):
 
     def report(self, words):
         """Say how it goes: words that stand before the bar, or make a line."""
-        self.set_description_str(words)
+        self.set_description_str(words, refresh=False)      # the next update shows them
         now = time.monotonic()
         if self.disable and not self.quiet and now - self.said > SAY_SECONDS:
             self.said = now
