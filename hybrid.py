@@ -25,6 +25,7 @@ import torch.nn as nn
 
 from attention import Attention, LearnedPosition, SlidingWindow
 from data import embedding_table
+from family.between import Mamba2Shared, MambaOwn
 from family.decay_attention import DecayAttention
 from family.deltanet import GatedDeltaNet
 from family.experts import MLP, MixtureOfExperts, NormedMamba
@@ -108,6 +109,10 @@ def build_layer(word, d, L, n_heads, d_state, before):
         return NormedMamba(d, d_state, dt_rank=d)        # at rank 1 a norm would leave only a sign
     if word == "mamba2":
         return Mamba2(d, d_state, headdim=math.gcd(2 * d, 8))
+    if word == "mamba-own":
+        return MambaOwn(d, d_state)
+    if word == "mamba2-shared":
+        return Mamba2Shared(d, d_state, headdim=math.gcd(2 * d, 8))
     if word in ("conv", "conv2", "conv8"):
         return ShortConv(d, d_conv=int(word[4:] or 4))
     if word in ("mamba3", "mamba3-mimo"):
@@ -133,8 +138,8 @@ def build_layer(word, d, L, n_heads, d_state, before):
 
 WORDS = [                                 # those in build_layer; LAYERS has the others
     "attention", "rope", "position", "window", "grouped", "alibi", "forgetting", "conv", "conv2",
-    "conv8", "mamba", "normed-mamba", "mamba2", "mamba3", "mamba3-mimo", "deltanet", "lti", "zamba",
-    "zamba2", "zamba2-mini", *RUNGS, *ROTARY]
+    "conv8", "mamba", "normed-mamba", "mamba-own", "mamba2", "mamba2-shared", "mamba3",
+    "mamba3-mimo", "deltanet", "lti", "zamba", "zamba2", "zamba2-mini", *RUNGS, *ROTARY]
 
 MOST_LAYERS = 256
 WITH_HEADS = {"attention", "rope", "window", "zamba", "zamba2", "zamba2-mini", "deltanet",

@@ -31,6 +31,7 @@ GPU, made of matmuls:
 `python -m family.mamba2` shows that they agree, and their times.
 """
 
+import functools
 import math
 import time
 from typing import NamedTuple
@@ -154,48 +155,51 @@ def rms_norm(v, eps=1e-5):
 def ssd(x, dt, A, B, C, h=None, T=None):
     """ssd_ref in chunks of at most T steps: same arguments, same results and gradients.
 
-    States and sums are at least float32; y has the dtype of x. T: None for 64 on a GPU, or all of
-    up to 128 steps, as it computes few large matmuls fastest; 16 on a CPU, where a larger T is more
-    arithmetic. The four steps are those of the paper's listing 1.
+    States and sums are at least float32; y has the dtype of x. Matmuls multiply numbers of x's
+    dtype, float32 for float16, whose products overflow. T: None for 16 on a CPU, where more is more
+    arithmetic, and on a GPU for 64, or 128 if that is all, or if few chunks pay as states are large.
+    The steps are those of the paper's listing 1, its first and last in one.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x_dtype, L, (H, P), (G, N) = x.dtype, x.shape[1], x.shape[2:], B.shape[2:]
-    x, dt, A, B, C = (v.to(dtype) for v in (x, dt, A, B, C))
+    dtype, x_dtype = torch.promote_types(x.dtype, torch.float32), x.dtype
+    factors = x_dtype if x_dtype == torch.bfloat16 else dtype
+    L, (H, P), (G, N) = x.shape[1], x.shape[2:], B.shape[2:]
     if T is None:
         T = 16
         if x.is_cuda:
-            T = L if L <= 128 else 64
-    u = split(dt[..., None] * x, T).transpose(2, 3)                      # (b, c, H, T, P)
-    log_decay = split(dt * A, T).transpose(2, 3)                         # (b, c, H, T)
-    B = split(B, T).transpose(2, 3)                                      # (b, c, G, T, N)
-    C = split(C, T).transpose(2, 3)                                      # (b, c, G, T, N)
-
-    def per_head(v):
-        return v if G in (1, H) else v.repeat_interleave(H // G, 2)
+            T = 128 if L <= 128 or P * N >= 64 * 64 else 64
+    heads, dt = (G, H // G), dt.to(dtype)
+    u = split(dt[..., None] * x, T).unflatten(3, heads)                  # (b, c, T, G, H/G, P)
+    B, C = split(B.to(factors), T), split(C.to(factors), T)              # (b, c, T, G, N)
+    log_decay = split(dt * A.to(dtype), T).unflatten(3, heads).movedim(2, -1)
+    sums = log_decay.to(widest(x.device)).cumsum(-1)                     # (b, c, G, H/G, T)
 
     # 1. In a chunk: attention. a_ts is the exp of a difference of running sums.
-    sums = log_decay.to(widest(x.device)).cumsum(-1)                # (b, c, H, T)
-    a = exp(sums[..., :, None] - sums[..., None, :], dtype).tril()       # (b, c, H, T, T)
-    y = (per_head(C @ B.mT) * a) @ u                                     # (b, c, H, T, P)
+    a = exp(sums[..., :, None] - sums[..., None, :], dtype).tril()       # (b, c, G, H/G, T, T)
+    scores = torch.einsum("bctgn, bcsgn -> bcgts", C, B)[:, :, :, None]
+    y = torch.einsum("bcghts, bcsghp -> bctghp", (scores * a).to(factors), u.to(factors))
 
     # 2. The state at the end of each chunk, had it started from zero.
-    to_end = exp(sums[..., -1:] - sums, dtype)[..., None]                # (b, c, H, T, 1)
-    ends = (to_end * u).mT @ per_head(B)                                 # (b, c, H, P, N)
+    to_end = exp(sums[..., -1:] - sums, dtype).movedim(-1, 2)            # (b, c, T, G, H/G)
+    ends = torch.einsum("bctghp, bctgn -> bcghpn", (to_end[..., None] * u).to(factors), B)
 
     # 3. The recurrence from chunk to chunk.
-    decay = exp(sums[..., -1], dtype)[..., None, None]                   # (b, c, H, 1, 1)
+    decay = exp(sums[..., -1], dtype)[..., None, None]                   # (b, c, G, H/G, 1, 1)
     from_zero = h is None
-    h = x.new_zeros(x.shape[0], H, P, N) if from_zero else h.to(dtype)
+    if from_zero:
+        h = torch.zeros_like(ends[:, 0], dtype=dtype)
+    else:
+        h = h.to(dtype).unflatten(1, heads)                              # (b, G, H/G, P, N)
     starts = []
-    for k in range(u.shape[1]):
+    for decay_k, end_k in zip(decay.unbind(1), ends.unbind(1)):
         starts.append(h)
-        h = decay[:, k] * h + ends[:, k]                                 # (b, H, P, N)
+        h = decay_k * h + end_k
 
     # 4. The contribution of each chunk's first state to its outputs.
     if len(starts) > 1 or not from_zero:
-        from_start = exp(sums, dtype)[..., None]                         # (b, c, H, T, 1)
-        y = y + from_start * (per_head(C) @ torch.stack(starts, dim=1).mT)
-    return y.transpose(2, 3).flatten(1, 2)[:, :L].to(x_dtype), h
+        starts = torch.stack(starts, dim=1).to(factors)                  # (b, c, G, H/G, P, N)
+        from_start = exp(sums, dtype).movedim(-1, 2)                     # (b, c, T, G, H/G)
+        y = y + from_start[..., None] * torch.einsum("bctgn, bcghpn -> bctghp", C, starts)
+    return y.flatten(3, 4).flatten(1, 2)[:, :L].to(x_dtype), h.flatten(1, 2)
 
 
 def exp(difference, dtype):

@@ -145,7 +145,8 @@ EXPERIMENTS = {
     "narrow": {
         "train": ["--M 16 --model mamba --steps 200000", "--M 16 --model mamba --batch-size 512",
                   "--M 16 --model mamba --train-lengths uniform", "--M 16 --model mamba --lr 4e-3",
-                  "--M 16 --model 3xmamba 4xmamba"],
+                  "--M 16 --model mamba --train-lengths uniform --batch-size 512 --steps 60000",
+                  "--M 16 --model 3xmamba 4xmamba 2xmamba-own 2xmamba2-shared"],
         "draw": {
             "{}/narrow/* {}/problem2/mamba_M16_* {}/state/mamba2_M16_*_d8_* "
             "{}/state/gated-deltanet_M16_*_d8_* --against model --name narrow":

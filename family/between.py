@@ -1,0 +1,86 @@
+"""Between Mamba and Mamba-2: where a token's B and C come from.
+
+B says how a token is written to the state and C how the state is read: the key and the query of
+attention. In Mamba they are maps of x, the channels that are written, after the convolution; so key
+and value share those channels. In Mamba-2 they are channels of their own, beside x, of the same
+convolution. Each of the two layers here changes that alone:
+
+    mamba-own        Mamba, with B and C as in Mamba-2
+    mamba2-shared    Mamba-2, with B and C as in Mamba
+
+Neither is published. Symbols and shapes are those of mamba.py and family/mamba2.py.
+`python -m family.between` counts the directions in which each layer can write to its state.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from family.mamba2 import Mamba2, Mamba2State, ssd
+from mamba import DepthwiseConv1d, Mamba, MambaState, causal_conv, selective_scan
+
+
+class MambaOwn(Mamba):
+    """Mamba, with B and C from in_proj and the convolution; only dt is a map of x."""
+
+    def __init__(self, d_model, d_state=16, d_conv=4, expand=2, dt_rank=None):
+        super().__init__(d_model, d_state, d_conv, expand, dt_rank)
+        self.channels = self.d_inner + 2 * d_state                       # x, B and C
+        self.in_proj = nn.Linear(d_model, self.channels + self.d_inner, bias=False)
+        self.conv1d = DepthwiseConv1d(self.channels, d_conv)
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank, bias=False)
+
+    def forward(self, x, state=None):
+        """As Mamba.forward; the window of the MambaState has `channels` channels."""
+        window, h = (None, None) if state is None else state
+        x, z = self.in_proj(x).split([self.channels, self.d_inner], dim=-1)
+        x, window = causal_conv(x, self.conv1d, window)
+        x, B, C = F.silu(x).split([self.d_inner, self.d_state, self.d_state], dim=-1)
+        dt = F.softplus(self.dt_proj(self.x_proj(x)))                    # (b, L, d_inner), positive
+        A = -torch.exp(self.A_log)                                       # (d_inner, d_state)
+        y, h = selective_scan(x, dt, A, B, C, h)                         # (b, L, d_inner)
+        y = (y + self.D * x) * F.silu(z)
+        return self.out_proj(y), MambaState(window, h)
+
+
+class Mamba2Shared(Mamba2):
+    """Mamba-2, with B and C by a map of x after the convolution and SiLU, as in Mamba."""
+
+    def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64):
+        super().__init__(d_model, d_state, d_conv, expand, headdim)
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner + self.nheads, bias=False)
+        self.conv1d = DepthwiseConv1d(self.d_inner, d_conv)
+        self.x_proj = nn.Linear(self.d_inner, 2 * d_state, bias=False)
+
+    def forward(self, x, state=None):
+        """As Mamba2.forward; the window of the Mamba2State has d_inner channels."""
+        if x.shape[1] == 0:
+            return x, state
+        window, h = (None, None) if state is None else state
+        sizes = [self.d_inner, self.d_inner, self.nheads]
+        z, x, dt = self.in_proj(x).split(sizes, dim=-1)
+        x, window = causal_conv(x, self.conv1d, window)
+        x = F.silu(x)                                                    # (b, L, d_inner)
+        B, C = self.x_proj(x)[:, :, None].chunk(2, dim=-1)               # (b, L, 1, N)
+        x = x.unflatten(-1, (self.nheads, self.headdim))                 # (b, L, H, P)
+        dt = F.softplus(dt + self.dt_bias)                               # (b, L, H), positive
+        y, h = ssd(x, dt, -torch.exp(self.A_log), B, C, h)               # (b, L, H, P)
+        y = (y + self.D[:, None] * x).flatten(2)                         # (b, L, d_inner)
+        return self.out_proj(self.norm(y, z)), Mamba2State(window, h)
+
+
+@torch.no_grad()
+def main():
+    """Print the rank of the writes x B^T of many tokens, for Mamba and MambaOwn."""
+    torch.manual_seed(0)
+    D, N, tokens = 16, 16, 1000
+    x, own, W = torch.randn(tokens, D), torch.randn(tokens, N), torch.randn(N, D)
+    x, own, W = x.double(), own.double(), W.double()
+    print(f"state: {D} channels x {N} = {D * N} numbers; rank of the writes of {tokens} tokens")
+    for name, B in [("B a map of x (mamba)", x @ W.T), ("B of its own (mamba-own)", own)]:
+        writes = (x[:, :, None] * B[:, None]).flatten(1)                 # (tokens, D N)
+        print(f"{name:<26}{torch.linalg.matrix_rank(writes).item():>5}")
+
+
+if __name__ == "__main__":
+    main()
