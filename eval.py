@@ -17,11 +17,11 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C is no traceback, also during imports
 
 import torch
-from tqdm import tqdm
 
 from data import TASKS, recall_batch, shortest, show, stream
 from grid import wait_for
-from runs import load_run, pick_device, read_result, remove, short_errors, write_json
+from output import Progress, say, short_errors
+from runs import load_run, pick_device, read_result, remove, write_json
 
 TEST_SEQUENCES = 512 # in a test during training
 TEST_TOKENS = 2**18  # most tokens of such a test in one call, which bounds memory
@@ -35,16 +35,20 @@ STRIDE = 8           # a group has every eighth length of a block
 
 @torch.no_grad()
 def accuracy_one_by_one(model, lengths, K, M, tau, sequences=1024, device="cpu", seed=0,
-                        task="recall"):
+                        task="recall", bar=False):
     """Accuracy at each length, from sequences of exactly that length: a list like `lengths`.
 
     This is the definition. For 191 lengths it reads 20 million tokens; `accuracy_by_length` needs
     only 5 million.
     """
     generator, accuracies = stream(seed, "evaluation", device), []
+    progress = Progress(sum(lengths), quiet=not bar, desc="testing")
     for length in lengths:
         tokens, labels, at = TASKS[task](sequences, length, K, M, tau, device, generator)
         accuracies.append((model(tokens, at).argmax(-1) == labels).float().mean().item())
+        progress.update(length)
+        progress.report(f"testing: {progress.n / progress.total:.0%}")
+    progress.close()
     return accuracies
 
 
@@ -75,9 +79,7 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
     generator, accuracy = stream(seed, "evaluation", device), {}
     scale = ON_CUDA if torch.device(device).type == "cuda" else 1
     plan = list(groups(lengths, tau))
-    progress = tqdm(total=sum(group[-1] for group in plan), desc="testing", leave=False,
-                    disable=None if bar else True,
-                    bar_format="{desc} {percentage:.0f}%|{bar}| {remaining}")
+    progress = Progress(sum(group[-1] for group in plan), quiet=not bar, desc="testing")
     for group in plan:
         longest, positions = group[-1], group[-1] - tau
         n = math.ceil(sequences * positions / (group[0] - tau)) + 1
@@ -92,13 +94,14 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
             for k, length in enumerate(group):
                 for segment in tokens[:, start:length].split(SEGMENT, dim=1):
                     _, states = model.run_layers(segment, states)
+                    progress.update(segment.numel() / n)
+                    progress.report(f"testing: {progress.n / progress.total:.0%}")
                 start = length
                 x, _ = model.run_layers(tokens[:, -1:], states)    # the query; its state is dropped
                 right = model.head(x[:, -1]).argmax(-1) == labels
                 seen = i_b + tau < length
                 correct[k] += (right & seen).sum()
                 asked[k] += seen.sum()
-            progress.update(longest * len(i_b) / n)
         accuracy.update(zip(group, (correct / asked).tolist()))
     progress.close()
     return [accuracy[length] for length in lengths]
@@ -124,7 +127,7 @@ def evaluate(model, config, lengths, sequences, device, seed=0, bar=False):
     with torch.compiler.set_stance("force_eager"):           # many shapes, few calls of each
         if task == "recall":
             return accuracy_by_length(model, lengths, K, M, tau, sequences, device, seed, bar)
-        return accuracy_one_by_one(model, lengths, K, M, tau, sequences, device, seed, task)
+        return accuracy_one_by_one(model, lengths, K, M, tau, sequences, device, seed, task, bar)
 
 
 def lengths_to_test(L, M=1, tau=1, task="recall"):
@@ -146,28 +149,28 @@ def some_lengths(L, tau):
     return sorted({n for n in lengths if n > tau})
 
 
-def print_table(lengths, accuracies, L, say=print):
-    """Print lengths and accuracies, eight per line."""
+def print_table(result, lengths=None):
+    """Print a result's accuracies, eight per line, at these lengths or a few."""
+    L, tau, evaluation = result["config"]["L"], result["config"]["tau"], result["eval"]
+    accuracy = dict(zip(evaluation["length"], evaluation["accuracy"]))
+    lengths = [n for n in lengths or some_lengths(L, tau) if n in accuracy]
     for k in range(0, len(lengths), 8):
         say("length   " + " ".join(f"{n:>7}" for n in lengths[k:k + 8]))
-        say("accuracy " + " ".join(f"{a:7.3f}" for a in accuracies[k:k + 8]))
+        say("accuracy " + " ".join(f"{accuracy[n]:7.3f}" for n in lengths[k:k + 8]))
     say(f"(trained at {L})")
 
 
-def show_result(model, result, device, say=print, sequences=3):
-    """Print accuracy at a few lengths, and some sequences with the model's answers."""
-    c, evaluation = result["config"], result["eval"]
-    accuracy = dict(zip(evaluation["length"], evaluation["accuracy"]))
-    shown = [n for n in some_lengths(c["L"], c["tau"]) if n in accuracy]
-    print_table(shown, [accuracy[n] for n in shown], c["L"], say)
-    if c["task"] == "recall" and sequences:
-        tokens, labels = recall_batch(sequences, c["L"], c["K"], c["M"], c["tau"], device,
-                                      stream(c["seed"], "evaluation", device))
-        with torch.no_grad():
-            answers = model(tokens).argmax(-1)
-        for row, answer, label in zip(tokens, answers.tolist(), labels.tolist()):
-            verdict = "right" if answer == label else f"wrong, the value is {label}"
-            say(f"{show(row, c['tau'])}  ->  {answer}, {verdict}")
+def show_answers(model, c, device):
+    """Print three sequences of recall, with the model's answers. c: its config."""
+    if c["task"] != "recall":
+        return
+    tokens, labels = recall_batch(3, c["L"], c["K"], c["M"], c["tau"], device,
+                                  stream(c["seed"], "evaluation", device))
+    with torch.no_grad():
+        answers = model(tokens).argmax(-1)
+    for row, answer, label in zip(tokens, answers.tolist(), labels.tolist()):
+        verdict = "right" if answer == label else f"wrong, the value is {label}"
+        say(f"{show(row, c['tau'])}  ->  {answer}, {verdict}")
 
 
 def main(argv=None):
@@ -218,9 +221,8 @@ def main(argv=None):
         finally:
             torch.set_flush_denormal(False)
         found.append((tested, accuracies))
-        print(path)
-        shown = lengths or [n for n in some_lengths(c["L"], c["tau"]) if n in tested]
-        print_table(shown, [accuracies[tested.index(n)] for n in shown], c["L"])
+        say(path)
+        print_table({"config": c, "eval": {"length": tested, "accuracy": accuracies}}, lengths)
         stem = os.path.splitext(path)[0]
         if args.no_save or not os.path.exists(stem + ".json"):
             continue

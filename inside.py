@@ -10,7 +10,6 @@ recomputed from it. The model is not changed.
 import argparse
 import os
 import signal
-import sys
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C is no traceback, also during imports
@@ -25,9 +24,9 @@ from matplotlib.figure import Figure
 from attention import Attention, rotary
 from data import recall_batch
 from mamba import Mamba
-from plot import LOOK, print_now, write
+from output import end_with, say, short_errors, text
+from plot import LOOK, write
 from runs import load_run
-from summary import text
 
 CONTEXT = 24                               # tokens before the query: few enough to see each of them
 MARKS = {"q": "#D55E00", "v": "#009E73"}   # the query and its value in a sequence
@@ -120,9 +119,8 @@ def look(path):
     context), "label", "answer", and "layers" as in look_into.
     """
     model, config = load_run(path)
-    config = config.get("config", config)
     K, M, tau = config["K"], config["M"], config["tau"]
-    if config.get("task", "recall") != "recall":
+    if config["task"] != "recall":
         raise ValueError(f"{path} was trained on {config['task']}, but only recall can be drawn")
     L = min(max(CONTEXT, 2 * tau), config["L"])                        # as long as training at most
     q = (L - tau) // 2
@@ -237,15 +235,12 @@ def main(argv=None):
     no file can be drawn or argv is wrong.
     """
     about = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser("inside.py", allow_abbrev=False, description=about)
-    parser.error = lambda message: parser.exit(2, f"inside.py: {text(message, 1000)}\n")
+    parser = short_errors(argparse.ArgumentParser("inside.py", description=about))
     parser.add_argument("checkpoints", nargs="+", metavar="RUN.pt", help="models of train.py")
     parser.add_argument("--out", default="figures", metavar="DIR", help="(default: figures)")
     args = parser.parse_args(argv)
-    files, written = {}, []
-    for path in args.checkpoints:
-        files.setdefault(os.path.realpath(path), path)
-    for path in files.values():
+    written, left_out = [], []
+    for path in dict.fromkeys(map(os.path.normpath, args.checkpoints)):
         name = os.path.splitext(os.path.basename(path))[0]
         target = os.path.join(args.out, f"inside_{name}.png")
         try:
@@ -256,14 +251,13 @@ def main(argv=None):
                 os.makedirs(args.out, exist_ok=True)
                 write(fig, target)
         except ValueError as error:
-            print(f"inside.py: left out: {text(error, 1000)}", file=sys.stderr)
+            left_out.append(str(error))
             continue
         except OSError as error:
             parser.error(f"--out is {args.out!r}, but it cannot be written to: {error.strerror}")
         written.append(target)
-        print_now(target)
-    if not written:
-        parser.error("there is nothing to draw")
+        say(target)
+    end_with(parser, written, left_out)
     return written
 
 

@@ -16,9 +16,7 @@ the curve's name. Numbers of report/published/ are hollow points beside the runs
 import argparse
 import io
 import os
-import secrets
 import signal
-import sys
 import textwrap
 
 if __name__ == "__main__":
@@ -29,17 +27,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
 
-from summary import (MODELS, TASK, caption, file_name, finding, group, median, middle, name_of,
-                     rank, read, table, text)
+from output import end_with, say, short_errors, text, write_file
+from summary import (COLOURS, IGNORED, MODELS, TASK, caption, file_name, finding, group, median,
+                     middle, name_of, rank, read, table)
 
 MOST_PANELS = 40  # of a figure
+LONG = 18         # letters of a curve's name, beyond which a panel is wider
 AXES = {"at": "accuracy at L", "lowest": "lowest accuracy from L to 3L"}
-COLOURS = dict(zip(MODELS, [  # first those of Okabe and Ito, which the colour-blind can tell apart
-    "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999", "#666666",
-    "#8C6D31", "#5C4A1F", "#A50F15", "#1B7837", "#54278F", "#01665E", "#35978F", "#756BB1",
-    "#9E9AC8", "#DD1C77", "#66A61E", "#1B9E77", "#8C564B", "#E7298A", "#E69F00", "#333333",
-    "#CC79A7", "#009E73", "#56B4E9", "#0072B2", "#8C564B", "#E7298A", "#BCBD22", "#C7A76C",
-    "#8C6D31", "#F4A582", "#CA0020", "#92C5DE", "#1B9E77", "#5E3C99"]))
 UNNAMED = ["black", "#E31A1C", "#6A3D9A", "#33A02C", "#B15928", "#1F78B4", "#FF7F00"]  # of stacks
 DASHES = ["-", (0, (7, 2)), (0, (4.5, 4.5)), (0, (1.5, 3))]  # gaps show the curves below
 GREY, RAISED = "0.35", str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -100,12 +94,21 @@ def mark(ax, config, kind):
         ax.annotate(f"{words} {L}", (L, 1), (0, 2), ax.get_xaxis_transform(), ha="center", **small)
 
 
-def scale_x(ax, kind, low, high, L):
-    """Limits and ticks of an axis of training steps, context lengths, or bytes of state."""
+def scale_x(ax, kind, runs, L):
+    """Limits and ticks of an axis of training steps, context lengths, or bytes of state.
+
+    runs: those of all panels, which share a scale; of context lengths, the panels of one L do.
+    """
+    if kind == "state":
+        xs = [size * air for run in runs for size in run["state"].values() for air in (0.7, 1.4)]
+    else:
+        alike = [run for run in runs if kind == "training" or run["config"]["L"] == L]
+        xs = np.concatenate([run[kind][0] for run in alike])
+    low, high = min(xs), max(xs)
     ax.set_xlabel("training step" if kind == "training" else "context length")
     if kind == "training":
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high <= 300 * low else (1,)))
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x < 1000 else f"{x / 1000:g}k")
     elif kind == "state" or high > 8 * L:
         ax.set_xscale("log", base=2)
@@ -170,23 +173,26 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
     places = [(panel, tokens) for panel in dict.fromkeys(panel for panel, _, _ in cells)
               for tokens in ((64, 4096) if kind == "state" else (None,))]
     if len(places) > MOST_PANELS:
-        raise ValueError(f"left out: a figure of {len(places)} panels, {MOST_PANELS} are the most")
+        raise ValueError(f"a figure of {len(places)} panels, {MOST_PANELS} are the most")
     columns = 2 if kind == "state" or len(places) == 4 else min(3 + len(places) // 10, len(places))
     look, rows = looks(cells, curve, stacks), -(-len(places) // columns)
-    height = 1.2 + rows * (0.42 * len(look) + 0.8 if kind == "model" else 3.8)
-    fig = Figure(figsize=(max(8, 4.6 * columns), height), layout="constrained")
+    # Inches: the width follows the longest name, the height the number of names and the title.
+    longest = 0 if kind == "model" else max(len(name_of(curve, name)) for name in look)
+    wide = max(8, columns * (4.6 + 0.09 * max(0, longest - LONG)))
+    flags = (*panels, curve, *across)
+    title = textwrap.fill(title or finding(cells, flags, kind, what), int(10 * wide),
+                          break_on_hyphens=False)
+    height = 0.42 * len(look) + 0.8 if kind == "model" else max(3.8, 0.22 * len(look))
+    tall = 1.2 + rows * height + 0.22 * max(0, title.count("\n") - 2)
+    fig = Figure(figsize=(wide, tall), layout="constrained")
+    fig.suptitle(title, fontsize=13, x=0.02, ha="left")
     axes = [fig.add_subplot(rows, columns, 1 + i) for i in range(len(places))]
     runs, sources = [run for seeds in cells.values() for run in seeds], {}
     xs = sorted({x for _, _, x in cells}, key=rank)
-    if kind in ("length", "training"):
-        xs = np.concatenate([run[kind][0] for run in runs])
-    if kind == "state":
-        xs = [size * air for run in runs for size in run["state"].values() for air in (0.7, 1.4)]
     for ax, (panel, tokens) in zip(axes, places):
         shown = {(c, x): seeds for (p, c, x), seeds in cells.items() if p == panel}
         config = next(run["config"] for seeds in shown.values() for run in seeds)
-        words = ", ".join(text(value) if flag == "model" else f"{flag} = {text(value)}"
-                          for flag, value in zip(panels, panel))
+        words = ", ".join(name_of(flag, (value, ())) for flag, value in zip(panels, panel))
         ax.set_title(words if len(places) > 1 else "", pad=18 if kind == "length" else 6)
         if kind == "model":
             draw_rows(ax, shown, look)
@@ -195,11 +201,12 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
         if kind == "against":
             aside = {c: 0.04 * (i - (len(look) - 1) / 2) for i, c in enumerate(look)}
             ax.set(xlim=(-0.4, len(xs) - 0.6), xlabel=across[0], ylabel=AXES[what])
-            ax.set_xticks(range(len(xs)), [text(x[0]) for x in xs])
-            draw_points(ax, shown, look, curve, lambda c, x, seeds: xs.index(x) + aside[c],
-                        what)
+            names = [text(x[0]) for x in xs]
+            upright = len(" ".join(names)) > 36              # or they would run into each other
+            ax.set_xticks(range(len(xs)), names, rotation=90 if upright else 0)
+            draw_points(ax, shown, look, curve, lambda c, x, seeds: xs.index(x) + aside[c], what)
             continue
-        scale_x(ax, kind, min(xs), max(xs), config["L"])
+        scale_x(ax, kind, runs, config["L"])
         if kind == "state":
             ax.set(xlabel=f"bytes of state after {tokens:,} tokens", ylabel=AXES[what])
             draw_points(ax, shown, look, curve, lambda c, x, seeds: seeds[0]["state"][tokens], what)
@@ -212,50 +219,30 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
                 if curve == "model" or name == config["model"]:
                     ax.plot(x, y, color=COLOURS.get(name, GREY), ls="", marker="o", mfc="white",
                             ms=6, clip_on=False, zorder=4)
-    flags, wide = (*panels, curve, *across), fig.get_figwidth()
-    words = textwrap.fill(title or finding(cells, flags, kind, what), int(10 * wide))
-    fig.suptitle(words, fontsize=13, x=0.02, ha="left")
     lines = (caption(cells, flags, kind) + "".join(sources)).split("\n")
     words = "\n".join(textwrap.fill(line, int(15 * wide)) for line in lines)
     fig.supxlabel(words, fontsize=9, color=GREY, x=0.02, ha="left")
+    if longest > LONG:
+        fig.draw_without_rendering()                         # the layout takes two passes
     return fig
 
 
 def write(fig, path):
-    """Write a PNG: at any moment there is the old file or the new one, whole, and no other."""
+    """Write a figure as PNG."""
     image = io.BytesIO()
     fig.savefig(image, format="png", dpi=150)
-    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
-    try:
-        with open(temporary, "xb") as f:
-            f.write(image.getvalue())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def print_now(words):
-    """Print a line at once. A closed or full stdout ends nothing."""
-    try:
-        print(words, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def complain(sentence):
-    print(f"plot.py: {text(sentence, 1000)}", file=sys.stderr)
+    write_file(path, image.getvalue())
 
 
 def main(argv=None):
     """Draw what argv asks for -> paths of the figures. SystemExit, status 2, if that is nothing."""
-    parser = argparse.ArgumentParser("plot.py", allow_abbrev=False, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"plot.py: {text(message, 1000)}\n")
+    parser = short_errors(argparse.ArgumentParser(
+        "plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
     parser.add_argument("results", nargs="+", metavar="RUN.json", help="results of train.py")
     parser.add_argument("--panels", nargs="+", default=["M"], metavar="FLAG", help="(default: M)")
     parser.add_argument("--against", metavar="FLAG", help="a flag of train.py, model, or state")
-    parser.add_argument("--lowest", action="store_true", help="with --against: see above")
+    parser.add_argument("--lowest", dest="what", action="store_const", const="lowest", default="at",
+                        help="with --against: see above")
     parser.add_argument("--title", help="of the figures (default: what they show)")
     parser.add_argument("--table", nargs="*", type=int, metavar="LENGTH", help="print a table")
     parser.add_argument("--name", help="name of a figure's file (default: what it shows)")
@@ -263,13 +250,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.panels = [flag.replace("-", "_") for flag in args.panels]
     args.against = args.against and args.against.replace("-", "_")
-    runs, published = read(args.results, complain)
+    runs, published, left_out = read(args.results)
     if args.table is not None and runs:
-        print_now(table(runs, args.table))
+        say(table(runs, args.table))
+        end_with(parser, True, left_out)
         return []
-    known = {"state"}.union(*(run["config"] for run in runs))
+    known = set().union(*(run["config"] for run in runs)) - IGNORED | {"model", "seed", "state"}
     for flag in {*args.panels, args.against or "state"} - known if runs else ():
-        parser.error(f"{flag!r} is no flag of these runs: {', '.join(sorted(known))}")
+        sentence = f"{flag!r} is no flag of these runs: {', '.join(sorted(known))}"
+        parser.error(sentence.replace("_", "-"))
     across = {None: (), "model": (), "state": ("d",)}.get(args.against, (args.against,))
     panels = tuple(flag for flag in args.panels if flag not in (args.against, *across))
     curve = next(flag for flag in ("model", "M", *TASK) if flag not in (*panels, *across))
@@ -279,7 +268,7 @@ def main(argv=None):
     if args.against:
         for run in runs:
             if np.isnan(run["at"]) or kinds == ["state"] and not run["state"]:
-                complain(f"left out: {run['path']} was not tested at L, or has no bytes of state")
+                left_out.append(f"{run['path']} was not tested at L, or has no bytes of state")
         runs = [run for run in runs if run["at"] >= 0 and (run["state"] or kinds != ["state"])]
     if args.against == "model" and "d" in fixed:
         fixed.remove("d")
@@ -291,21 +280,19 @@ def main(argv=None):
             path = os.path.join(args.out, file_name(kind, cells, args))
             try:
                 if path in written:
-                    raise ValueError(f"left out: a second figure of the name {path}")
+                    raise ValueError(f"a second figure of the name {path}")
                 with matplotlib.rc_context(LOOK):
-                    fig = draw(kind, cells, panels, curve, across, stacks, published,
-                               "lowest" if args.lowest else "at",
+                    fig = draw(kind, cells, panels, curve, across, stacks, published, args.what,
                                None if kind == "training" else args.title)
                     os.makedirs(args.out, exist_ok=True)
                     write(fig, path)
                 written.append(path)
-                print_now(path)
+                say(path)
             except ValueError as error:
-                complain(str(error))
+                left_out.append(str(error))
             except OSError as error:
                 parser.error(f"--out is {args.out!r}, but it cannot be written: {error.strerror}")
-    if not written:
-        parser.error("there is nothing to draw")
+    end_with(parser, written, left_out)
     return written
 
 

@@ -14,29 +14,23 @@ import math
 import os
 import platform
 import subprocess
-import sys
-import tempfile
 import warnings
 
 import torch
-from tqdm import tqdm
 
 from data import check_task
 from hybrid import build_model
+from output import say, short_errors, write_file      # noqa: F401, bench.py has them from here
 from summary import DEFAULTS          # the other flags that change a run
 
 GRID = ["model", "M", "tau", "K", "d", "L", "seed"]          # flags that take several values
 
 
-def short_errors(parser):
-    """Make a parser answer a wrong command with one sentence and status 2."""
-    parser.allow_abbrev = False
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
-    return parser
-
-
 def pick_device(name=None):
-    """The torch.device of that name, or the best one here. Raises ValueError."""
+    """The torch.device of that name, or the best one here. Raises ValueError.
+
+    Of the processes that torchrun started together, each has a GPU of its own.
+    """
     if name is None:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
@@ -48,18 +42,11 @@ def pick_device(name=None):
         known = False
     if not known:
         raise ValueError(f"--device is {name!r}, but torch {torch.__version__} has no such device")
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)                        # where graphs and timers are
     return device
-
-
-def say(line):
-    """Print a line above the progress bar. A closed or full stdout ends nothing."""
-    try:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
-    except (OSError, ValueError, AttributeError):
-        sys.stdout = open(os.devnull, "w")
 
 
 # ---- what a run is -------------------------------------------------------------------------------
@@ -98,12 +85,9 @@ def check(config):
     for flag in ("d", "L", "K", "M", "tau", "n_heads", "d_state", "batch_size", "steps", "seed"):
         at_least = 0 if flag == "seed" else 1
         value, word = config[flag], flag.replace("_", "-")
-        if type(value) is not int:
-            raise ValueError(f"--{word} is {value!r}, but it must be a whole number")
-        if value < at_least:
-            raise ValueError(f"--{word} is {value}, but it must be at least {at_least}")
-        if value >= 2**30:
-            raise ValueError(f"--{word} is {value}, but it must be below 2^30")
+        if type(value) is not int or not at_least <= value < 2**30:
+            raise ValueError(f"--{word} is {value!r}, but it must be a whole number from {at_least} "
+                             "to 2^30 - 1")
     for flag in ("lr", "weight_decay"):
         value, word = config[flag], flag.replace("_", "-")
         if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
@@ -170,22 +154,6 @@ def commit():
 
 
 # ---- files ---------------------------------------------------------------------------------------
-
-def write_file(path, data):
-    """Write bytes. At any moment, even a power cut, the old or the new file is there, whole."""
-    folder, name = os.path.split(path)
-    with tempfile.NamedTemporaryFile(dir=folder or ".", prefix=name + ".", suffix=".tmp",
-                                     delete=False) as f:
-        try:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-            os.chmod(f.name, 0o644)
-            os.replace(f.name, path)
-        except BaseException:
-            os.unlink(f.name)
-            raise
-
 
 def write_json(path, value):
     write_file(path, (json.dumps(value) + "\n").encode())
@@ -271,9 +239,9 @@ def save_progress(path, parts, **progress):
 
 
 def load_progress(path, parts, device):
-    """Give the parts the states that they had when the run was killed.
+    """Give the parts the states that they had when the run was killed -> step, curves, seconds.
 
-    Returns the progress; None, and the parts as they were, if there is nothing that can be used.
+    If there is nothing that can be used, the parts are as they were, and the run is at its start.
     """
     before = copy.deepcopy({name: state_of(part) for name, part in parts.items()})
     try:
@@ -283,14 +251,14 @@ def load_progress(path, parts, device):
             raise ValueError
         saved = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
         set_states(parts, saved)
-        return {name: saved[name] for name in ("step", "curves", "seconds")}
+        return saved["step"], saved["curves"], saved["seconds"]
     except FileNotFoundError:
-        return None
+        pass
     except Exception:     # there is no telling how a damaged file will fail
         set_states(parts, before)
         remove(path + ".resume.pt")
         say(f"{path}.resume.pt is damaged or of another version; the run starts from the beginning")
-        return None
+    return 0, {"step": [], "loss": [], "accuracy": []}, 0.0
 
 
 def remove(*paths):

@@ -8,23 +8,34 @@ import os
 
 import numpy as np
 
+from output import listed, numbered, text
+
 DEFAULTS = {  # of the flags that change a run and are not in its name's first part; lr: see below
     "task": "recall", "batch_size": 64, "steps": 20000, "lr": None, "weight_decay": 0.0,
     "n_heads": 1, "d_state": 16, "train_lengths": "fixed", "learn_embedding": False,
     "stop_early": True}
 TASK = ["task", "tau", "K", "d", "L", "M"]                   # the flags that say what is learned
 IGNORED = {"model", "seed", "device", "compile", "out", "overwrite"}       # no settings of a run
-MODELS = [  # in the order of figures and tables
-    "nope", "learned", "rope", "mamba", "hybrid-a", "hybrid-b", "rnn", "lti", "retention",
-    "griffin", "mamba2", "samba", "mamba2-hybrid", "jamba", "zamba", "zamba2", "zamba2-mini",
-    "mamba3", "deltanet", "gated-deltanet", "alibi", "forgetting", "conv2+attention",
-    "conv+attention", "conv8+attention", "mamba+attention", "2xattention", "2xrope", "2xalibi",
-    "2xforgetting", "2xwindow",
-    "2xlinear-fixed-noconv", "2xlinear-fixed", "2xlinear-decay-noconv", "2xlinear-decay",
-    "2xgated-deltanet-noconv", "2xgated-deltanet", "2xlinear-rotation"]
+COLOURS = {  # models in the order of figures and tables; first the colours of Okabe and Ito, which
+    # the colour-blind can tell apart
+    "nope": "#56B4E9", "learned": "#E69F00", "rope": "#0072B2", "mamba": "#D55E00",
+    "hybrid-a": "#009E73", "hybrid-b": "#CC79A7", "rnn": "#999999", "lti": "#666666",
+    "retention": "#8C6D31", "griffin": "#5C4A1F", "mamba2": "#A50F15", "samba": "#1B7837",
+    "mamba2-hybrid": "#54278F", "jamba": "#01665E", "zamba": "#35978F", "zamba2": "#756BB1",
+    "zamba2-mini": "#9E9AC8", "mamba3": "#DD1C77", "deltanet": "#66A61E",
+    "gated-deltanet": "#1B9E77", "alibi": "#8C564B", "forgetting": "#E7298A",
+    "conv2+attention": "#E69F00", "conv+attention": "#333333", "conv8+attention": "#CC79A7",
+    "mamba+attention": "#009E73", "2xattention": "#56B4E9", "2xrope": "#0072B2",
+    "2xalibi": "#8C564B", "2xforgetting": "#E7298A", "2xwindow": "#BCBD22",
+    "2xlinear-fixed-noconv": "#C7A76C", "2xlinear-fixed": "#8C6D31",
+    "2xlinear-decay-noconv": "#F4A582", "2xlinear-decay": "#CA0020",
+    "2xgated-deltanet-noconv": "#92C5DE", "2xgated-deltanet": "#1B9E77",
+    "2xlinear-rotation": "#5E3C99"}
+MODELS = list(COLOURS)
 TEST_BATCH = 512  # sequences of a test during training, as in train.py
 SOLVED = 0.99     # the accuracy to which steps are counted
 KEPT = 0.95       # a model that stays above it beyond L does not fade
+
 
 def load(path):
     """Read a result of train.py -> a run; or published numbers. ValueError for other files.
@@ -86,26 +97,25 @@ def state_bytes(config, written):
     return {n: 4 * (mambas * mamba + attentions * key_and_value * n) for n in (64, 4096)}
 
 
-def read(paths, complain):
-    """Read files -> runs, published numbers. What is no result, or the same run again, is left out,
-    and complain(sentence) says so."""
-    files, runs, published = {}, {}, []
-    for path in paths:
-        files.setdefault(os.path.realpath(path), path)
-    for path in files.values():
+def read(paths):
+    """Read files -> runs, published numbers, and a sentence for each file that is left out, because
+    it is no result, or the same run again."""
+    runs, published, left_out = {}, [], []
+    for path in dict.fromkeys(paths):
         try:
             found = load(path)
         except ValueError as error:
-            complain(f"left out: {error}")
+            left_out.append(str(error))
             continue
         if "published" in found:
             published.append(found)
             continue
         key = values(found, ["model", *TASK, "seed"]), tuple(sorted(found["off"].items()))
-        if key in runs:
-            complain(f"left out: {path} has the model, settings and seed of {runs[key]['path']}")
+        if key in runs and not os.path.samefile(path, runs[key]["path"]):
+            left_out.append(f"{path} has the model, settings and seed of {runs[key]['path']}")
         runs.setdefault(key, found)
-    return list(runs.values()), published
+    return list(runs.values()), published, left_out
+
 
 def rank(value):
     """A sort key: numbers by size, models in the order of MODELS, everything else by name."""
@@ -161,30 +171,11 @@ def median(runs, kind):
         x = x[x >= max(run[kind][0][0] for run in runs)]
     return x, np.median([np.interp(x, *run[kind]) for run in runs], axis=0)
 
-def text(value, most=40):
-    """A name or number as it may be shown: without control characters, shortened."""
-    value = f"{value:g}" if isinstance(value, float) else str(value)
-    value = "".join(c if c.isprintable() else "?" for c in value)
-    return value if len(value) <= most else value[:most - 1] + "…"
-
-
 def name_of(flag, curve):
     """What a curve of `group` is called."""
     base, extra = curve
     first = text(base) if flag == "model" else f"{flag} = {text(base)}"
     return ", ".join([first, *(f"{flag} = {text(value)}" for flag, value in extra)])
-
-
-def listed(names):
-    """Names in words, which do not break within a name."""
-    names = [name.replace(" ", "\u00a0") for name in names] or ["none"]
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
-def numbered(numbers):
-    """Whole numbers in words: all of them, or the first and the last if they are many."""
-    numbers = [f"{n:,}" for n in sorted(set(numbers))]
-    return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 3 else ", ".join(numbers)
 
 
 def verdict(runs, kind, what="at"):
@@ -231,11 +222,11 @@ def finding(cells, flags, kind, what="at"):
                 some = some.replace(f"; {flags[shown[0]]} =", ",")
             if places == everywhere[name] or kind != "model":      # of rows, only who always stays
                 names.append(name if places == everywhere[name] else f"{name} ({some})")
+        if not parts and not phrase.startswith("{}"):
+            phrase = phrase[0].upper() + phrase[1:]
         if names and (kind != "model" or key == "stay"):
             parts.append(phrase.format(listed(names), "s" if len(names) == 1 else ""))
-    title = "; ".join(parts)
-    name_first = title.replace("\u00a0", " ").startswith(tuple(everywhere))
-    return title if name_first else title[:1].upper() + title[1:]
+    return "; ".join(parts)
 
 
 def caption(cells, flags, kind):

@@ -8,7 +8,6 @@ A run writes OUT/NAME.json, the result, and OUT/NAME.pt, the model. Give the sam
 continue after it was killed; finished runs are not repeated unless --overwrite says so.
 """
 
-import argparse
 import math
 import os
 import signal
@@ -25,14 +24,14 @@ if __name__ == "__main__":     # Ctrl-C while torch loads, which takes seconds, 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import gpu
 import runs
 from data import TASKS, stream
-from eval import accuracy_now, evaluate, lengths_to_test, show_result
-from grid import configs_of, prepare_folder, to_make
-from hybrid import FAMILY, LAYERS, MODELS, WORDS, state_bytes
+from eval import accuracy_now, evaluate, lengths_to_test, print_table, show_answers
+from grid import configs_of, parse, prepare_folder, to_make
+from hybrid import state_bytes
+from output import Progress, say
 
 WARMUP = 400             # steps in which the learning rate rises
 BETAS = (0.9, 0.98)      # of AdamW
@@ -45,56 +44,6 @@ COOLDOWN_STEPS = 1000    # the learning rate falls in the last 1,000 steps, at m
 COOLDOWN_SHARE = 1 / 5   # or in the last fifth, if that is longer
 EVAL_SEQUENCES = 1024    # of each length, after training
 SAVE_SECONDS = 5         # between saves of an unfinished run
-SAY_SECONDS = 30         # between lines of progress where there is no terminal
-BAR = "{desc} {percentage:.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}"
-STATE_TOKENS = 64, 4096  # context lengths at which a result says how many bytes the state has
-
-
-def parse(argv):
-    parser = runs.short_errors(argparse.ArgumentParser(
-        description="Train a model on a task and test it against context length.",
-        epilog="Flags marked * take several values and run all combinations of them."))
-    one, several = dict(metavar="N"), dict(type=int, nargs="+", action="extend", metavar="N")
-    add = parser.add_argument_group("the model").add_argument
-    names = ", ".join([*MODELS, *FAMILY])
-    words = ", ".join([*WORDS, *LAYERS])
-    add("--model", nargs="+", action="extend", metavar="NAME",
-        help=f"* {names}; or a stack such as mamba+attention, of {words} (default: rope)")
-    add("--d", **several, help="* width (default: 8)")
-    add("--n-heads", type=int, **one, help="heads of an attention layer (default: 1)")
-    add("--d-state", type=int, **one, help="states per channel of Mamba (default: 16)")
-    add("--learn-embedding", action="store_true", help="train the embedding table too")
-
-    add = parser.add_argument_group("the task").add_argument
-    add("--task", choices=TASKS, help="default: recall")
-    add("--M", **several, help="* number of possible queries (default: 1)")
-    add("--tau", **several, help="* tokens from query to value (default: 1)")
-    add("--K", **several, help="* size of the vocabulary (default: 16)")
-    add("--L", **several, help="* context length in training (default: 64)")
-    add("--train-lengths", choices=["fixed", "uniform"],
-        help="train at length L, or at a random length up to L (default: fixed)")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--seed", **several, help="* of weights and data (default: 0)")
-    add("--steps", type=int, **one, help="most training steps (default: 20000)")
-    add("--batch-size", type=int, **one, help="sequences per step (default: 64)")
-    add("--lr", type=float, metavar="X",
-        help="highest learning rate (default: 0.008, above d = 16 0.128 / d)")
-    add("--weight-decay", type=float, metavar="X", help="of AdamW (default: 0)")
-    add("--stop-early", action=argparse.BooleanOptionalAction, default=True,
-        help="cool down and stop once the task is solved (default: on)")
-
-    add = parser.add_argument_group("the machine").add_argument
-    add("--device", help="cuda, cuda:1, mps or cpu (default: the best one here)")
-    add("--compile", choices=["auto", "on", "off"], default="auto",
-        help="torch.compile on CUDA; auto: when it ends the work sooner (default: auto)")
-    add("--out", default="results", metavar="DIR", help="folder of results (default: results)")
-    add("--overwrite", action="store_true", help="repeat runs that are finished")
-    parser.set_defaults(**runs.DEFAULTS)
-    args = parser.parse_args(argv)
-    for flag, value in dict(model="rope", M=1, tau=1, K=16, d=8, L=64, seed=0).items():
-        setattr(args, flag, list(dict.fromkeys(getattr(args, flag) or [value])))
-    return parser, args
 
 
 def learning_rate(step, last, highest):
@@ -107,10 +56,11 @@ def learning_rate(step, last, highest):
     return highest * min(1, (step + 1) / WARMUP, (last - step) / fall)
 
 
-def solved_at(curves):
-    """The step at which the task was solved, or None."""
-    for k in range(SOLVED_TESTS, len(curves["step"]) + 1):
-        if min(curves["accuracy"][k - SOLVED_TESTS:k]) >= SOLVED_ACCURACY:
+def solved_at(curves, tests=None):
+    """The step of the last of so many tests in a row that solved the task, or None."""
+    tests = tests or SOLVED_TESTS
+    for k in range(tests, len(curves["step"]) + 1):
+        if min(curves["accuracy"][k - tests:k]) >= SOLVED_ACCURACY:
             return curves["step"][k - 1]
     return None
 
@@ -125,13 +75,11 @@ def last_step(curves, config):
 
 def make_optimizer(model, config, device):
     """AdamW, and the parameters it trains. Vectors and A_log have no weight decay."""
-    decayed, others = [], []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decayed, others = [], []
     for name, p in trained.items():
-        if p.dim() > 1 and not name.endswith("A_log"):
-            decayed.append(p)
-        else:
-            others.append(p)
+        group = decayed if p.dim() > 1 and not name.endswith("A_log") else others
+        group.append(p)
     groups = [{"params": decayed, "weight_decay": config["weight_decay"]},
               {"params": others, "weight_decay": 0.0}]
     on_cuda = device.type == "cuda"
@@ -163,14 +111,12 @@ def run(config, path, device, title="", runs_left=0):
     optimizer, trained = make_optimizer(model, config, device)
     training = stream(config["seed"], "training", device)
     testing = stream(config["seed"], "test", device)
-    curves, start, seconds = {"step": [], "loss": [], "accuracy": []}, 0, 0.0
 
     # Continue a run that was killed.
     parts = {"model": model, "optimizer": optimizer, "training": training, "testing": testing}
-    saved = runs.load_progress(path, parts, device)
-    if saved:
-        curves, start, seconds = saved["curves"], saved["step"], saved["seconds"]
-        runs.say(f"{title}continues at step {start:,}: {path}")
+    step, curves, seconds = runs.load_progress(path, parts, device)
+    if step:
+        say(f"{title}continues at step {step:,}: {path}")
 
     # One training step. The three functions are an argument because torch.compile may replace them.
     def loss_of(tokens, labels, at):
@@ -192,10 +138,8 @@ def run(config, path, device, title="", runs_left=0):
 
     every = max(1, steps // POINTS, min(APART, steps // 20))
     last = last_step(curves, config)
-    began = said = saved_at = time.monotonic()
-    bar = tqdm(total=steps, initial=start, desc=title, dynamic_ncols=True, leave=False,
-               disable=None, bar_format=BAR)
-    step = start
+    began = saved_at = time.monotonic()
+    bar = Progress(steps, initial=step, desc=title)
     while step < last:
         # The learning rate, and the step.
         set_learning_rate(optimizer, learning_rate(step, last, config["lr"]))
@@ -209,6 +153,7 @@ def run(config, path, device, title="", runs_left=0):
         loss, accuracy = loss.item(), accuracy_now(model, config, testing, device)
         if not math.isfinite(loss):
             bar.close()
+            runs.remove(path + ".resume.pt")
             raise FloatingPointError(f"the loss is {loss} at step {step}; a lower --lr than "
                                      f"{config['lr']:g} may help")
         for curve, value in zip(curves.values(), (step, loss, accuracy)):
@@ -218,11 +163,8 @@ def run(config, path, device, title="", runs_left=0):
             fast.compile_if_it_pays(step, last, runs_left)
 
         # Say how it goes, and save what a killed run needs to continue.
-        bar.set_description_str(f"{title}accuracy {accuracy:.3f}, loss {loss:.4f}")
+        bar.report(f"{title}step {step:,} of {steps:,}, accuracy {accuracy:.3f}, loss {loss:.4f}")
         now = time.monotonic()
-        if bar.disable and now - said > SAY_SECONDS:
-            said = now
-            runs.say(f"{title}step {step:,} of {steps:,}, accuracy {accuracy:.3f}, loss {loss:.4f}")
         if now - saved_at > SAVE_SECONDS and step < last:
             saved_at = now
             runs.save_progress(path, parts, step=step, curves=curves, seconds=seconds + now - began)
@@ -236,7 +178,7 @@ def run(config, path, device, title="", runs_left=0):
     checkpoint = runs.write_checkpoint(path + ".pt", model, config)
     result = {
         "config": config, "params": model.n_params(), "checkpoint": checkpoint, "train": curves,
-        "state_bytes": {str(n): state_bytes(model, n) for n in STATE_TOKENS},
+        "state_bytes": {str(n): state_bytes(model, n) for n in (64, 4096)},
         "eval": {"length": lengths, "accuracy": accuracies, "sequences": EVAL_SEQUENCES},
         "env": runs.environment(device),
         "seconds": {"train": round(seconds, 3), "eval": round(time.monotonic() - began, 3)}}
@@ -244,9 +186,13 @@ def run(config, path, device, title="", runs_left=0):
     runs.remove(path + ".resume.pt")
     ended = f"stopped at step {step:,}, not solved"
     if solved_at(curves):
-        ended = f"solved at step {solved_at(curves):,}, stopped at {step:,}"
-    runs.say(f"{title}{ended}; wrote {path}.json")
-    show_result(model, result, device, runs.say, sequences=0 if title else 3)
+        first, solved = solved_at(curves, 1), solved_at(curves)
+        ended = (f"first at {SOLVED_ACCURACY} at step {first:,}, solved ({SOLVED_TESTS} tests in a "
+                 f"row) at step {solved:,}, stopped at {step:,}")
+    say(f"{title}{ended}; wrote {path}.json")
+    print_table(result)
+    if not title:
+        show_answers(model, config, device)
     return result
 
 
@@ -258,9 +204,6 @@ def main(argv=None, wait=True):
     parser, args = parse(argv)
     try:
         device = runs.pick_device(args.device)
-        if "LOCAL_RANK" in os.environ and device.type == "cuda":     # torchrun started several
-            number = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
-            device = runs.pick_device(f"cuda:{number}")
         if device.type == "cuda" and args.compile == "on" and not gpu.has_compiler():
             raise ValueError("--compile is on, but the package triton is not installed")
         configs = configs_of(args, device)
@@ -273,14 +216,12 @@ def main(argv=None, wait=True):
         torch.set_num_threads(1)     # more gain little here, and cost a lot beside other programs
     try:
         for config, path, title, runs_left in to_make(configs, args.out, args.overwrite, failed,
-                                                       wait):
+                                                      wait, print_table):
             try:
                 run(config, path, device, title, runs_left)
             except (FloatingPointError, OSError) as error:
                 failed.append(path)
-                if isinstance(error, FloatingPointError):
-                    runs.remove(path + ".resume.pt")
-                runs.say(f"{title}{path} failed: {error}")
+                say(f"{title}{path} failed: {error}")
         names = [os.path.join(args.out, runs.run_name(config)) for config in configs]
         results = [runs.read_result(name + ".json") for name in names]
     except KeyboardInterrupt:

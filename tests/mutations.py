@@ -77,11 +77,9 @@ EVAL = [
 RUNS = [
     ('map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False'),
     ("map_location=device, weights_only=True", "map_location=device, weights_only=False"),
-    ("os.replace(f.name, path)", "open(path, 'wb').write(data); os.unlink(f.name)"),
-    ("os.fsync(f.fileno())", "pass"),
-    ("            os.unlink(f.name)\n", ""),
     ("if hashlib.sha256(data).digest() != digest:", "if False:"),
     ("set_states(parts, before)", "pass"),
+    ("        set_states(parts, saved)\n", ""),
     ("config = {**DEFAULTS, **checkpoint[\"config\"]}", "config = checkpoint[\"config\"]"),
     ("                check(config)\n", "                pass\n"),
     ("model.to(device).eval()", "model.to(device)"),
@@ -93,7 +91,18 @@ RUNS = [
     ("0.128 / d", "0.128 / 8"),
     ("    check_memory(config)\n", ""),
     ("type(value) is not int", "not isinstance(value, (int, float))"),
+]
+
+OUTPUT = [
+    ("os.replace(f.name, path)", "open(path, 'wb').write(data); os.unlink(f.name)"),
+    ("os.fsync(f.fileno())", "pass"),
+    ("            os.unlink(f.name)\n", ""),
     ("except (OSError, ValueError, AttributeError):", "except MemoryError:"),
+    ("            self.n += n\n", "            pass\n"),
+    ("if self.disable and not self.quiet", "if self.disable"),
+    ("now - self.said > SAY_SECONDS", "False"),
+    ("if not written and len(left_out) == 1:", "if False:"),
+    ("            self.said = now\n", ""),
 ]
 
 GRID = [
@@ -103,6 +112,7 @@ GRID = [
     ("| os.O_NOFOLLOW", ""),
     ("for ending in (\".json\", \".resume.pt\")", "for ending in (\".resume.pt\",)"),
     ("taken.append((number, (config, path)))\n", "pass\n"),
+    ("                show(read_result(path + \".json\"))", "                pass"),
     ("if not is_finished(path):\n                    yield", "if True:\n                    yield"),
 ]
 
@@ -132,7 +142,7 @@ TRAIN = [
     ("except (FloatingPointError, OSError) as error:", "except FloatingPointError as error:"),
     ("        sys.exit(130)\n", "        sys.exit(1)\n"),
     ("torch.set_num_threads(threads)", "pass"),
-    ("if saved:\n", "if saved and False:\n"),
+    ("solved_at(curves, 1)", "solved_at(curves)"),
     ("\"model\": model, \"optimizer\": optimizer, \"training\": training,",
      "\"model\": model, \"optimizer\": optimizer,"),
     ("    runs.write_json(path + \".json\", result)\n    runs.remove(path + \".resume.pt\")\n",
@@ -202,6 +212,16 @@ PLOT = [
     ('"training step" if kind == "training" else "context length"', '"context length"'),
     ('ylim=(min(0, 1 / answers - 0.09), 1.05), ylabel="accuracy"',
      'ylim=(min(0, 1 / answers - 0.09), 1.05), ylabel="loss"'),
+    ("- IGNORED | {", "| {"),
+    ("sentence.replace(\"_\", \"-\")", "sentence"),
+    ("if high <= 300 * low else (1,)", "if True else (1,)"),
+    ("90 if upright else 0", "0"),
+    ("or run[\"config\"][\"L\"] == L]", "or True]"),
+    ("0.09 * max(0, longest - LONG)", "0"),
+    ("        fig.draw_without_rendering()", "        pass"),
+    ("max(3.8, 0.22 * len(look))", "3.8"),
+    ("title.count(", "0 * title.count("),
+    ("break_on_hyphens=False", "break_on_hyphens=True"),
     ("label_ends(ax, [end for _, end in", "list([end for _, end in"),
     ("(*max(line), name_of(flag, c), look[c])", "(*min(line), name_of(flag, c), look[c])"),
 ]
@@ -239,6 +259,7 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "hybrid.py": (HYBRID, "test_hybrid.py"),
     "eval.py": (EVAL, "test_eval.py test_eval_command.py"),
     "runs.py": (RUNS, "test_runs.py test_damage.py test_flags.py test_train.py test_stopped.py"),
+    "output.py": (OUTPUT, "test_runs.py test_stopped.py test_eval_command.py test_inside.py"),
     "grid.py": (GRID, "test_runs.py test_damage.py test_stopped.py"),
     "train.py": (TRAIN, "test_train.py test_damage.py test_runs.py test_stopped.py"),
     "attention.py": (ATTENTION, "test_attention.py test_hybrid.py"),
@@ -251,7 +272,7 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "family/deltanet.py": (DELTANET, "test_deltanet.py test_linear_attention.py"),
     "fused_scan.py": (FUSED, "test_mamba.py"),
     "inside.py": (INSIDE, "test_inside.py"),
-    "plot.py": (PLOT, "test_plot.py"),
+    "plot.py": (PLOT, "test_plot.py test_plot_options.py test_plot_layout.py"),
     "summary.py": (SUMMARY, "test_summary.py test_plot.py"),
     "bench.py": (BENCH, "test_bench.py"),
 }

@@ -17,6 +17,17 @@ from mamba import selective_scan, selective_scan_ref
 from test_mamba import assert_close, everything, operands
 
 
+def test_processes_of_torchrun_have_a_gpu_each(monkeypatch):
+    before, count = torch.cuda.current_device(), torch.cuda.device_count()
+    for rank in range(count + 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        for name in None, "cuda", "cuda:0":
+            assert runs.pick_device(name) == torch.device("cuda", rank % count)
+            assert torch.cuda.current_device() == rank % count
+        assert runs.pick_device("cpu") == torch.device("cpu")
+    torch.cuda.set_device(before)
+
+
 @pytest.mark.parametrize("L, D", [(1, 16), (20, 16), (65, 48), (300, 130)])
 def test_fused_scan_equals_the_recurrence(L, D):
     inputs = operands(L, D=D, N=16)

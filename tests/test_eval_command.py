@@ -1,5 +1,6 @@
 """eval.py as a command: what it prints, what it saves, and what it refuses."""
 
+import itertools
 import json
 import os
 import shutil
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 import eval as evaluation
+import output
 import train
 from conftest import tiny
+from hybrid import build_model
 
 LEARNED, HYBRID = (f"{name}_M2_tau2_K16_d8_L8_batch-size4_steps2_seed0"
                    for name in ("learned", "hybrid-b"))
@@ -58,6 +61,32 @@ def test_lengths_are_added_to_the_result(folder, capsys):
     assert second.split() == ["accuracy", *(f"{a:.3f}" for a in accuracies)]
     assert sorted(os.listdir(folder)) == sorted(
         name + end for name in (LEARNED, HYBRID) for end in (".json", ".pt"))
+
+
+@pytest.mark.parametrize("task", ["recall", "parity"])
+def test_without_a_terminal_long_tests_say_how_far_they_are(task, monkeypatch, capsys):
+    model, config = build_model("mamba", L=8), dict(K=16, M=2, tau=2, task=task)
+
+    def lines(bar, lengths=range(3, 25)):
+        evaluation.evaluate(model, config, list(lengths), 16, "cpu", bar=bar)
+        return capsys.readouterr().out.splitlines()
+    assert lines(True) == []                                    # too quick for that
+    monkeypatch.setattr(output, "SAY_SECONDS", -1)
+    shown = lines(True)
+    shares = [int(line.split()[-1].rstrip("%")) for line in shown]
+    assert len(shares) > 5 and shares == sorted(shares) and shares[-1] == 100
+    assert lines(False) == []
+    monkeypatch.setattr(output, "SAY_SECONDS", 10**6)
+    assert lines(True) == []
+
+
+def test_lines_of_progress_are_half_a_minute_apart(monkeypatch, capsys):
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(output.time, "monotonic", lambda: next(clock))
+    progress = output.Progress(9)
+    for n in range(9):
+        progress.report(f"line {n}")
+    assert capsys.readouterr().out.splitlines() == ["line 3", "line 7"]
 
 
 def test_default_lengths_repeat_what_train_measured(folder):

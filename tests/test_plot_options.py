@@ -37,3 +37,12 @@ def test_listed_stacks_have_a_place_and_a_colour():
 @pytest.mark.parametrize("name", ["mamba+attention", "hybrid-a"])
 def test_two_names_of_one_model_have_one_colour(name):
     assert plot.COLOURS[name] == "#009E73"
+
+
+def test_an_unknown_flag_is_answered_with_the_known(tmp_path, figures, refuses):  # noqa: F811
+    path = write(tmp_path, device="cuda", out="x", overwrite=False, compile="auto", n_heads=2)
+    listed = refuses(plot.main, [path, "--against", "foo_bar"]).strip().split(": ")[-1].split(", ")
+    assert {"lr", "n-heads", "state", "model", "M", "stop-early"} <= set(listed)
+    assert not {"device", "out", "overwrite", "compile", "n_heads"} & set(listed)
+    for flag in listed:
+        assert len(figures(path, "--against", flag)) == 1

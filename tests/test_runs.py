@@ -82,6 +82,19 @@ def test_a_grid_makes_each_run_once(train_tiny, tmp_path, capsys):
     assert same.count(False) <= 1
 
 
+def test_a_finished_run_shows_its_result_again(train_tiny, capsys):
+    def tables():
+        lines = capsys.readouterr().out.splitlines()
+        return [line for line in lines if line.split()[0] in ("length", "accuracy")]
+    train_tiny("--seed", 0, 1)
+    first = tables()
+    assert len(first) == 4 and first[1] != first[3]
+    train_tiny("--seed", 0, 1)
+    assert tables() == first
+    train_tiny("--seed", 1)
+    assert tables() == first[2:]
+
+
 def test_overwrite_repeats_finished_runs(train_tiny, tmp_path):
     first, = train_tiny()
     path = tmp_path / "out" / (NAME + ".json")

@@ -70,6 +70,11 @@ def test_what_is_no_result_is_left_out(tmp_path, figures, capsys, refuses):
     assert capsys.readouterr().err.endswith("plot.py: there is nothing to draw\n")
 
 
+def test_one_file_that_is_missing_is_one_sentence(tmp_path, refuses):
+    for more in [], ["--table"]:
+        assert "none.json" in refuses(plot.main, [tmp_path / "none.json", *more])
+
+
 def test_the_same_run_twice(tmp_path, figures, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one, two = write(tmp_path, at=1.0), write(tmp_path / "copy", at=0.5, device="cuda")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import eval as evaluation
+import output
 import runs
+import summary
 import train
 from conftest import ROOT, names, numbers
 from data import TASKS, embedding_table, recall_batch, stream
@@ -132,6 +135,26 @@ def test_stops_early_and_the_last_step_is_on_the_curve(train_tiny, monkeypatch):
     assert train_tiny("--steps", 9, "--no-stop-early")[0]["train"]["step"] == list(range(1, 10))
     monkeypatch.setattr(train, "POINTS", 3)
     assert train_tiny("--steps", 11, "--no-stop-early")[0]["train"]["step"] == [3, 6, 9, 11]
+
+
+def test_the_terminal_and_the_figures_name_the_same_step(train_tiny, monkeypatch, tmp_path, capsys):
+    """A first test at 0.99 solves nothing; the third in a row does."""
+    accuracies = iter([0.5, 0.5, 1.0, 0.5, 0.99, 0.99, 0.99] + [1.0] * 20)
+    monkeypatch.setattr(train, "accuracy_now", lambda *words: next(accuracies))
+    train_tiny()
+    path, = (tmp_path / "out").glob("*.json")
+    line, = [line for line in capsys.readouterr().out.splitlines() if "wrote" in line]
+    assert summary.load(str(path))["steps"] == 3
+    assert re.findall(r"step (\d+)", line) == ["3", "7"] and "stopped at 20;" in line
+
+
+def test_without_a_terminal_a_run_says_how_it_goes(train_tiny, monkeypatch, capsys):
+    train_tiny()
+    assert "step 20 of 20" not in capsys.readouterr().out          # too quick for that
+    monkeypatch.setattr(output, "SAY_SECONDS", -1)
+    train_tiny("--overwrite")
+    lines = [line for line in capsys.readouterr().out.splitlines() if " of 20, accuracy" in line]
+    assert len(lines) == 20 and lines[-1].startswith("step 20 of 20")
 
 
 def test_the_test_reads_fresh_sequences_of_its_own_stream(train_tiny, monkeypatch):

@@ -1,0 +1,99 @@
+"""What scripts print and write: names and numbers, short errors, progress, whole files.
+
+Needs no torch, because plot.py does not.
+"""
+
+import os
+import sys
+import tempfile
+import time
+
+from tqdm import tqdm
+
+SAY_SECONDS = 30      # between lines of progress where there is no terminal
+
+
+def text(value, most=40):
+    """A name or number as it may be shown: without control characters, shortened."""
+    value = f"{value:g}" if isinstance(value, float) else str(value)
+    value = "".join(c if c.isprintable() else "?" for c in value)
+    return value if len(value) <= most else value[:most - 1] + "…"
+
+
+def listed(names):
+    """Names in words, which do not break within a name."""
+    names = [name.replace(" ", "\u00a0") for name in names] or ["none"]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def numbered(numbers):
+    """Whole numbers in words: all of them, or the first and the last if they are many."""
+    numbers = [f"{n:,}" for n in sorted(set(numbers))]
+    return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 3 else ", ".join(numbers)
+
+
+def short_errors(parser):
+    """Make a parser answer a wrong command with one sentence and status 2."""
+    parser.allow_abbrev = False
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {text(message, 2000)}\n")
+    return parser
+
+
+def end_with(parser, written, left_out):
+    """Say what was left out, and end with status 2 if nothing was written.
+
+    left_out: a sentence for each file or figure. If it is the only one, one sentence says it all.
+    """
+    if not written and len(left_out) == 1:
+        parser.error(f"{left_out[0]}; there is nothing to draw")
+    for sentence in left_out:
+        print(f"{parser.prog}: left out: {text(sentence, 1000)}", file=sys.stderr)
+    if not written:
+        parser.error("there is nothing to draw")
+
+
+def say(line):
+    """Print a line above the progress bar. A closed or full stdout ends nothing."""
+    try:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        sys.stdout = open(os.devnull, "w")
+
+
+class Progress(tqdm):
+    """A progress bar; where there is no terminal, a line now and then instead."""
+
+    def __init__(self, total, quiet=False, **options):
+        super().__init__(total=total, leave=False, dynamic_ncols=True, disable=quiet or None,
+                         bar_format="{desc} |{bar}| {elapsed}<{remaining}", **options)
+        self.quiet, self.said = quiet, time.monotonic()
+
+    def update(self, n=1):
+        super().update(n)
+        if self.disable:      # tqdm counts only what it shows
+            self.n += n
+
+    def report(self, words):
+        """Say how it goes: words that stand before the bar, or make a line."""
+        self.set_description_str(words, refresh=False)      # the next update shows them
+        now = time.monotonic()
+        if self.disable and not self.quiet and now - self.said > SAY_SECONDS:
+            self.said = now
+            say(words)
+
+
+def write_file(path, data):
+    """Write bytes. At any moment, even a power cut, the old or the new file is there, whole."""
+    folder, name = os.path.split(path)
+    with tempfile.NamedTemporaryFile(dir=folder or ".", prefix=name + ".", suffix=".tmp",
+                                     delete=False) as f:
+        try:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+            os.chmod(f.name, 0o644)
+            os.replace(f.name, path)
+        except BaseException:
+            os.unlink(f.name)
+            raise
