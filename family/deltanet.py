@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fused_scan import split, widest
+from fused_scan import set_nan_aside, split, widest
 from mamba import DepthwiseConv1d, causal_conv
 
 
@@ -176,7 +176,9 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     """
     dtype, y_dtype = torch.promote_types(v.dtype, torch.float32), v.dtype
     L, T = v.shape[1], T or (64 if v.is_cuda else 16)
-    q, k, v, beta, log_a = (split(u.to(dtype), T).transpose(2, 3) for u in (q, k, v, beta, log_a))
+    q, k, v, beta, log_a = (u.to(dtype) for u in (q, k, v, beta, log_a))
+    (k, v, beta, log_a), nan = set_nan_aside(k, v, beta, log_a)          # nan (b, L)
+    q, k, v, beta, log_a = (split(u, T).transpose(2, 3) for u in (q, k, v, beta, log_a))
     # q, k (b, c, H, T, N); v (b, c, H, T, P); beta, log_a (b, c, H, T). The steps that fill up the
     # last chunk have beta = 0 and log_a = 0 and leave the state alone.
     b, c, H, T, P = v.shape
@@ -208,7 +210,8 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     # 4. The outputs: from each chunk's first state, and from its corrections, by attention.
     y = from_start * (q @ torch.stack(starts, dim=1).mT)                 # (b, c, H, T, P)
     y = y + (decay * (q @ k.mT)) @ torch.stack(corrections, dim=1)
-    return y.transpose(2, 3).flatten(1, 2)[:, :L].to(y_dtype), S
+    y = y.transpose(2, 3).flatten(1, 2)[:, :L] + nan.cumsum(1)[..., None, None]
+    return y.to(y_dtype), S + nan.sum(1)[:, None, None, None]
 
 
 def exp(difference, dtype):

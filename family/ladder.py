@@ -26,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from family.mamba2 import ssd
+from fused_scan import set_nan_aside
 from mamba import DepthwiseConv1d, causal_conv, selective_scan
 
 
@@ -119,6 +120,7 @@ class LTI(nn.Module):
 
     def convolve(self, x, h):
         """All steps at once, through the Fourier transform; the same results."""
+        (x,), nan = set_nan_aside(x)         # the transform spreads one NaN over all of a sequence
         dtA, Bbar = self.discretised()
         L, C = x.shape[1], self.C.to(dtA.dtype)
         powers = dtA[..., None] * torch.arange(L + 1, device=x.device)
@@ -128,7 +130,8 @@ class LTI(nn.Module):
         y = torch.fft.irfft(torch.fft.rfft(x.mT, 2 * L) * torch.fft.rfft(K, 2 * L), 2 * L)[..., :L]
         y = y + torch.einsum("dn,dnl,bdn->bdl", C, powers[..., 1:], h)   # the decayed first state
         inputs = torch.einsum("dn,dnl,bld->bdn", Bbar, powers[..., :L].flip(-1), x)
-        return y.mT, powers[..., L] * h + inputs                         # (b, L, d), (b, d, N)
+        y = y.mT + nan.cumsum(1)[..., None]                              # (b, L, d)
+        return y, powers[..., L] * h + inputs + nan.sum(1)[:, None, None]    # h (b, d, N)
 
     def forward(self, x, state=None):
         """x (b, L, d), state h (b, d, N) -> y (b, L, d), the last h, at least float32."""

@@ -40,7 +40,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fused_scan import split, widest
+from fused_scan import set_nan_aside, split, widest
 
 
 def trapezoid_ref(x, log_a, before, now, B, C, h=None, last=None):
@@ -201,6 +201,7 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     """
     x_dtype, (b, L, R, H, P), N = x.dtype, x.shape, B.shape[-1]
     x, log_a, before, now, B, C = (at_least_float32(v) for v in (x, log_a, before, now, B, C))
+    (x, log_a, before, now, B), nan = set_nan_aside(x, log_a, before, now, B)    # nan (b, L)
     T = T or max(1, (64 if x.is_cuda else 16) // R)
     if h is None:
         h = x.new_zeros(b, H, P, N)
@@ -239,7 +240,8 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     from_start = per_rank(exp(sums, x.dtype), -1)[..., None]             # (b, c, H, T R, 1)
     y = y + from_start * (C @ torch.stack(starts, dim=1).mT)
     y = y.unflatten(3, (-1, R)).movedim(2, 4).flatten(1, 2)[:, :L]       # (b, L, R, H, P)
-    return y.to(x_dtype), h
+    y = y + nan.cumsum(1)[..., None, None, None]
+    return y.to(x_dtype), h + nan.sum(1)[:, None, None, None]
 
 
 def exp(difference, dtype):
