@@ -113,6 +113,21 @@ def test_layer_in_segments(kind, sizes):
     assert state.S.shape == (2, 2, 8, 4) and state.conv.shape[2] == (0 if "conv" in kind else 3)
 
 
+@pytest.mark.parametrize("which", range(5))
+def test_nan_in_one_argument(which):
+    """One head of q, k, v, beta or log_a at step 21: the steps before are as without it."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 40, 2, 4).double()
+    arguments = [unit(q), unit(k), v, torch.rand(2, 40, 2).double(), -torch.rand(2, 40, 2).double()]
+    right, _ = delta_rule(*arguments)
+    arguments[which][1, 21, 0] = float("nan")
+    y, S = delta_rule(*arguments)
+    exact, last = delta_rule_ref(*arguments)
+    assert torch.equal(y[0], right[0]) and torch.equal(y[1, :21], right[1, :21])
+    assert exact[1, 21].isnan().any() and y[exact.isnan()].isnan().all()
+    assert S[last.isnan()].isnan().all() and S[0].isfinite().all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_layer_is_causal_and_differentiable(kind):
     torch.manual_seed(0)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 import hybrid
 from conftest import in_segments, relative
 from data import embedding_table
-from hybrid import FAMILY, LAYERS, MODELS, WORDS, RMSNorm, build_model, layer_words, state_bytes
+from hybrid import (FAMILY, LAYERS, MODELS, ROTARY, WORDS, RMSNorm, build_layer, build_model,
+                    declares, layer_words, state_bytes)
 
 NAMES = [*MODELS, *FAMILY]
 
@@ -125,6 +126,44 @@ def test_causal(name):
     changed[:, 7:] = (changed[:, 7:] + 1) % 16
     difference = (model.run_layers(tokens)[0] - model.run_layers(changed)[0]).abs().amax((0, 2))
     assert (difference[:7] < 1e-12).all() and (difference[7:] > 1e-6).all()
+
+
+# A NaN still reaches earlier outputs where softmax or ssd give later tokens the weight 0.
+SPREADS_NAN = {"attention", "rope", "window", "grouped", "alibi", "forgetting", "zamba", "zamba2",
+               "zamba2-mini", *ROTARY, "mamba2", "retention"}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("word", [
+    pytest.param(word, marks=pytest.mark.xfail(word in SPREADS_NAN, strict=True, reason="0 NaN = NaN"))
+    for word in [*WORDS, *LAYERS]])
+def test_a_token_that_is_not_finite_reaches_no_earlier_output(word, bad):
+    """And all that is NaN after single steps is not finite after one call."""
+    torch.manual_seed(0)
+    layer = build_layer(word, d=8, L=40, n_heads=1, d_state=16, before=[]).double()
+
+    def call(x, state=None):
+        if declares(layer, "needs_embedding"):
+            return layer(x, state, embedding=torch.zeros_like(x))
+        return layer(x, state)
+    x = torch.randn(3, 40, 8).double()
+    right, _ = call(x)
+    x[1, 21] = bad                                               # in the middle of a chunk
+    y, state = call(x)
+    steps, last = in_segments(call, x, [])
+    tolerance = 1e-12 if word == "lti" else 0.0                  # a transform rounds all together
+    assert torch.allclose(y[::2], right[::2], rtol=0, atol=tolerance)
+    assert torch.allclose(y[1 % len(y), :21], right[1 % len(y), :21], rtol=0, atol=tolerance)
+    assert not y[steps.isnan()].isfinite().any()
+    for found, expected in zip(tensors(state), tensors(last), strict=True):
+        assert not found[expected.isnan()].isfinite().any()
+
+
+def tensors(state):
+    """The tensors of a layer's state, in their order."""
+    if torch.is_tensor(state):
+        return [state]
+    return [v for part in state for v in tensors(part)] if isinstance(state, tuple) else []
 
 
 @pytest.mark.parametrize("sizes", [[], [1, 5], [4, 2, 3], [12]])

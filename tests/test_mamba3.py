@@ -182,6 +182,24 @@ def test_layer_in_segments(kind, sizes):
     assert (last.angle >= 0).all() and (last.angle <= 2 * math.pi).all()
 
 
+@pytest.mark.parametrize("which", range(6))
+@pytest.mark.parametrize("R", [1, 2])
+def test_nan_in_one_argument(R, which):
+    """One head of x, log_a, before, now, B or C at step 21: the steps before are as without it."""
+    torch.manual_seed(0)
+    x, B, C = torch.randn(3, 2, 40, R, 2, 4).double()
+    before, now, rate = torch.rand(3, 2, 40, 2).double()
+    arguments = [x, -rate, before, now, B, C]
+    right, _ = trapezoid(*arguments)
+    at = (1, 21, 0) if which in (1, 2, 3) else (1, 21, slice(None), 0)
+    arguments[which][at] = float("nan")
+    y, h = trapezoid(*arguments)
+    exact, last = trapezoid_ref(*arguments)
+    assert torch.equal(y[0], right[0]) and torch.equal(y[1, :21], right[1, :21])
+    assert exact[1, 21].isnan().any() and y[exact.isnan()].isnan().all()
+    assert h[last.isnan()].isnan().all() and h[0].isfinite().all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_layer_is_causal_and_differentiable(kind):
     layer, x = random_layer(4, **kind), torch.randn(1, 9, 8).double()
