@@ -1,4 +1,4 @@
-"""The runs of one command: its flags, all their combinations, shared between processes.
+"""The runs of one command: all combinations of its flags, shared between processes.
 
 Each process takes the next run that none has taken, so eight processes make eight runs at a time:
 `torchrun --nproc-per-node 8 -- train.py ...`, on one machine or on several with the same folder. To
@@ -6,7 +6,6 @@ take a run is to lock OUT/NAME.lock. The system frees the lock of a process that
 goes to another, or to the same command given again.
 """
 
-import argparse
 import glob
 import itertools
 import os
@@ -15,56 +14,8 @@ import time
 
 import torch.distributed as dist
 
-from data import TASKS
-from hybrid import FAMILY, LAYERS, MODELS, WORDS
-from output import say, short_errors
-from runs import DEFAULTS, GRID, check, default_lr, is_finished, read_result, remove, run_name
-
-
-def parse(argv):
-    """The flags of train.py -> its parser, and args with all of them."""
-    parser = short_errors(argparse.ArgumentParser(
-        description="Train a model on a task and test it against context length.",
-        epilog="Flags marked * take several values and run all combinations of them."))
-    one, several = dict(metavar="N"), dict(type=int, nargs="+", action="extend", metavar="N")
-    add = parser.add_argument_group("the model").add_argument
-    names = ", ".join([*MODELS, *FAMILY])
-    words = ", ".join([*WORDS, *LAYERS])
-    add("--model", nargs="+", action="extend", metavar="NAME",
-        help=f"* {names}; or a stack such as mamba+attention, of {words} (default: rope)")
-    add("--d", **several, help="* width (default: 8)")
-    add("--n-heads", type=int, **one, help="heads of an attention layer (default: 1)")
-    add("--d-state", type=int, **one, help="states per channel of Mamba (default: 16)")
-    add("--learn-embedding", action="store_true", help="train the embedding table too")
-
-    add = parser.add_argument_group("the task").add_argument
-    add("--task", choices=TASKS, help="default: recall")
-    add("--M", **several, help="* number of possible queries (default: 1)")
-    add("--tau", **several, help="* tokens from query to value (default: 1)")
-    add("--K", **several, help="* size of the vocabulary (default: 16)")
-    add("--L", **several, help="* context length in training (default: 64)")
-    add("--train-lengths", choices=["fixed", "uniform"], help="L, or up to L (default: fixed)")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--seed", **several, help="* of weights and data (default: 0)")
-    add("--steps", type=int, **one, help="most training steps (default: 20000)")
-    add("--batch-size", type=int, **one, help="sequences per step (default: 64)")
-    add("--lr", type=float, metavar="X", help="peak learning rate (default: min(0.008, 0.128 / d))")
-    add("--weight-decay", type=float, metavar="X", help="of AdamW (default: 0)")
-    add("--stop-early", action=argparse.BooleanOptionalAction,
-        help="cool down and stop once the task is solved (default: on)")
-
-    add = parser.add_argument_group("the machine").add_argument
-    add("--device", help="cuda, cuda:1, mps or cpu (default: the best one here)")
-    add("--compile", choices=["auto", "on", "off"], default="auto",
-        help="torch.compile on CUDA; auto: when it ends the work sooner (default: auto)")
-    add("--out", default="results", metavar="DIR", help="folder of results (default: results)")
-    add("--overwrite", action="store_true", help="repeat runs that are finished")
-    parser.set_defaults(**DEFAULTS)
-    args = parser.parse_args(argv)
-    for flag, value in dict(model="rope", M=1, tau=1, K=16, d=8, L=64, seed=0).items():
-        setattr(args, flag, list(dict.fromkeys(getattr(args, flag) or [value])))
-    return parser, args
+from output import say
+from runs import GRID, check, default_lr, is_finished, read_result, remove, run_name
 
 
 def configs_of(args, device):

@@ -8,6 +8,7 @@ A run writes OUT/NAME.json, the result, and OUT/NAME.pt, the model. Give the sam
 continue after it was killed; finished runs are not repeated unless --overwrite says so.
 """
 
+import argparse
 import math
 import os
 import signal
@@ -29,9 +30,9 @@ import gpu
 import runs
 from data import TASKS, stream
 from eval import accuracy_now, evaluate, lengths_to_test, print_table, show_answers
-from grid import configs_of, parse, prepare_folder, to_make
-from hybrid import state_bytes
-from output import Progress, say
+from grid import configs_of, prepare_folder, to_make
+from hybrid import FAMILY, LAYERS, MODELS, WORDS, state_bytes
+from output import Progress, say, short_errors
 
 WARMUP = 400             # steps in which the learning rate rises
 BETAS = (0.9, 0.98)      # of AdamW
@@ -44,6 +45,52 @@ COOLDOWN_STEPS = 1000    # the learning rate falls in the last 1,000 steps, at m
 COOLDOWN_SHARE = 1 / 5   # or in the last fifth, if that is longer
 EVAL_SEQUENCES = 1024    # of each length, after training
 SAVE_SECONDS = 5         # between saves of an unfinished run
+
+
+def parse(argv):
+    """The flags of train.py -> its parser, and args with all of them."""
+    parser = short_errors(argparse.ArgumentParser(
+        description="Train a model on a task and test it against context length.",
+        epilog="Flags marked * take several values and run all combinations of them."))
+    one, several = dict(metavar="N"), dict(type=int, nargs="+", action="extend", metavar="N")
+    add = parser.add_argument_group("the model").add_argument
+    names = ", ".join([*MODELS, *FAMILY])
+    words = ", ".join([*WORDS, *LAYERS])
+    add("--model", nargs="+", action="extend", metavar="NAME",
+        help=f"* {names}; or a stack such as mamba+attention, of {words} (default: rope)")
+    add("--d", **several, help="* width (default: 8)")
+    add("--n-heads", type=int, **one, help="heads of an attention layer (default: 1)")
+    add("--d-state", type=int, **one, help="states per channel of Mamba (default: 16)")
+    add("--learn-embedding", action="store_true", help="train the embedding table too")
+
+    add = parser.add_argument_group("the task").add_argument
+    add("--task", choices=TASKS, help="default: recall")
+    add("--M", **several, help="* number of possible queries (default: 1)")
+    add("--tau", **several, help="* tokens from query to value (default: 1)")
+    add("--K", **several, help="* size of the vocabulary (default: 16)")
+    add("--L", **several, help="* context length in training (default: 64)")
+    add("--train-lengths", choices=["fixed", "uniform"], help="L, or up to L (default: fixed)")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--seed", **several, help="* of weights and data (default: 0)")
+    add("--steps", type=int, **one, help="most training steps (default: 20000)")
+    add("--batch-size", type=int, **one, help="sequences per step (default: 64)")
+    add("--lr", type=float, metavar="X", help="peak learning rate (default: min(0.008, 0.128 / d))")
+    add("--weight-decay", type=float, metavar="X", help="of AdamW (default: 0)")
+    add("--stop-early", action=argparse.BooleanOptionalAction,
+        help="cool down and stop once the task is solved (default: on)")
+
+    add = parser.add_argument_group("the machine").add_argument
+    add("--device", help="cuda, cuda:1, mps or cpu (default: the best one here)")
+    add("--compile", choices=["auto", "on", "off"], default="auto",
+        help="torch.compile on CUDA; auto: when it ends the work sooner (default: auto)")
+    add("--out", default="results", metavar="DIR", help="folder of results (default: results)")
+    add("--overwrite", action="store_true", help="repeat runs that are finished")
+    parser.set_defaults(**runs.DEFAULTS)
+    args = parser.parse_args(argv)
+    for flag, value in dict(model="rope", M=1, tau=1, K=16, d=8, L=64, seed=0).items():
+        setattr(args, flag, list(dict.fromkeys(getattr(args, flag) or [value])))
+    return parser, args
 
 
 def learning_rate(step, last, highest):

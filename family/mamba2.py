@@ -39,7 +39,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fused_scan import split, widest
+from fused_scan import set_nan_aside, split, widest
 from mamba import DepthwiseConv1d, causal_conv
 
 
@@ -167,9 +167,10 @@ def ssd(x, dt, A, B, C, h=None, T=None):
         if x.is_cuda:
             T = 128 if L <= 128 or P * N >= 64 * 64 else 64
     heads, dt = (G, H // G), dt.to(dtype)
-    u = split(dt[..., None] * x, T).unflatten(3, heads)                  # (b, c, T, G, H/G, P)
-    B, C = split(B.to(factors), T), split(C.to(factors), T)              # (b, c, T, G, N)
-    log_decay = split(dt * A.to(dtype), T).unflatten(3, heads).movedim(2, -1)
+    (u, log_decay, B), nan = set_nan_aside(dt[..., None] * x, dt * A.to(dtype), B.to(factors))
+    u = split(u, T).unflatten(3, heads)                                  # (b, c, T, G, H/G, P)
+    B, C = split(B, T), split(C.to(factors), T)                          # (b, c, T, G, N)
+    log_decay = split(log_decay, T).unflatten(3, heads).movedim(2, -1)
     sums = log_decay.to(widest(x.device)).cumsum(-1)                     # (b, c, G, H/G, T)
 
     # 1. In a chunk: attention. a_ts is the exp of a difference of running sums.
@@ -198,7 +199,8 @@ def ssd(x, dt, A, B, C, h=None, T=None):
         starts = torch.stack(starts, dim=1).to(factors)                  # (b, c, G, H/G, P, N)
         from_start = exp(sums, dtype).movedim(-1, 2)                     # (b, c, T, G, H/G)
         y = y + from_start[..., None] * torch.einsum("bctgn, bcghpn -> bctghp", C, starts)
-    return y.flatten(3, 4).flatten(1, 2)[:, :L].to(x_dtype), h.flatten(1, 2)
+    y = y.flatten(3, 4).flatten(1, 2)[:, :L] + nan.cumsum(1)[..., None, None]
+    return y.to(x_dtype), h.flatten(1, 2) + nan.sum(1)[:, None, None, None]
 
 
 def exp(difference, dtype):
