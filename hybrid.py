@@ -17,6 +17,7 @@ unless a layer sets them, tell the model how to treat the layer:
     answers_last      forward takes last_only=True and then returns y of the last token, (B, 1, d)
 """
 
+import difflib
 import math
 import re
 
@@ -148,12 +149,13 @@ WITH_HEADS = {"attention", "rope", "window", "zamba", "zamba2", "zamba2-mini", "
 
 def layer_words(name):
     """A model's name or stack -> the words of its layers, "2xmamba" as two. Raises ValueError."""
-    words = []
+    words, known = [], [*MODELS, *FAMILY, *WORDS, *LAYERS]
     for part in {**MODELS, **FAMILY}.get(name, name).split("+"):
         count, word = re.fullmatch(r"(?:(\d+)x)?(.*)", part, re.DOTALL).groups()
         if word not in (*WORDS, *LAYERS) or count == "0":
+            near = "".join(f" ({close} is)" for close in difflib.get_close_matches(word, known, 1))
             raise ValueError(
-                f"--model is {name!r}, but {part!r} is no layer; it must be one of "
+                f"--model is {name!r}, but {part!r} is no layer{near}; it must be one of "
                 f"{', '.join([*MODELS, *FAMILY])}, or layers joined by +, as in 2xmamba+mlp, of "
                 f"{', '.join([*WORDS, *LAYERS])}")
         words += [word] * min(int(count or 1), MOST_LAYERS + 1)

@@ -81,6 +81,11 @@ def test_unknown_words(name):
         assert known in sentence
 
 
+def test_an_unknown_word_names_its_neighbour():
+    with pytest.raises(ValueError, match=r"'2xmabma' is no layer \(mamba is\)"):
+        build_model("2xmabma+mlp")
+
+
 def test_every_word_builds_a_layer_that_gets_gradients():
     for word in [*WORDS, *LAYERS]:
         stack = f"2xmamba2+{word}+rnn" if word.startswith("zamba") else f"{word}+rnn"
