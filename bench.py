@@ -33,6 +33,7 @@ from data import recall, recall_batch
 from eval import SEGMENT
 from family.mamba2 import ssd
 from hybrid import MODELS, state_bytes
+from output import short_errors
 from plot import COLOURS
 from train import make_optimizer, set_learning_rate
 
@@ -262,7 +263,7 @@ TABLES = {  # name: title, rows; the step first, because torch reads some of gpu
 
 def main(argv=None):
     """Print the tables of --tables; returns {"env": ..., name of a table: list of rows}."""
-    parser = runs.short_errors(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
+    parser = short_errors(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
     add = parser.add_argument
     add("--tables", nargs="+", choices=TABLES, default=["step", "scan"], help="default: step scan")
     add("--model", nargs="+", default=list(MODELS), metavar="NAME", help="default: the six models")

@@ -68,29 +68,6 @@ def split(v, most):
     return v.unflatten(1, (chunks, -1))
 
 
-def set_nan_aside(*inputs):
-    """inputs (b, L, ...) with 0 for all that is not finite, and nan (b, L): 0, or NaN (or infinite)
-    at a token that has something which is not finite.
-
-    In a chunk, matmuls give later tokens the weight 0. But 0 times NaN is NaN, and would reach the
-    outputs before it. So a chunked form computes with finite numbers alone, and in the end adds
-    nan.cumsum(1) to its outputs and nan.sum(1) to its last state.
-    """
-    finite, nan = [], 0.0
-    for v in inputs:
-        finite.append(v.clone())
-        with torch.no_grad():          # the gradient of nan_to_num costs 10 times its forward pass
-            finite[-1].nan_to_num_(0.0, 0.0, 0.0)
-            # Not 0 * v, which a compiler may take for 0.
-            nan = nan + (v - finite[-1]).flatten(2).sum(-1)              # (b, L)
-    return finite, nan
-
-
-def widest(device):
-    """float64, or float32 on Apple's GPUs, which have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 # ---- Inside a chunk ------------------------------------------------------------------------------
 #
 # Each function that goes through _kernel becomes one kernel, its loop over steps unrolled (_ends

@@ -20,7 +20,7 @@ import torch
 
 from data import check_task
 from hybrid import build_model
-from output import say, short_errors, write_file      # noqa: F401, bench.py has them from here
+from output import say, write_file
 from summary import DEFAULTS          # the other flags that change a run
 
 GRID = ["model", "M", "tau", "K", "d", "L", "seed"]          # flags that take several values

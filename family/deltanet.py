@@ -24,14 +24,14 @@ With beta_t = 1 and a_t = 1, S_t k_t = v_t exactly: associative recall is what t
 """
 
 import math
-import time
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fused_scan import set_nan_aside, split, widest
+from family.chunks import exp, set_nan_aside, show_agreement, show_steps, widest
+from fused_scan import split
 from mamba import DepthwiseConv1d, causal_conv
 
 
@@ -214,15 +214,6 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     return y.to(y_dtype), S + nan.sum(1)[:, None, None, None]
 
 
-def exp(difference, dtype):
-    """exp of a difference of running sums, at most 0 where it is used: nothing overflows.
-
-    The sums are float64, or a strong step would cost the weak ones after it their digits. Below
-    -80, where the result is effectively 0, a CPU's exp is slow.
-    """
-    return difference.to(dtype).clamp(-80, 0).exp()
-
-
 @torch.no_grad()
 def main():
     """Show that recurrence, chunks and single steps of the layer agree, and their times."""
@@ -231,22 +222,8 @@ def main():
     b, L, H, N, P = 4, 256, 4, 16, 16
     q, k = unit(torch.randn(2, b, L, H, N))
     v, beta, log_a = torch.randn(b, L, H, P), torch.rand(b, L, H), -torch.rand(b, L, H)
-    delta_rule(q, k, v, beta, log_a)                                     # warms up
-    times = [time.perf_counter()]
-    exact, _ = delta_rule_ref(q, k, v, beta, log_a)
-    times.append(time.perf_counter())
-    y, _ = delta_rule(q, k, v, beta, log_a)
-    times.append(time.perf_counter())
-    print(f"recurrence  {1000 * (times[1] - times[0]):7.1f} ms")
-    print(f"chunks      {1000 * (times[2] - times[1]):7.1f} ms   "
-          f"difference {(y - exact).norm() / exact.norm():.0e}")
-    layer, x, state, steps = GatedDeltaNet(32), torch.randn(2, 64, 32), None, []
-    for x_t in x.split(1, dim=1):
-        y_t, state = layer(x_t, state)
-        steps.append(y_t)
-    y, _ = layer(x)
-    difference = (torch.cat(steps, dim=1) - y).norm() / y.norm()
-    print(f"the layer in single steps         difference {difference:.0e}")
+    show_agreement(delta_rule_ref, delta_rule, (q, k, v, beta, log_a))
+    show_steps(GatedDeltaNet(32), torch.randn(2, 64, 32))
 
     # Two values under one key: the sum of linear attention would have both.
     key = unit(torch.randn(1, 1, 1, 4)).expand(1, 2, 1, 4)

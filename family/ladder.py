@@ -25,8 +25,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from family.chunks import set_nan_aside
 from family.mamba2 import ssd
-from fused_scan import set_nan_aside
 from mamba import DepthwiseConv1d, causal_conv, selective_scan
 
 

@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
+from family.chunks import widest
 from family.deltanet import GatedDeltaNet, delta_rule, unit
 from family.mamba3 import rotate, trapezoid
-from fused_scan import widest
 
 
 class RungState(NamedTuple):

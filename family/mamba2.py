@@ -32,14 +32,14 @@ GPU, made of matmuls:
 """
 
 import math
-import time
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fused_scan import set_nan_aside, split, widest
+from family.chunks import exp, set_nan_aside, show_agreement, show_steps, widest
+from fused_scan import split
 from mamba import DepthwiseConv1d, causal_conv
 
 
@@ -203,15 +203,6 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     return y.to(x_dtype), h.flatten(1, 2) + nan.sum(1)[:, None, None, None]
 
 
-def exp(difference, dtype):
-    """exp of a difference of running sums, at most 0 where it is used: nothing overflows.
-
-    The sums are float64, or a strong step would cost the weak ones after it their digits. Below
-    -80, where the result is effectively 0, a CPU's exp is slow.
-    """
-    return difference.to(dtype).clamp(-80, 0).exp()
-
-
 @torch.no_grad()
 def main():
     """Show that recurrence, chunks and single steps of the layer agree, and their times."""
@@ -220,23 +211,8 @@ def main():
     b, L, H, P, N = 4, 256, 4, 32, 16
     x, dt, A = torch.randn(b, L, H, P), torch.rand(b, L, H), -torch.rand(H)
     B, C = torch.randn(2, b, L, 1, N)
-    ssd(x, dt, A, B, C)                                                  # warms up
-    times = [time.perf_counter()]
-    exact, _ = ssd_ref(x, dt, A, B, C)
-    times.append(time.perf_counter())
-    y, _ = ssd(x, dt, A, B, C)
-    times.append(time.perf_counter())
-    print(f"recurrence  {1000 * (times[1] - times[0]):7.1f} ms")
-    print(f"chunks      {1000 * (times[2] - times[1]):7.1f} ms   "
-          f"difference {(y - exact).norm() / exact.norm():.0e}")
-
-    layer, x, state, steps = Mamba2(32, d_state=N, headdim=16), torch.randn(2, 64, 32), None, []
-    for x_t in x.split(1, dim=1):
-        y_t, state = layer(x_t, state)
-        steps.append(y_t)
-    y, _ = layer(x)
-    difference = (torch.cat(steps, dim=1) - y).norm() / y.norm()
-    print(f"the layer in single steps         difference {difference:.0e}")
+    show_agreement(ssd_ref, ssd, (x, dt, A, B, C))
+    show_steps(Mamba2(32, d_state=N, headdim=16), torch.randn(2, 64, 32))
 
 
 if __name__ == "__main__":

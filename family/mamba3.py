@@ -33,14 +33,14 @@ token).
 """
 
 import math
-import time
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fused_scan import set_nan_aside, split, widest
+from family.chunks import exp, set_nan_aside, show_agreement, show_steps, widest
+from fused_scan import split
 
 
 def trapezoid_ref(x, log_a, before, now, B, C, h=None, last=None):
@@ -244,15 +244,6 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     return y.to(x_dtype), h + nan.sum(1)[:, None, None, None]
 
 
-def exp(difference, dtype):
-    """exp of a difference of running sums, at most 0 where it is used: nothing overflows.
-
-    The sums are float64, or a strong step would cost the weak ones after it their digits. Below
-    -80, where the result is effectively 0, a CPU's exp is slow.
-    """
-    return difference.to(dtype).clamp(-80, 0).exp()
-
-
 @torch.no_grad()
 def main():
     """Show that recurrence, chunks and single steps of the layer agree, and their times."""
@@ -262,22 +253,9 @@ def main():
     for R in (1, 2):
         x, B, C = (torch.randn(b, L, R, H, size) for size in (P, N, N))
         log_a, before, now = -torch.rand(b, L, H), torch.rand(b, L, H), torch.rand(b, L, H)
-        trapezoid(x, log_a, before, now, B, C)                           # warms up
-        times = [time.perf_counter()]
-        exact, _ = trapezoid_ref(x, log_a, before, now, B, C)
-        times.append(time.perf_counter())
-        y, _ = trapezoid(x, log_a, before, now, B, C)
-        times.append(time.perf_counter())
-        print(f"rank {R}: recurrence  {1000 * (times[1] - times[0]):7.1f} ms")
-        print(f"        chunks      {1000 * (times[2] - times[1]):7.1f} ms   "
-              f"difference {(y - exact).norm() / exact.norm():.0e}")
-    layer, x, state, steps = Mamba3(32, N, headdim=16), torch.randn(2, 64, 32), None, []
-    for x_t in x.split(1, dim=1):
-        y_t, state = layer(x_t, state)
-        steps.append(y_t)
-    y, _ = layer(x)
-    difference = (torch.cat(steps, dim=1) - y).norm() / y.norm()
-    print(f"the layer in single steps                 difference {difference:.0e}")
+        print(f"rank {R}")
+        show_agreement(trapezoid_ref, trapezoid, (x, log_a, before, now, B, C))
+    show_steps(Mamba3(32, N, headdim=16), torch.randn(2, 64, 32))
 
 
 if __name__ == "__main__":

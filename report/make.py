@@ -28,7 +28,7 @@ import plot
 import train
 from grid import barrier
 from hybrid import FAMILY, MODELS
-from runs import short_errors
+from output import short_errors
 
 SIX = " ".join(MODELS)
 ALL = " ".join([*MODELS, *FAMILY])

@@ -11,7 +11,7 @@ from data import embedding_table
 from hybrid import (FAMILY, LAYERS, MODELS, ROTARY, WORDS, RMSNorm, build_layer, build_model,
                     declares, layer_words, state_bytes)
 
-NAMES = [*MODELS, *FAMILY]
+NAMES = [*MODELS, *FAMILY, "mamba-own+mamba2-shared"]
 
 
 def model_and_tokens(name, B=3, length=13, **options):

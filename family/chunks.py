@@ -1,0 +1,68 @@
+"""What the chunked forms of recurrences share.
+
+A chunk is computed by matmuls over all pairs of its steps. The decay between two steps is the exp
+of a difference of running sums of log decays. At the end: how a file of family/ shows, when it is
+run, that its forms agree.
+"""
+
+import time
+
+import torch
+
+
+def set_nan_aside(*inputs):
+    """inputs (b, L, ...) with 0 for all that is not finite, and nan (b, L): 0, or NaN (or infinite)
+    at a token that has something which is not finite.
+
+    In a chunk, matmuls give later tokens the weight 0. But 0 times NaN is NaN, and would reach the
+    outputs before it. So a chunked form computes with finite numbers alone, and in the end adds
+    nan.cumsum(1) to its outputs and nan.sum(1) to its last state.
+    """
+    finite, nan = [], 0.0
+    for v in inputs:
+        finite.append(v.clone())
+        with torch.no_grad():          # the gradient of nan_to_num costs 10 times its forward pass
+            finite[-1].nan_to_num_(0.0, 0.0, 0.0)
+            # Not 0 * v, which a compiler may take for 0.
+            nan = nan + (v - finite[-1]).flatten(2).sum(-1)              # (b, L)
+    return finite, nan
+
+
+def widest(device):
+    """float64, or float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def exp(difference, dtype):
+    """exp of a difference of running sums, at most 0 where it is used: nothing overflows.
+
+    The sums are float64, or a strong step would cost the weak ones after it their digits. Below
+    -80, where the result is effectively 0, a CPU's exp is slow.
+    """
+    return difference.to(dtype).clamp(-80, 0).exp()
+
+
+# ---- Demos ---------------------------------------------------------------------------------------
+
+def show_agreement(recurrence, chunked, inputs):
+    """Print the times of both forms, (*inputs) -> y, state, and the relative difference of y."""
+    chunked(*inputs)                                                     # warms up
+    times = [time.perf_counter()]
+    exact, _ = recurrence(*inputs)
+    times.append(time.perf_counter())
+    y, _ = chunked(*inputs)
+    times.append(time.perf_counter())
+    print(f"recurrence  {1000 * (times[1] - times[0]):7.1f} ms")
+    print(f"chunks      {1000 * (times[2] - times[1]):7.1f} ms   "
+          f"difference {(y - exact).norm() / exact.norm():.0e}")
+
+
+def show_steps(layer, x):
+    """Print the relative difference between one call of a layer and a call for each token of x."""
+    state, steps = None, []
+    for x_t in x.split(1, dim=1):
+        y_t, state = layer(x_t, state)
+        steps.append(y_t)
+    y, _ = layer(x)
+    difference = (torch.cat(steps, dim=1) - y).norm() / y.norm()
+    print(f"the layer in single steps  difference {difference:.0e}")
