@@ -1,8 +1,8 @@
-"""Speed on this machine: a training step, the scan, and what a longer context costs.
+"""Speed on this machine: a training step, the scans, and what a longer context costs.
 
-    python bench.py                             a training step of the six models, and the scan
+    python bench.py                             a training step of the six models, and both scans
     python bench.py --tables step --model jamba mamba2+mlp        other models
-    python bench.py --tables scan --dtype bfloat16                the scan in half precision
+    python bench.py --tables scan ssd --dtype bfloat16            Mamba's and Mamba-2's scan
     python bench.py --tables length --out length.json             what a longer context costs
     python bench.py --draw length.json                            its figure, length.png
 
@@ -37,9 +37,12 @@ from output import short_errors
 from plot import COLOURS
 from train import make_optimizer, set_learning_rate
 
-SHAPES = {  # (b, L, D, N)
+SCAN_SHAPES = {  # (b, L, D, N)
     "cpu": [(64, 64, 16, 16), (64, 64, 128, 16), (8, 1024, 128, 16)],
     "cuda": [(64, 64, 16, 16), (64, 64, 128, 16), (64, 256, 128, 16), (8, 2048, 1536, 16)]}
+SSD_SHAPES = {  # (b, L, H, P, N)
+    "cpu": [(64, 64, 1, 16, 16), (64, 64, 2, 64, 16), (8, 1024, 2, 64, 16)],
+    "cuda": [(64, 64, 1, 16, 16), (64, 256, 2, 64, 16), (8, 2048, 24, 64, 128)]}
 LENGTHS = {"cpu": [2**10, 2**12, 2**14], "cuda": [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]}
 LONGEST = {"mamba": 2**20}   # others end at 2^16, where a training step of attention takes seconds
 COSTS = {"train us/token": "training, μs per token", "prefill us/token": "prefill, μs per token",
@@ -77,12 +80,11 @@ def timed(call, device, repeats=9, in_a_row=10):
     return 1e3 * statistics.median(took) / in_a_row
 
 
-def peak_megabytes(call, inputs):
-    """Peak CUDA memory of a call, its inputs included, but not what else was allocated before."""
+def peak_megabytes(call):
+    """Peak CUDA memory of a call, beyond what was allocated before, such as its inputs."""
     gc.collect()
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() - sum(v.nbytes for v in inputs)
+    before = torch.cuda.memory_allocated()
     call()
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
@@ -100,7 +102,7 @@ def table(title, rows):
     return found
 
 
-# ---- the scan ------------------------------------------------------------------------------------
+# ---- the scans -----------------------------------------------------------------------------------
 
 def mambapy_scan(x, dt, A, B, C):
     """mambapy's parallel scan. It takes decays and inputs and returns states, (b, L, D, N) each."""
@@ -114,45 +116,45 @@ def official_scan(x, dt, A, B, C):          # takes (b, D, L)
     return selective_scan_fn(x.mT, dt.mT, A, B.mT, C.mT).mT
 
 
-def official_ssd(x, dt, A, B, C):           # Mamba-2, in Triton
+def official_ssd(x, dt, A, B, C):           # in Triton
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
     return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256)
 
 
-def forms(device):
-    """The scans to time, {name: scan(x, dt, A, B, C) -> y}. Names that end in 2 are Mamba-2."""
-    def y_of(scan):                         # without the last state
-        return lambda *inputs: scan(*inputs)[0]
-
-    ours = {"ours": y_of(mamba.selective_scan), "mambapy": mambapy_scan}
-    if device.type == "cpu":
-        return {**ours, "ours 2": y_of(ssd)}
-    return {**ours, "mamba_ssm": official_scan, "mamba_ssm 2": official_ssd,
-            "ours 2": gpu.compile_each_shape(y_of(ssd), {})}
-
-
-def operands(device, name, shape, dtype):
-    """x, dt (b, L, D), A (D, N), B, C (b, L, N); for Mamba-2 ("2") in heads of 64 channels."""
-    b, L, D, N = shape
-    x, dt = torch.randn(b, L, D, device=device), torch.rand(b, L, D, device=device)
-    A, B, C = -N * torch.rand(D, N, device=device), *torch.randn(2, b, L, N, device=device)
-    if name.endswith("2"):
-        P = min(D, 64)
-        x, dt, A = x.unflatten(-1, (-1, P)), dt[..., ::P].contiguous(), A[::P, 0].contiguous()
-        B, C = B[:, :, None], C[:, :, None]
-    elif name == "mamba_ssm":
-        x, dt, B, C = (v.mT.contiguous().mT for v in (x, dt, B, C))      # (b, D, L) in memory
-    x, dt, B, C = (v.to(dtype) for v in (x, dt, B, C))
-    return [v.requires_grad_() for v in (x, dt, A, B, C)]
-
-
 def scan_rows(device, args):
-    for shape, (name, scan) in itertools.product(SHAPES[device.type], forms(device).items()):
-        inputs = operands(device, name, shape, getattr(torch, args.dtype))
-        dy = torch.randn_like(inputs[0])
+    forms = {"ours": lambda *v: mamba.selective_scan(*v)[0], "mambapy": mambapy_scan}
+    if device.type == "cuda":
+        forms["mamba_ssm"] = official_scan
+    for b, L, D, N in SCAN_SHAPES[device.type]:
+        x, dt = torch.randn(b, L, D, device=device), torch.rand(b, L, D, device=device)
+        A, (B, C) = -N * torch.rand(D, N, device=device), torch.randn(2, b, L, N, device=device)
+        yield from times("batch, L, D, N", (b, L, D, N), forms, (x, dt, A, B, C), args.dtype)
+
+
+def ssd_rows(device, args):
+    forms = {"ours": lambda *v: ssd(*v)[0]}
+    if device.type == "cuda":
+        forms = {"ours": gpu.compile_each_shape(forms["ours"], {}), "mamba_ssm": official_ssd}
+        torch.set_float32_matmul_precision("high")           # TF32, which mamba_ssm always uses
+    for b, L, H, P, N in SSD_SHAPES[device.type]:
+        x, dt = torch.randn(b, L, H, P, device=device), torch.rand(b, L, H, device=device)
+        A, (B, C) = -torch.rand(H, device=device), torch.randn(2, b, L, 1, N, device=device)
+        yield from times("batch, L, H, P, N", (b, L, H, P, N), forms, (x, dt, A, B, C), args.dtype)
+
+
+def times(title, shape, forms, inputs, dtype):
+    """A row for each form, scan(x, dt, A, B, C) -> y, forward and backward, if it is installed."""
+    device, ours = inputs[0].device, None
+    for name, scan in forms.items():
+        x, dt, A, B, C = inputs
+        if scan is official_scan:
+            x, dt, B, C = (v.mT.contiguous().mT for v in (x, dt, B, C))  # (b, D, L) in memory
+        x, dt, B, C = (v.to(getattr(torch, dtype)) for v in (x, dt, B, C))
+        operands = [v.detach().requires_grad_() for v in (x, dt, A, B, C)]
+        dy = torch.randn_like(x)
 
         def call():
-            return torch.autograd.grad(scan(*inputs), inputs, dy)
+            return torch.autograd.grad(scan(*operands), operands, dy)
 
         try:
             first = seconds(call, device)
@@ -160,8 +162,9 @@ def scan_rows(device, args):
             continue
         calls = captured(lambda: [call() for _ in range(10)], device)    # 10 in one graph
         ms = timed(calls, device, in_a_row=1) / 10
-        memory = {"MB": peak_megabytes(call, [*inputs, dy])} if device.type == "cuda" else {}
-        yield {"b, L, D, N": "{} {} {} {}".format(*shape), "form": name, "ms": ms,
+        ours = ours or ms
+        memory = {"MB": peak_megabytes(call)} if device.type == "cuda" else {}
+        yield {title: " ".join(map(str, shape)), "form": name, "ms": ms, "of ours": ms / ours,
                "first s": first, **memory}
 
 
@@ -257,7 +260,8 @@ def draw_lengths(path, out):
 
 TABLES = {  # name: title, rows; the step first, because torch reads some of gpu.py's options once
     "step": ("A training step, K 16, L 64, batch 64; first s: 4 steps; state: bytes", step_rows),
-    "scan": ("The scan, forward and backward (2: Mamba-2's); first s: one call", scan_rows),
+    "scan": ("Mamba's scan, forward and backward; first s: one call", scan_rows),
+    "ssd": ("Mamba-2's scan, the same", ssd_rows),
     "length": ("A longer context: d 64, one sequence", length_rows)}
 
 
@@ -265,7 +269,7 @@ def main(argv=None):
     """Print the tables of --tables; returns {"env": ..., name of a table: list of rows}."""
     parser = short_errors(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
     add = parser.add_argument
-    add("--tables", nargs="+", choices=TABLES, default=["step", "scan"], help="default: step scan")
+    add("--tables", nargs="+", choices=TABLES, default=list(TABLES)[:3], help="default: step scan ssd")
     add("--model", nargs="+", default=list(MODELS), metavar="NAME", help="default: the six models")
     add("--d", type=int, default=8, metavar="N", help="width in the table step (default: 8)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the scan's inputs")
@@ -277,7 +281,7 @@ def main(argv=None):
         if args.draw:
             return draw_lengths(args.draw, os.path.splitext(args.draw)[0] + ".png")
         device = runs.pick_device(args.device or (None if torch.cuda.is_available() else "cpu"))
-        if device.type not in SHAPES:
+        if device.type not in LENGTHS:
             raise ValueError(f"--device is {args.device!r}, but bench.py times cuda and cpu")
         for name in args.model:
             runs.check(config_for(name, d=args.d))

@@ -11,24 +11,44 @@ from conftest import relative
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(bench, "SHAPES", {"cpu": [(2, 5, 4, 3)]})
+    monkeypatch.setattr(bench, "SCAN_SHAPES", {"cpu": [(2, 5, 4, 3)]})
+    monkeypatch.setattr(bench, "SSD_SHAPES", {"cpu": [(2, 5, 2, 4, 3)]})
     monkeypatch.setattr(bench, "LENGTHS", {"cpu": [16, 32]})
 
 
 def test_tables(tiny, tmp_path, capsys):
     out = tmp_path / "bench.json"
-    result = bench.main(["--tables", "step", "scan", "length", "--model", "rope", "mamba",
+    result = bench.main(["--tables", "step", "scan", "ssd", "length", "--model", "rope", "mamba",
                          "--device", "cpu", "--out", str(out)])
     assert json.loads(out.read_text()) == result
-    step, scan, length = result["step"], result["scan"], result["length"]
+    step, scan, ssd, length = (result[name] for name in ("step", "scan", "ssd", "length"))
     assert [row["model"] for row in step] == ["rope", "mamba"]
     assert [row["params"] for row in step] == [728, 2760]
     assert [row["state 64"] for row in step] == [8192, 2432]
-    assert {"ours", "ours 2"} <= {row["form"] for row in scan}
+    for row in (scan[0], ssd[0]):
+        assert row["form"] == "ours" and row["of ours"] == 1.0
     assert [row["length"] for row in length] == [16, 32, 16, 32]
-    assert all(row["ms"] > 0 for row in step + scan)
+    assert all(row["ms"] > 0 for row in step + scan + ssd)
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("rope", "mamba", "ours 2", "2 5 4 3"))
+    assert all(name in printed for name in ("rope", "mamba", "ours", "2 5 4 3", "2 5 2 4 3"))
+
+
+def test_a_form_is_compared_with_ours(monkeypatch):
+    """Each gets the same numbers, and its time is divided by the first's."""
+    took, seen = iter([3.0, 6.0]), []
+    monkeypatch.setattr(bench, "timed", lambda *arguments, **options: next(took))
+
+    def form(x, dt, A, B, C):
+        seen.append(x.sum().item())
+        return x + dt + A.sum() + B.sum() + C.sum()
+
+    def missing(*inputs):
+        raise ImportError
+    inputs = [torch.rand(2, 3) for _ in range(5)]
+    forms = {"ours": form, "missing": missing, "theirs": form}
+    ours, theirs = bench.times("shape", (2, 3), forms, inputs, "float32")
+    assert (ours["ms"], theirs["ms"], theirs["of ours"]) == (0.3, 0.6, 2.0)
+    assert theirs["form"] == "theirs" and len(set(seen)) == 1
 
 
 def test_times_are_per_call_and_the_median(monkeypatch):
