@@ -71,9 +71,10 @@ def split(v, most):
 # ---- Inside a chunk ------------------------------------------------------------------------------
 #
 # Each function that goes through _kernel becomes one kernel, its loop over steps unrolled (_ends
-# and _group_ends two). A kernel sums over states or over channels, so dx shares none with dB; and
-# dC needs h where dB needs g. All is computed in A's dtype, float32 or wider. dB and dC are rounded
-# only at the end: with a conversion after each sum, the kernel wrote every step's state to memory.
+# and _group_ends two). A kernel can sum over states, for dx and dt, or over channels, for dB and
+# dC; and dB needs g where dC needs h. So the backward pass has three, and each recomputes the
+# states it needs. All is computed in A's dtype, float32 or wider. dB and dC are rounded only at the
+# end: with a conversion after each sum, the kernel wrote every step's state to memory.
 
 def _decay(dt, A):
     """exp(dt A) for one step's dt (b, c, D): (b, c, D, N)."""
@@ -117,7 +118,8 @@ def _first_carry(dt, A, C, dy):
 
 
 def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carry):
-    """The sums over states, dx and ddt (b, c, T, D). Writes every chunk's part of dA over carry."""
+    """The sums over states, dx and ddt (b, c, T, D). To save memory, every chunk's part of dA is
+    written over carry."""
     h_before = [h]
     for t in range(x.shape[2] - 1):
         h_before.append(_next_state(h_before[t], t, x, dt, A, B))
@@ -185,8 +187,8 @@ def _across(span, A, ends, h, backwards, compiled):
         starts, last = group_starts(span, A, ends, None if h is None else h[:, None], backwards)
         return starts, last[:, 0]
     group_ends, group_span = _kernel(_group_ends, compiled)(span, A, ends, backwards)
-    h, last = _across(group_span, A, group_ends, h, backwards, compiled)     # h (b, groups, D, N)
-    starts, _ = group_starts(span, A, ends, h, backwards)
+    starts_of_groups, last = _across(group_span, A, group_ends, h, backwards, compiled)
+    starts, _ = group_starts(span, A, ends, starts_of_groups, backwards)     # (b, c, D, N)
     return starts, last
 
 
@@ -218,7 +220,7 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor | No
           compiled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> y, the last state (b, D, N), and for the gradient every chunk's start and span."""
     ends, span = _kernel(_ends, compiled)(x, dt, A, B)
-    starts, last = _across(span, A, ends, h, False, compiled)
+    starts, last = _across(span, A, ends, h, backwards=False, compiled=compiled)
     return _kernel(_outputs, compiled)(x, dt, A, B, C, starts), last, starts, span
 
 
@@ -228,7 +230,7 @@ def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> the gradients of x, dt, A, B, C and h."""
     first_carries = _kernel(_first_carry, compiled)(dt, A, C, dy)
-    carries, dh = _across(span, A, first_carries, dh, True, compiled)
+    carries, dh = _across(span, A, first_carries, dh, backwards=True, compiled=compiled)
     del first_carries                                      # as large as carries, or as starts
     dB = _kernel(_gradient_B, compiled)(x, dt, A, B, C, dy, carries)
     dC = _kernel(_gradient_C, compiled)(x, dt, A, B, C, dy, starts)

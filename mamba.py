@@ -14,6 +14,9 @@ decays, what it writes and what it reads: the state space model is selective.
     C        (b, L, N)    how the N states are read
     h        (b, D, N)    state
     y        (b, L, D)    output
+    a, u                  decay exp(dt A), and dt x, which B writes to the state
+    T                     steps in a chunk
+    g                     gradient of the loss with respect to h
     dx, ddt, dA, ...      gradient of the loss with respect to x, dt, A, ...
 
 D has two meanings. In shapes it is the number of channels, which the layer calls d_inner. In the
@@ -129,11 +132,13 @@ class Mamba(nn.Module):
     its dt, None for ceil(d_model / 16). Parameters have the names, shapes and initial distributions
     of mamba_ssm.Mamba with its default arguments, so either can load the state dict of the other.
 
-    As there, in_proj has no bias. The gate SiLU(z), z = w x, then has no constant part that could
-    keep it open for every token. On the task of this repository, recall of one of 16 queries, that
-    hurts: with d_model = 8, a Mamba layer followed by attention learned it in 0 of 12 runs without
-    a bias, and in 3 of 3 with one. `takes_bias` asks the model for a norm with a bias in front of
-    the layer (hybrid.RMSNorm), which adds the constant w bias to z.
+    As there, in_proj has no bias. A channel lets a token pass if its gate SiLU(z) is open, which it
+    hardly is where z is negative. z is a linear map of the layer's input, with no constant part
+    that could keep the gate open for every token. On the task of this repository, recall of one of
+    16 queries, that hurts: with d_model = 8, a Mamba layer followed by attention learned it in 0 of
+    12 runs without a bias, and in 3 of 3 with one (report/README.md, "Defaults, and why").
+    `takes_bias` asks the model for a norm with a bias in front of the layer (hybrid.RMSNorm), which
+    gives z a constant part.
     """
 
     takes_bias = True
@@ -194,7 +199,7 @@ class Mamba(nn.Module):
 # in one call. So cut time into chunks of T steps that fit into the cache, and store only the state
 # before each chunk.
 #
-# The gradient. dx is the gradient of the loss with respect to x, and so on; g_t is that of h_t.
+# The gradient. States and channels are not written: C_t dy_t, for one, is (N, D).
 #
 # 1.  h_t is used twice, by y_t and by h_{t+1}. So g obeys the same recurrence, backwards in time:
 #         g_t = C_t dy_t + a_{t+1} g_{t+1}
@@ -223,7 +228,8 @@ CHUNK_ELEMENTS = 2**18   # of (T, N, b, D): 1 MiB in float32; 2^17 and 2^19 are 
 
 
 def _broadcast(x, dt, A, B, C):
-    """x, dt as (L, 1, b, D), A as (N, b, D), B, C as (L, N, b, 1): products are (T, N, b, D)."""
+    """Insert axes so that products broadcast to (L, N, b, D): x, dt as (L, 1, b, D), A as
+    (N, b, D), B, C as (L, N, b, 1)."""
     A = A.t()[:, None].expand(-1, x.shape[1], -1).contiguous()
     return x[:, None], dt[:, None], A, B.mT[..., None], C.mT[..., None]
 
@@ -248,8 +254,9 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
     u = dt * x
     y = torch.empty_like(x[:, 0])
     # exp of -87 to -103 is denormal in float32, below 1.2e-38, and CPUs are 10 to 50 times slower
-    # with such numbers. So dt A is clamped at -80, a decay of 2e-35, effectively 0; a trained model
-    # runs twice as fast. CUDA has no such penalty, and bool() would make the CPU wait for it.
+    # with such numbers. So dt A is clamped at -80, with a margin: a decay of 2e-35, effectively 0.
+    # A trained model runs twice as fast. A GPU has no such penalty, and would have to wait for
+    # bool().
     clamp = not x.is_cuda and bool(dt.max() * A.min() < -80)
     # All chunks share two buffers: fresh memory for each chunk would cost time in page faults.
     a, hs = x.new_empty(2, T, *A.shape)                                  # (T, N, b, D) each
@@ -265,7 +272,7 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
             a_k.clamp_(min=-80)
         a_k.exp_()
         torch.mul(u_k, B_k, out=h_k)                                     # u_t B_t, until _recur
-        h = _recur(a_t, h_t[:steps], h).clone()                          # (N, b, D)
+        h = _recur(a_t, h_t[:steps], h).clone()     # (N, b, D); the next chunk overwrites hs
         torch.mul(h_k, C_k, out=a_k)                                     # a is no longer needed
         torch.sum(a_k, 1, out=y_k)                                       # (T, b, D)
     return y, h, torch.stack(starts)
@@ -281,7 +288,7 @@ def _backward(
     dy = dy.contiguous()[:, None]                                        # (L, 1, b, D)
     du, ddt = torch.empty_like(x[:, 0]), torch.empty_like(x[:, 0])       # (L, b, D)
     dB, dC = torch.empty_like(B[..., 0]), torch.empty_like(C[..., 0])    # (L, N, b)
-    dA = x.new_zeros(T, *A.shape)                                        # (T, N, b, D)
+    dA = x.new_zeros(T, *A.shape)                    # (T, N, b, D), summed over T and b at the end
     # a_{t+1} g_{t+1} (N, b, D), the gradient from later chunks:
     later = torch.zeros_like(starts[0]) if dh is None else dh.contiguous()
     a, g = x.new_empty(2, T, *A.shape)
@@ -292,15 +299,16 @@ def _backward(
         steps = len(dt_k)
         a_k, g_k = a[:steps], g[:steps]                                  # (T, N, b, D) each
         h_k, h_before = hs[1:steps + 1], hs[:steps]                      # h_t, h_{t-1}
-        # Not clamped here, though slower, because a_t is a factor of dA: where decays underflow to
-        # 0, all of dA can be smaller than what a clamped 2e-35 would add to it.
+        # Not clamped here, though slower: a_t is a factor of dA. Where every decay underflows to 0,
+        # dA is 0, and a clamped 2e-35 would be all of it.
         torch.mul(dt_k, A, out=a_k).exp_()
         torch.mul(u_k, B_k, out=h_k)
         hs[0] = start
         _recur(a_t, h_t[:steps], start)
         torch.mul(C_k, dy_k, out=g_k)
         g_k[-1] += later
-        _recur(a_t[1:steps][::-1], g_t[:steps - 1][::-1], g_k[-1])       # backwards in time
+        # g_t, which holds C_t dy_t, += a_{t+1} g_{t+1}, from the last step but one to the first
+        _recur(a_t[1:steps][::-1], g_t[:steps - 1][::-1], g_k[-1])
         later = a_k[0] * g_k[0]
         # From here on, results overwrite buffers that are no longer needed.
         d_dtA = a_k.mul_(g_k).mul_(h_before)                             # a_t g_t h_{t-1}
@@ -345,7 +353,7 @@ _forward.register_autograd(_gradients, setup_context=_save)
 def chunked_scan(x, dt, A, B, C, h=None):
     """A fast selective_scan_ref: same arguments, results and gradients, up to rounding.
 
-    For the backward pass it stores its arguments and L / T states.
+    For the backward pass it stores its arguments, transposed, and L / T states.
     """
     check_shapes(x, dt, A, B, C, h)
     b, L, D = x.shape
@@ -360,9 +368,10 @@ def chunked_scan(x, dt, A, B, C, h=None):
 
 # ---- 4. Which form -------------------------------------------------------------------------------
 #
-#     CPU, MPS                              chunked_scan
-#     CUDA                                  parallel_scan, all chunks at once: fused_scan.py
-#     one step, no steps, or torch.func     selective_scan_ref, on any device
+#     CPU, MPS             chunked_scan: one chunk at a time fits into the cache
+#     CUDA                 parallel_scan, fused_scan.py: a GPU has room for all chunks at once
+#     one step or none     selective_scan_ref, on any device: there is nothing to cut
+#     torch.func           selective_scan_ref: the other forms have no such derivatives
 
 def selective_scan(x, dt, A, B, C, h=None):
     """The fastest form for the device: arguments and results of selective_scan_ref, up to rounding.
@@ -431,15 +440,6 @@ def compare_forms(b=8, L=256, D=32, N=16):
         print(f"{name:<28}{forward:>7.1f} ms{backward:>8.1f} ms"
               f"{largest_difference(outputs, exact_outputs):>13.1e}"
               f"{largest_difference(gradients, exact_gradients):>13.1e}")
-
-    layer, tokens = Mamba(D // 2), torch.randn(b, L, D // 2)
-    whole, _ = layer(tokens)
-    state, outputs = None, []
-    for token in tokens.split(1, dim=1):
-        y, state = layer(token, state)
-        outputs.append(y)
-    difference = largest_difference([torch.cat(outputs, dim=1)], [whole])
-    print(f"\nA Mamba layer: one call and {L} calls of one token differ by {difference:.1e}.")
 
 
 if __name__ == "__main__":

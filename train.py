@@ -37,12 +37,12 @@ from output import Progress, say, short_errors
 WARMUP = 400             # steps in which the learning rate rises
 BETAS = (0.9, 0.98)      # of AdamW
 CLIP = 0.2               # largest norm of the gradient
-POINTS = 200             # tests during a run of --steps, but
-APART = 10               # so many steps between two, or a short trial would be all tests
-SOLVED_TESTS = 3         # a task is solved when 3 tests in a row reach
-SOLVED_ACCURACY = 0.99   # 99 %
-COOLDOWN_STEPS = 1000    # the learning rate falls in the last 1,000 steps, at most a quarter,
-COOLDOWN_SHARE = 1 / 5   # or in the last fifth, if that is longer
+POINTS = 200             # tests during a run of --steps; between two, at least
+APART = 10               # steps, unless that leaves fewer than 20 tests
+SOLVED_TESTS = 3         # tests in a row that must reach
+SOLVED_ACCURACY = 0.99   # for a task to be solved
+COOLDOWN_STEPS = 1000    # in which the learning rate falls to zero, at most a quarter of the run,
+COOLDOWN_SHARE = 1 / 5   # or this share of the run, if that is longer
 EVAL_SEQUENCES = 1024    # of each length, after training
 SAVE_SECONDS = 5         # between saves of an unfinished run
 
@@ -113,7 +113,11 @@ def solved_at(curves, tests=None):
 
 
 def last_step(curves, config):
-    """Where a run ends: after --steps, or when it has cooled down since it solved its task."""
+    """Where a run ends: after --steps, or when it has cooled down since it solved its task.
+
+    Solved at step s, it ends at s + 1,000 or 5/4 s, so that the learning rate falls in the last
+    1,000 steps or the last fifth, whichever is longer.
+    """
     solved = solved_at(curves)
     if solved is None or not config["stop_early"]:
         return config["steps"]
