@@ -34,7 +34,7 @@ SIX = " ".join(MODELS)
 ALL = " ".join([*MODELS, *FAMILY])
 RUNGS = ["linear-fixed", "linear-decay", "gated-deltanet", "linear-rotation"]
 ATTENTIONS = ["attention", "rope", "alibi", "forgetting"]
-LADDER = " ".join([*(f"2x{word}" for word in RUNGS), *(f"2x{word}-noconv" for word in RUNGS),
+LADDER = " ".join([*(f"2x{word}" for word in RUNGS), *(f"2x{word}-noconv" for word in RUNGS[:3]),
                    *(f"2x{word} conv+{word}+conv+{word}" for word in ATTENTIONS)])
 WITH_STATE = ("rope forgetting 2xwindow mamba mamba2 mamba3 gated-deltanet 2xlinear-fixed "
               "conv+attention hybrid-a")
