@@ -269,7 +269,8 @@ def main(argv=None):
     """Print the tables of --tables; returns {"env": ..., name of a table: list of rows}."""
     parser = short_errors(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
     add = parser.add_argument
-    add("--tables", nargs="+", choices=TABLES, default=list(TABLES)[:3], help="default: step scan ssd")
+    add("--tables", nargs="+", choices=TABLES, default=list(TABLES)[:3],
+        help="default: step scan ssd")
     add("--model", nargs="+", default=list(MODELS), metavar="NAME", help="default: the six models")
     add("--d", type=int, default=8, metavar="N", help="width in the table step (default: 8)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the scan's inputs")

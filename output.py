@@ -21,7 +21,7 @@ def text(value, most=40):
 
 
 def listed(names):
-    """Names in words, which do not break within a name."""
+    """Join names as English does; spaces within a name do not break."""
     names = [name.replace(" ", "\u00a0") for name in names] or ["none"]
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
@@ -53,7 +53,7 @@ def end_with(parser, written, left_out):
 
 
 def say(line):
-    """Print a line above the progress bar. A closed or full stdout ends nothing."""
+    """Print a line above the progress bar. A closed or full stdout does not stop the program."""
     try:
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()

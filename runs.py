@@ -86,8 +86,8 @@ def check(config):
         at_least = 0 if flag == "seed" else 1
         value, word = config[flag], flag.replace("_", "-")
         if type(value) is not int or not at_least <= value < 2**30:
-            raise ValueError(f"--{word} is {value!r}, but it must be a whole number from {at_least} "
-                             "to 2^30 - 1")
+            raise ValueError(f"--{word} is {value!r}, but it must be a whole number from "
+                             f"{at_least} to 2^30 - 1")
     for flag in ("lr", "weight_decay"):
         value, word = config[flag], flag.replace("_", "-")
         if type(value) not in (int, float) or not math.isfinite(value) or value < 0:

@@ -37,12 +37,12 @@ from output import Progress, say, short_errors
 WARMUP = 400             # steps in which the learning rate rises
 BETAS = (0.9, 0.98)      # of AdamW
 CLIP = 0.2               # largest norm of the gradient
-POINTS = 200             # tests during a run of --steps; between two, at least
-APART = 10               # steps, unless that leaves fewer than 20 tests
-SOLVED_TESTS = 3         # tests in a row that must reach
-SOLVED_ACCURACY = 0.99   # for a task to be solved
-COOLDOWN_STEPS = 1000    # in which the learning rate falls to zero, at most a quarter of the run,
-COOLDOWN_SHARE = 1 / 5   # or this share of the run, if that is longer
+POINTS = 200             # most tests during a run
+APART = 10               # fewest steps between two tests, if --steps is at least 200
+SOLVED_TESTS = 3         # a task is solved when this many tests in a row
+SOLVED_ACCURACY = 0.99   # reach this accuracy
+COOLDOWN_STEPS = 1000    # the learning rate falls in this many steps, at most a quarter of the run,
+COOLDOWN_SHARE = 1 / 5   # or in this share of the run, if that is longer
 EVAL_SEQUENCES = 1024    # of each length, after training
 SAVE_SECONDS = 5         # between saves of an unfinished run
 

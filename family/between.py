@@ -1,21 +1,22 @@
 """Between Mamba and Mamba-2: where a token's B and C come from.
 
 B says how a token is written to the state and C how the state is read: the key and the query of
-attention. In Mamba they are maps of x, the channels that are written, after the convolution; so key
-and value share those channels. In Mamba-2 they are channels of their own, beside x, of the same
-convolution. Each of the two layers here changes that alone:
+attention. In Mamba they are linear maps of x, the channels that are written, after the convolution:
+key and value share those channels. In Mamba-2 they are channels of their own, beside x, of the same
+convolution. The two layers here move B and C:
 
     mamba-own        Mamba, with B and C as in Mamba-2
     mamba2-shared    Mamba-2, with B and C as in Mamba
 
 Neither is published. Symbols and shapes are those of mamba.py and family/mamba2.py.
-`python -m family.between` counts the directions in which each layer can write to its state.
+`python -m family.between` shows that one call and single steps agree.
 """
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from family.chunks import show_steps
 from family.mamba2 import Mamba2, Mamba2State, ssd
 from mamba import DepthwiseConv1d, Mamba, MambaState, causal_conv, selective_scan
 
@@ -71,15 +72,12 @@ class Mamba2Shared(Mamba2):
 
 @torch.no_grad()
 def main():
-    """Print the rank of the writes x B^T of many tokens, for Mamba and MambaOwn."""
+    """Show that one call of each layer equals single steps."""
     torch.manual_seed(0)
-    D, N, tokens = 16, 16, 1000
-    x, own, W = torch.randn(tokens, D), torch.randn(tokens, N), torch.randn(N, D)
-    x, own, W = x.double(), own.double(), W.double()
-    print(f"state: {D} channels x {N} = {D * N} numbers; rank of the writes of {tokens} tokens")
-    for name, B in [("B a map of x (mamba)", x @ W.T), ("B of its own (mamba-own)", own)]:
-        writes = (x[:, :, None] * B[:, None]).flatten(1)                 # (tokens, D N)
-        print(f"{name:<26}{torch.linalg.matrix_rank(writes).item():>5}")
+    x = torch.randn(2, 64, 32)
+    for layer in (MambaOwn(32), Mamba2Shared(32, d_state=16, headdim=16)):
+        print(f"{type(layer).__name__:<14}", end="")
+        show_steps(layer, x)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import torch
 
 
 def set_nan_aside(*inputs):
-    """inputs (b, L, ...) with 0 for all that is not finite, and nan (b, L): 0, or NaN (or infinite)
-    at a token that has something which is not finite.
+    """Returns the inputs (b, L, ...) with 0 where they are not finite, and nan (b, L): 0 where all
+    inputs of a token are finite, otherwise NaN or infinite.
 
     In a chunk, matmuls give later tokens the weight 0. But 0 times NaN is NaN, and would reach the
     outputs before it. So a chunked form computes with finite numbers alone, and in the end adds

@@ -155,9 +155,9 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     """ssd_ref in chunks of at most T steps: same arguments, same results and gradients.
 
     States and sums are at least float32; y has the dtype of x. Matmuls multiply numbers of x's
-    dtype, float32 for float16, whose products overflow. T: None for 16 on a CPU, where more is more
-    arithmetic, and on a GPU for 64, or 128 if that is all, or if few chunks pay as states are large.
-    The steps are those of the paper's listing 1, its first and last in one.
+    dtype, or float32 if that is float16, whose products overflow. T: None for 16 on a CPU, where
+    longer chunks are more arithmetic; on a GPU for 128 if L is at most that or the states are large
+    (P N >= 4,096), otherwise 64. The four steps are those of the paper's listing 1.
     """
     dtype, x_dtype = torch.promote_types(x.dtype, torch.float32), x.dtype
     factors = x_dtype if x_dtype == torch.bfloat16 else dtype

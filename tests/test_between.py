@@ -65,5 +65,5 @@ def test_their_states_are_as_large_as_the_originals(layer, original):
 
 def test_demo(capsys):
     main()
-    shared, own = capsys.readouterr().out.splitlines()[1:]
-    assert shared.split()[-1] == "136" and own.split()[-1] == "256"      # 16 * 17 / 2, 16 * 16
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(float(line.split()[-1]) < 1e-5 for line in lines)
