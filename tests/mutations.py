@@ -1,7 +1,7 @@
 """Does the suite notice? Break the code in one small place at a time, and run the tests for it.
 
     python tests/mutations.py              all of them: about an hour
-    python tests/mutations.py train eval   those of some files
+    python tests/mutations.py train family/mamba2    those of some files
 
 Not a test: run by hand after a change of the tests. A mutation is a file, the text that is replaced
 (the first place where it is found), what replaces it, and the tests that should fail. Each is made
@@ -254,6 +254,19 @@ INSIDE = [
     ("F.softplus(", "F.relu("),
 ]
 
+CHUNKS = [
+    ("finite[-1].nan_to_num_(0.0, 0.0, 0.0)", "pass"),
+    ("(v - finite[-1]).flatten(2)", "(finite[-1] - finite[-1]).flatten(2)"),
+    (".clamp(-80, 0)", ""),
+    ('torch.float32 if device.type == "mps" else torch.float64', "torch.float32"),
+]
+
+BETWEEN = [
+    ("(y + self.D * x) * F.silu(z)", "(y + self.D * x) * z"),
+    ("B, C = self.x_proj(x)[:, :, None]", "C, B = self.x_proj(x)[:, :, None]"),
+    ("F.softplus(dt + self.dt_bias)", "F.softplus(dt)"),
+]
+
 MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "data.py": (DATA, "test_data.py"),
     "hybrid.py": (HYBRID, "test_hybrid.py"),
@@ -264,6 +277,8 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "train.py": (TRAIN, "test_train.py test_damage.py test_runs.py test_stopped.py"),
     "attention.py": (ATTENTION, "test_attention.py test_hybrid.py"),
     "mamba.py": (MAMBA, "test_mamba.py test_mamba_layer.py"),
+    "family/chunks.py": (CHUNKS, "test_mamba2.py test_deltanet.py test_hybrid.py"),
+    "family/between.py": (BETWEEN, "test_between.py"),
     "family/mamba2.py": (MAMBA2, "test_mamba2.py"),
     "family/ladder.py": (LADDER, "test_ladder.py"),
     "family/zamba.py": (ZAMBA, "test_blocks.py test_hybrid.py"),
