@@ -168,6 +168,10 @@ def test_against_a_flag(tmp_path, figures):
     assert texts(ax) == ["chance 1/16", "rope", "mamba"]
     assert constants(ax, ":") == [(0, 1, 1 / 16, 1 / 16)]
     assert list(thick(ax)[plot.COLOURS["mamba"].lower()][1]) == [0.3, 1.0]
+    # The line that leads to a curve's name starts at the curve's right end.
+    leads = [line.get_xydata()[0].round().tolist() for line in ax.lines
+             if line.get_linestyle() == ":" and to_hex(line.get_color()) != to_hex(plot.GREY)]
+    assert sorted(leads) == [[0, 1], [1, 1]]                             # rope at 8, mamba at 64
     seeds = [sorted(line.get_ydata()) for line in ax.lines if line.get_marker() == "."]
     assert [0.2, 0.3, 0.9] in seeds and [0.8, 1.0, 1.0] in seeds
     assert fig.get_suptitle().replace("\u00a0", " ").replace("\n", " ") == (
