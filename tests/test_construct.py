@@ -1,4 +1,4 @@
-"""report/by_hand.py: a narrow Mamba that recalls sixteen queries exists."""
+"""report/construct.py: a narrow Mamba that recalls sixteen queries exists."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
                                 "report"))
-import by_hand
+import construct
 from data import recall_batch
 from eval import accuracy_one_by_one
 from hybrid import build_model
@@ -16,7 +16,7 @@ from hybrid import build_model
 
 @pytest.fixture(scope="module")
 def model():
-    return by_hand.build().eval()
+    return construct.build().eval()
 
 
 def test_it_recalls_all_queries(model):
@@ -43,7 +43,7 @@ def test_it_is_the_mamba_that_is_trained(model):
 
 
 def test_demo(capsys, monkeypatch):
-    monkeypatch.setattr(by_hand, "LENGTHS", [2, 8])
-    by_hand.main()
+    monkeypatch.setattr(construct, "LENGTHS", [2, 8])
+    construct.main()
     assert capsys.readouterr().out.splitlines()[1:] == ["     2 tokens: 1.000",
                                                         "     8 tokens: 1.000"]

@@ -1,6 +1,6 @@
 """A Mamba of width 8 that recalls sixteen queries, with weights written down, not trained.
 
-    python report/by_hand.py                         print its accuracy up to 8,192 tokens
+    python report/construct.py                         print its accuracy up to 8,192 tokens
 
 No training run has found such a model (report/README.md, "Why does a narrow Mamba not learn sixteen
 queries?"). This one shows that it exists: two layers of 16 channels and 16 states, as `mamba` has.
