@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fused_scan import compile_each_shape, compiled_scan
-from runs import say
+from output import say
 
 WARM_UP = 3            # steps before a capture: they allocate the memory that the graph uses
 COMPILE_SECONDS = 40   # a guess, until this process has compiled a shape and timed it
