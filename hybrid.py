@@ -179,8 +179,8 @@ def build_model(name, K=16, d=8, L=64, n_heads=1, d_state=16, learn_embedding=Fa
     return Model(layers, K, d, learn_embedding)
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean of x^2) times a weight, as nn.RMSNorm, and a bias if `bias` is not None.
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm, x / sqrt(mean of x^2) times a weight, and a bias if `bias` is not None.
 
     bias: the standard deviation of the initial bias. Without a bias, the gate of a first Mamba
     layer is w e, times a positive factor, for a token with embedding e. It can be open for every
@@ -189,14 +189,11 @@ class RMSNorm(nn.Module):
     """
 
     def __init__(self, d, bias=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
+        super().__init__(d, eps=torch.finfo(torch.float32).eps)
         self.bias = None if bias is None else nn.Parameter(bias * torch.randn(d))
 
     def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))     # squares overflow in float16
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(wide.dtype).eps)
-        x = (wide * scale).to(x.dtype) * self.weight
+        x = super().forward(x)
         return x if self.bias is None else x + self.bias
 
 

@@ -95,8 +95,10 @@ class DepthwiseConv1d(nn.Conv1d):
 
     def forward(self, x):
         """x (b, channels, L + taps - 1) -> (b, channels, L)."""
+        L = x.shape[2] - self.kernel_size[0] + 1
+        if L == 1:                                                       # a decode step
+            return ((x * self.weight[:, 0]).sum(-1) + self.bias)[..., None]
         x = x.mT                                                         # (b, L, channels)
-        L = x.shape[1] - self.kernel_size[0] + 1
         taps = self.weight[:, 0].unbind(1)                               # (channels,) each
         products = (x[:, k:k + L] * tap for k, tap in enumerate(taps))
         return sum(products, self.bias).mT

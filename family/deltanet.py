@@ -134,7 +134,7 @@ class GatedDeltaNet(nn.Module):
 
     def output(self, y, x):
         """Norm, gate and last map: y (b, L, H, P) and the layer's x -> (b, L, d)."""
-        y = rms_norm(y) * self.o_norm
+        y = F.rms_norm(y, (self.headdim,), self.o_norm, eps=1e-5)
         if self.gated:
             y = y * F.silu(self.g_proj(x)).unflatten(-1, (self.n_heads, -1))
         return self.o_proj(y.flatten(2))
@@ -144,12 +144,6 @@ def unit(v, eps=1e-6):
     """v / |v| over the last dimension. Squares and sums are at least float32."""
     wide = v.to(torch.promote_types(v.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(v.dtype)
-
-
-def rms_norm(v, eps=1e-5):
-    """v / sqrt(mean of v^2) over the last dimension. Squares and sums are at least float32."""
-    wide = v.to(torch.promote_types(v.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(v.dtype)
 
 
 # ---- Chunks --------------------------------------------------------------------------------------
@@ -177,6 +171,9 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     dtype, y_dtype = torch.promote_types(v.dtype, torch.float32), v.dtype
     L, T = v.shape[1], T or (64 if v.is_cuda else 16)
     q, k, v, beta, log_a = (u.to(dtype) for u in (q, k, v, beta, log_a))
+    if L == 1:                                                           # there is nothing to cut
+        y, S = delta_rule_ref(q, k, v, beta, log_a, None if S is None else S.to(dtype))
+        return y.to(y_dtype), S
     (k, v, beta, log_a), nan = set_nan_aside(k, v, beta, log_a)          # nan (b, L)
     q, k, v, beta, log_a = (split(u, T).transpose(2, 3) for u in (q, k, v, beta, log_a))
     # q, k (b, c, H, T, N); v (b, c, H, T, P); beta, log_a (b, c, H, T). The steps that fill up the

@@ -180,7 +180,7 @@ class Retention(nn.Module):
         log_gamma = torch.log1p(-2.0 ** (-5 - heads))                    # (H,)
         steps = torch.ones_like(v[..., 0])                               # (b, L, H)
         y, S = ssd(v, steps, log_gamma, k / k.shape[-1]**0.5, q, state)
-        y = rms_norm(y).flatten(2)                                       # (b, L, d)
+        y = F.rms_norm(y, y.shape[-1:], eps=1e-5).flatten(2)             # (b, L, d)
         return self.out_proj(F.silu(self.gate(x)) * y), S
 
 
@@ -236,12 +236,6 @@ class RGLRU(nn.Module):
 def at_least_float32(v):
     """v, in float32 if it is of a half type."""
     return v.to(torch.promote_types(v.dtype, torch.float32))
-
-
-def rms_norm(v, eps=1e-5):
-    """v / sqrt(mean of v^2) over the last dimension. Squares and sums are at least float32."""
-    wide = at_least_float32(v)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(v.dtype)
 
 
 @torch.no_grad()

@@ -140,13 +140,7 @@ class GatedNorm(nn.Module):
     def forward(self, y, z):
         """y, z (b, L, d) -> (b, L, d)."""
         y = (y * F.silu(z)).unflatten(-1, (self.groups, -1))
-        return rms_norm(y).flatten(-2) * self.weight
-
-
-def rms_norm(v, eps=1e-5):
-    """v / sqrt(mean of v^2) over the last dimension. Squares and sums are at least float32."""
-    wide = v.to(torch.promote_types(v.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(v.dtype)
+        return F.rms_norm(y, y.shape[-1:], eps=1e-5).flatten(-2) * self.weight
 
 
 # ---- Chunks --------------------------------------------------------------------------------------
@@ -162,6 +156,9 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     dtype, x_dtype = torch.promote_types(x.dtype, torch.float32), x.dtype
     factors = x_dtype if x_dtype == torch.bfloat16 else dtype
     L, (H, P), (G, N) = x.shape[1], x.shape[2:], B.shape[2:]
+    if L == 1:                                       # there is nothing to cut
+        y, h = ssd_ref(*(v.to(dtype) for v in (x, dt, A, B, C)), None if h is None else h.to(dtype))
+        return y.to(x_dtype), h
     if T is None:
         T = 16
         if x.is_cuda:

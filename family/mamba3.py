@@ -201,6 +201,11 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     """
     x_dtype, (b, L, R, H, P), N = x.dtype, x.shape, B.shape[-1]
     x, log_a, before, now, B, C = (at_least_float32(v) for v in (x, log_a, before, now, B, C))
+    if L == 1:                                                           # there is nothing to cut
+        h = None if h is None else h.to(x.dtype)
+        last = None if last is None else [v.to(x.dtype) for v in last]
+        y, h = trapezoid_ref(x, log_a.to(x.dtype), before, now, B, C, h, last)
+        return y.to(x_dtype), h
     (x, log_a, before, now, B), nan = set_nan_aside(x, log_a, before, now, B)    # nan (b, L)
     T = T or max(1, (64 if x.is_cuda else 16) // R)
     if h is None:

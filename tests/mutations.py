@@ -169,7 +169,7 @@ DELTANET = [
     ("from_start * (q @", "(q @"),
     ("torch.sigmoid(self.b_proj(x))", "self.b_proj(x)"),
     ("-torch.exp(self.A_log) * self.step_size(x)", "-self.step_size(x)"),
-    ("y = rms_norm(y) * self.o_norm", "y = y * self.o_norm"),
+    ("y = F.rms_norm(y, (self.headdim,), self.o_norm, eps=1e-5)", "y = y * self.o_norm"),
 ]
 
 ATTENTION = [

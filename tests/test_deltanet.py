@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from family.deltanet import GatedDeltaNet, delta_rule, delta_rule_ref, rms_norm, unit
+from family.deltanet import GatedDeltaNet, delta_rule, delta_rule_ref, unit
 
 
 def relative(a, b):
@@ -179,7 +179,10 @@ def test_half_precision_and_autocast(dtype, tolerance):
 def test_norms_square_in_float32(dtype):
     v = torch.tensor([300.0, -300.0, 300.0, 300.0], dtype=dtype)
     right = torch.tensor([1.0, -1.0, 1.0, 1.0], dtype=dtype)
-    assert torch.equal(rms_norm(v), right) and torch.equal(unit(v), right / 2)
+    layer = GatedDeltaNet(4, expand=1, gated=False).to(dtype)
+    torch.nn.init.eye_(layer.o_proj.weight)
+    assert torch.equal(layer.output(v.view(1, 1, 1, 4), None).flatten(), right)
+    assert torch.equal(unit(v), right / 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
