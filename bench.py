@@ -31,11 +31,12 @@ import mamba
 import runs
 from data import recall, recall_batch
 from eval import SEGMENT
+from family.deltanet import delta_rule, unit
 from family.mamba2 import ssd
 from hybrid import MODELS, state_bytes
 from output import short_errors
 from plot import COLOURS
-from train import make_optimizer, set_learning_rate
+from train import make_optimizer
 
 SCAN_SHAPES = {  # (b, L, D, N)
     "cpu": [(64, 64, 16, 16), (64, 64, 128, 16), (8, 1024, 128, 16)],
@@ -121,6 +122,11 @@ def official_ssd(x, dt, A, B, C):           # in Triton
     return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256)
 
 
+def delta_form(x, dt, A, B, C):             # keys and queries instead of B and C, the same state
+    k, q = (unit(v).expand(-1, -1, x.shape[2], -1) for v in (B, C))
+    return delta_rule(q, k, x, dt, dt * A)[0]
+
+
 def scan_rows(device, args):
     forms = {"ours": lambda *v: mamba.selective_scan(*v)[0], "mambapy": mambapy_scan}
     if device.type == "cuda":
@@ -132,9 +138,10 @@ def scan_rows(device, args):
 
 
 def ssd_rows(device, args):
-    forms = {"ours": lambda *v: ssd(*v)[0]}
+    forms = {"ours": lambda *v: ssd(*v)[0], "delta rule": delta_form}
     if device.type == "cuda":
-        forms = {"ours": gpu.compile_each_shape(forms["ours"], {}), "mamba_ssm": official_ssd}
+        forms = {name: gpu.compile_each_shape(form, {}) for name, form in forms.items()}
+        forms["mamba_ssm"] = official_ssd
         torch.set_float32_matmul_precision("high")           # TF32, which mamba_ssm always uses
     for b, L, H, P, N in SSD_SHAPES[device.type]:
         x, dt = torch.randn(b, L, H, P, device=device), torch.rand(b, L, H, device=device)
@@ -174,7 +181,6 @@ def training_step(config, device):
     """A new model, and its training step as a call without arguments; on CUDA a gpu.FastStep."""
     model = runs.model_from(config).to(device)
     optimizer, trained = make_optimizer(model, config, device)
-    set_learning_rate(optimizer, config["lr"])
     generator = torch.Generator(device)
 
     def loss_of(tokens, labels):
@@ -261,7 +267,7 @@ def draw_lengths(path, out):
 TABLES = {  # name: title, rows; the step first, because torch reads some of gpu.py's options once
     "step": ("A training step, K 16, L 64, batch 64; first s: 4 steps; state: bytes", step_rows),
     "scan": ("Mamba's scan, forward and backward; first s: one call", scan_rows),
-    "ssd": ("Mamba-2's scan, the same", ssd_rows),
+    "ssd": ("Mamba-2's scan, and the delta rule with a state of the same size", ssd_rows),
     "length": ("A longer context: d 64, one sequence", length_rows)}
 
 

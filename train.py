@@ -15,12 +15,8 @@ import signal
 import sys
 import time
 
-if __name__ == "__main__":     # Ctrl-C while torch loads, which takes seconds, is no traceback
-    def stop(*_):
-        os.write(2, b"\nstopped before the first step\n")
-        os._exit(130)
-
-    signal.signal(signal.SIGINT, stop)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C is no traceback, also during imports
 
 import torch
 import torch.nn as nn
@@ -133,18 +129,10 @@ def make_optimizer(model, config, device):
         group.append(p)
     groups = [{"params": decayed, "weight_decay": config["weight_decay"]},
               {"params": others, "weight_decay": 0.0}]
-    on_cuda = device.type == "cuda"
-    lr = torch.zeros((), device=device) if on_cuda else 0.0      # a CUDA graph reads it from memory
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True, capturable=on_cuda)
+    lr = torch.tensor(config["lr"], device=device)       # a tensor: a CUDA graph reads it from memory
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True,
+                                  capturable=device.type == "cuda")
     return optimizer, list(trained.values())
-
-
-def set_learning_rate(optimizer, lr):
-    for group in optimizer.param_groups:
-        if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
 
 
 def run(config, path, device, title="", runs_left=0):
@@ -193,7 +181,8 @@ def run(config, path, device, title="", runs_left=0):
     bar = Progress(steps, initial=step, desc=title)
     while step < last:
         # The learning rate, and the step.
-        set_learning_rate(optimizer, learning_rate(step, last, config["lr"]))
+        for group in optimizer.param_groups:
+            group["lr"].fill_(learning_rate(step, last, config["lr"]))
         loss = fast() if fast else train_step(*functions)
         step += 1
         bar.update()
@@ -237,9 +226,9 @@ def run(config, path, device, title="", runs_left=0):
     runs.remove(path + ".resume.pt")
     ended = f"stopped at step {step:,}, not solved"
     if solved_at(curves):
-        first, solved = solved_at(curves, 1), solved_at(curves)
-        ended = (f"first at {SOLVED_ACCURACY} at step {first:,}, solved ({SOLVED_TESTS} tests in a "
-                 f"row) at step {solved:,}, stopped at {step:,}")
+        first, third = solved_at(curves, 1), solved_at(curves)
+        ended = (f"first test at {SOLVED_ACCURACY} at step {first:,}, {SOLVED_TESTS} in a row by "
+                 f"step {third:,}, stopped at {step:,}")
     say(f"{title}{ended}; wrote {path}.json")
     print_table(result)
     if not title:

@@ -77,12 +77,11 @@ def test_ssd():
 def losses(model, mode, steps=12, switch=None):
     """The losses of a training step: plain ("none"), captured ("off") or compiled ("on")."""
     config = {**runs.DEFAULTS, "model": model, "K": 16, "d": 8, "L": 16, "M": 2, "tau": 1,
-              "seed": 0, "compile": mode}
+              "seed": 0, "lr": 1e-2, "compile": mode}
     device = torch.device("cuda")
     torch.manual_seed(0)
     net = runs.model_from(config).to(device)
     optimizer, trained = train.make_optimizer(net, config, device)
-    train.set_learning_rate(optimizer, 1e-2)
     generator = stream(0, "training", device)
 
     def loss_of(tokens, labels, at):
