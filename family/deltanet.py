@@ -199,10 +199,11 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     whole = from_start[:, :, :, -1:]                                     # (b, c, H, 1, 1)
     kept = to_end * k                                                    # (b, c, H, T, N)
     starts, corrections = [], []
-    for i in range(c):
+    for known_i, waiting_i, whole_i, kept_i in zip(*(v.unbind(1) for v in (
+            known, waiting, whole, kept))):
         starts.append(S)
-        corrections.append(known[:, i] - waiting[:, i] @ S.mT)           # (b, H, T, P)
-        S = whole[:, i] * S + corrections[i].mT @ kept[:, i]             # (b, H, P, N)
+        corrections.append(known_i - waiting_i @ S.mT)                   # (b, H, T, P)
+        S = whole_i * S + corrections[-1].mT @ kept_i                    # (b, H, P, N)
 
     # 4. The outputs: from each chunk's first state, and from its corrections, by attention.
     y = from_start * (q @ torch.stack(starts, dim=1).mT)                 # (b, c, H, T, P)

@@ -72,8 +72,8 @@ class RNN(nn.Module):
         Bx = self.B(x)                                                   # (b, L, n)
         h = torch.zeros_like(Bx[:, 0]) if state is None else state       # (b, n)
         hs = []
-        for t in range(x.shape[1]):
-            h = torch.tanh(self.A(h) + Bx[:, t])                         # (b, n)
+        for Bx_t in Bx.unbind(1):
+            h = torch.tanh(self.A(h) + Bx_t)                             # (b, n)
             hs.append(h)
         return self.C(torch.stack(hs, dim=1)), h
 

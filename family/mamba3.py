@@ -237,9 +237,9 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     # 3. The recurrence from chunk to chunk.
     decay = exp(sums[..., -1], x.dtype)[..., None, None]                 # (b, c, H, 1, 1)
     starts = []
-    for k in range(ends.shape[1]):
+    for decay_k, end_k in zip(decay.unbind(1), ends.unbind(1)):
         starts.append(h)
-        h = decay[:, k] * h + ends[:, k]                                 # (b, H, P, N)
+        h = decay_k * h + end_k                                          # (b, H, P, N)
 
     # 4. The contribution of each chunk's first state to its outputs.
     from_start = per_rank(exp(sums, x.dtype), -1)[..., None]             # (b, c, H, T R, 1)

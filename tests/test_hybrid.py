@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hybrid
 from conftest import in_segments, relative
@@ -160,6 +161,31 @@ def test_a_token_that_is_not_finite_reaches_no_earlier_output(word, bad):
     assert not y[steps.isnan()].isfinite().any()
     for found, expected in zip(tensors(state), tensors(last), strict=True):
         assert not found[expected.isnan()].isfinite().any()
+
+
+class Written(TorchDispatchMode):
+    """Counts the numbers that operations write, in both passes."""
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for v in results if isinstance(results, (tuple, list)) else [results]:
+            if torch.is_tensor(v) and v._base is None:               # not a view
+                self.numbers += v.numel()
+        return results
+
+
+@pytest.mark.parametrize("word", [w for w in [*WORDS, *LAYERS] if w not in SOFTMAX | {"position"}])
+def test_work_grows_with_the_length_alone(word):
+    """A loop that indexes a chunk, v[:, i], writes a gradient of the size of v for each chunk."""
+    def work(L):
+        layer, x = build_layer(word, 16, L, 1, 16, []), torch.randn(2, L, 16, requires_grad=True)
+        options = {"embedding": x.detach()} if declares(layer, "needs_embedding") else {}
+        with Written() as written:
+            layer(x, None, **options)[0].sum().backward()
+        return written.numbers
+
+    assert work(512) < 4.1 * work(128)
 
 
 def tensors(state):
