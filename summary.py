@@ -23,14 +23,14 @@ COLOURS = {  # models in the order of figures and tables; first the colours of O
     "retention": "#8C6D31", "griffin": "#5C4A1F", "mamba2": "#A50F15", "samba": "#1B7837",
     "mamba2-hybrid": "#54278F", "jamba": "#01665E", "zamba": "#35978F", "zamba2": "#756BB1",
     "zamba2-mini": "#9E9AC8", "mamba3": "#DD1C77", "deltanet": "#66A61E",
-    "gated-deltanet": "#1B9E77", "alibi": "#8C564B", "forgetting": "#E7298A",
+    "gated-deltanet": "#17BECF", "alibi": "#8C564B", "forgetting": "#6A51A3",
     "conv2+attention": "#E69F00", "conv+attention": "#333333", "conv8+attention": "#CC79A7",
     "mamba+attention": "#009E73", "2xattention": "#56B4E9", "2xrope": "#0072B2",
-    "2xalibi": "#8C564B", "2xforgetting": "#E7298A", "2xwindow": "#BCBD22",
+    "2xalibi": "#8C564B", "2xforgetting": "#6A51A3", "2xwindow": "#BCBD22",
     "2xlinear-fixed-noconv": "#C7A76C", "2xlinear-fixed": "#8C6D31",
     "2xlinear-decay-noconv": "#F4A582", "2xlinear-decay": "#CA0020",
-    "2xgated-deltanet-noconv": "#92C5DE", "2xgated-deltanet": "#1B9E77",
-    "2xlinear-rotation": "#5E3C99"}
+    "2xgated-deltanet-noconv": "#9EDAE5", "2xgated-deltanet": "#17BECF",
+    "2xlinear-rotation-noconv": "#E6C35C", "2xlinear-rotation": "#B8860B"}
 MODELS = list(COLOURS)
 TEST_BATCH = 512  # sequences of a test during training, as in train.py
 SOLVED = 0.99     # the accuracy to which steps are counted
