@@ -8,13 +8,14 @@ linear, and that helps: `two_chunks` below is the whole idea. For many chunks:
     2. start of the next chunk = exp(A sum of dt) start + end               one after another
     3. run every chunk again, from its true start                           all at once
 
-Step 2 is the recurrence again, with one step per chunk. Many chunks form groups, to which 1 to 3
-apply in turn. The backward pass is the same with g instead of h (mamba.py derives it), and a
-chunk hands a_1 g_1 to the chunk before it.
+Step 2 is the recurrence again, with one step per chunk. With more than 16 chunks it is cut in the
+same way: groups of chunks play the part of the chunks. The backward pass is the same with g instead
+of h (mamba.py derives it), and a chunk hands a_1 g_1 to the chunk before it.
 
-Blelloch's scan is the same tree with two branches per node: 2 log2(L) passes that each read and
-write states in memory. Here a node has 8 or 16 branches and its states stay in registers: only one
-state per chunk is written. For that, 1 and 3 both compute every state, which is cheap.
+The standard parallel prefix sum (Blelloch 1990) is the same tree with two branches per node: 2
+log2(L) passes that each read and write states in memory. Here a node has 8 or 16 branches and its
+states stay in registers: only one state per chunk is written. For that, 1 and 3 both compute every
+state, which is cheap.
 
     symbol      shape            meaning
     c, T                         chunks; steps per chunk
@@ -71,10 +72,11 @@ def split(v, most):
 # ---- Inside a chunk ------------------------------------------------------------------------------
 #
 # Each function that goes through _kernel becomes one kernel, its loop over steps unrolled (_ends
-# and _group_ends two). A kernel can sum over states, for dx and dt, or over channels, for dB and
-# dC; and dB needs g where dC needs h. So the backward pass has three, and each recomputes the
-# states it needs. All is computed in A's dtype, float32 or wider. dB and dC are rounded only at the
-# end: with a conversion after each sum, the kernel wrote every step's state to memory.
+# and _group_ends two: the state, and the sum of dt). A kernel can sum over states, for dx and ddt,
+# or over channels, for dB and dC; and dB needs g where dC needs h. So the backward pass has three,
+# and each recomputes the states it needs. All is computed in A's dtype, float32 or wider. dB and dC
+# are rounded only at the end: with a conversion after each sum, the kernel wrote every step's state
+# to memory.
 
 def _decay(dt, A):
     """exp(dt A) for one step's dt (b, c, D): (b, c, D, N)."""
@@ -241,6 +243,7 @@ def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start
 @_scan.register_fake
 def _(x, dt, A, B, C, h, compiled):
     b, c = x.shape[:2]
+    # Cut from whole groups, as the real ones are: the strides must agree.
     starts = split(A.new_empty(b, c, *A.shape), GROUP_CHUNKS).flatten(1, 2)[:, :c]
     return x.new_empty(x.shape), A.new_empty(b, *A.shape), starts, A.new_empty(starts.shape[:3])
 
@@ -257,7 +260,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*arguments, *output[2:])
 
 
-def _backward(ctx, dy, dh, d_starts, d_span):
+def _gradients(ctx, dy, dh, d_starts, d_span):
     if torch.is_grad_enabled():            # create_graph
         raise RuntimeError("the fused scan has no second derivative; selective_scan_ref has one")
     dy = torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy
@@ -265,7 +268,7 @@ def _backward(ctx, dy, dh, d_starts, d_span):
     return *gradients, None if ctx.from_zero else dh, None
 
 
-_scan.register_autograd(_backward, setup_context=_save)
+_scan.register_autograd(_gradients, setup_context=_save)
 
 
 @contextlib.contextmanager

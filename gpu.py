@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fused_scan import compile_each_shape, compiled_scan
 from output import say
+from runs import shape_of
 
-WARM_UP = 3            # steps before a capture: they allocate the memory that the graph uses
+CAPTURE_AFTER = 3      # steps: they allocate the memory that the graph uses
 COMPILE_SECONDS = 40   # a guess, until this process has compiled a shape and timed it
 SPEEDUP = 2.5          # of compiling, a guess: from 2.6 (rope) to 9 (mamba) on an H100
 SMALL_D, SMALL_L = 16, 256
@@ -38,7 +39,9 @@ def compile_small(function, config):
     small = config["d"] <= SMALL_D and config["L"] <= SMALL_L
     sums = {"decompose_mm_pass": {"min_first_dimension_decomposition": 1,
                                   "max_other_dimension_decomposition": 10**9}}
-    inductor.post_grad_fusion_options = sums                 # torch reads these two numbers once
+    # The pass reads its two numbers from the global setting alone, and once; whether it runs, from
+    # the options of the compilation.
+    inductor.post_grad_fusion_options = sums
     options = {"combo_kernels": small, "comprehensive_padding": not small,
                "post_grad_fusion_options": {}}
     if small and "mamba2" not in config["model"]:
@@ -72,31 +75,30 @@ class FastStep:
 
     def __init__(self, step, functions, generator, config):
         self.step, self.functions, self.generator = step, functions, generator
-        self.config = config
-        self.shape = tuple(config[flag] for flag in (
-            "task", "model", "K", "d", "L", "batch_size", "n_heads", "d_state", "train_lengths"))
+        self.config, self.shape = config, shape_of(config)
         small = config["d"] <= SMALL_D and config["L"] <= SMALL_L
         # Small models use attention's plain formula, because the compiler can fuse it.
-        self.attention = [SDPBackend.MATH] if small else None
-        self.calls, self.replay, self.began, self.compiled = 0, None, time.monotonic(), False
+        self.backends = [SDPBackend.MATH] if small else None
+        self.calls, self.replay, self.compiled = 0, None, False
+        self.began = time.monotonic()
         self.undecided = config["compile"] == "auto" and has_compiler()
         if config["compile"] == "on" or (self.undecided and self.shape in compiled_shapes):
             self.compile()
 
     def __call__(self):
-        if self.calls == WARM_UP:
-            self.replay = capture(self.plain, self.generator)
+        if self.calls == CAPTURE_AFTER:
+            self.replay = capture(self.launch, self.generator)
             torch.cuda.synchronize()
             if self.compiled and self.shape not in compiled_shapes:
                 compiled_shapes[self.shape] = time.monotonic() - self.began
             self.began = time.monotonic()
         self.calls += 1
-        return self.replay() if self.replay else self.plain()
+        return self.replay() if self.replay else self.launch()
 
-    def plain(self):
+    def launch(self):
         """The step, with its kernels launched one by one."""
-        attention = sdpa_kernel(self.attention) if self.attention else contextlib.nullcontext()
-        with compiled_scan(self.compiled), attention:
+        backends = sdpa_kernel(self.backends) if self.backends else contextlib.nullcontext()
+        with compiled_scan(self.compiled), backends:
             return self.step(*self.functions)
 
     def compile(self):
@@ -112,9 +114,9 @@ class FastStep:
         this shape follow. A run ends when its task is solved, so the steps left are unknown. We
         guess that this run is half over, and that the others will take as many steps.
         """
-        if not self.undecided or not self.replay or self.calls <= WARM_UP:
+        if not self.undecided or not self.replay:
             return
-        seconds = (time.monotonic() - self.began) / (self.calls - WARM_UP)
+        seconds = (time.monotonic() - self.began) / (self.calls - CAPTURE_AFTER)
         to_go = min(step, last - step)
         steps_left = to_go + runs_left * (step + to_go)
         cost = min(compiled_shapes.values(), default=COMPILE_SECONDS)

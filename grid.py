@@ -15,7 +15,7 @@ import time
 import torch.distributed as dist
 
 from output import say
-from runs import GRID, check, default_lr, is_finished, read_result, remove, run_name
+from runs import GRID, check, default_lr, is_finished, read_result, remove, run_name, shape_of
 
 
 def configs_of(args, device):
@@ -111,7 +111,7 @@ def to_make(configs, out, overwrite, failed, wait=True, show=None):
         taken = []
         for number, (config, path) in waiting:
             if is_finished(path) and not os.path.exists(path + ".lock"):
-                continue                         # a lock left behind by a process that died goes
+                continue                         # a stale lock beside it is removed below
             try:
                 lock = claim(path)
             except OSError as error:
@@ -121,12 +121,13 @@ def to_make(configs, out, overwrite, failed, wait=True, show=None):
             if lock is None:
                 taken.append((number, (config, path)))
                 continue
-            with lock:
+            with lock:                           # held while the caller makes the run, at `yield`
                 remove(*glob.glob(glob.escape(path) + ".*.tmp"))     # of a process that was killed
                 if not is_finished(path):
-                    yield config, path, title(number), runs_left(config, configs[number:])
+                    later = zip(configs[number:], paths[number:])
+                    yield config, path, title(number), runs_left(config, later)
                 remove(path + ".lock")
-        if len(taken) == len(waiting):
+        if len(taken) == len(waiting):                       # this pass made nothing
             if not wait:
                 return
             time.sleep(1)
@@ -134,7 +135,8 @@ def to_make(configs, out, overwrite, failed, wait=True, show=None):
 
 
 def runs_left(config, later):
-    """How many of the later runs have the shape of this one, and so its compiled step."""
-    flags = ("task", "model", "K", "d", "L")
-    same = [other for other in later if all(other[flag] == config[flag] for flag in flags)]
+    """How many of the later runs, pairs (config, path), this process may make with the compiled
+    step of this one: its share of those that have its shape and no result."""
+    same = [path for other, path in later
+            if shape_of(other) == shape_of(config) and not os.path.exists(path + ".json")]
     return len(same) // int(os.environ.get("WORLD_SIZE", "1"))

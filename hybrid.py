@@ -3,6 +3,7 @@
     mamba+attention            a stack of layers, first layer first: words joined by +
     3xmamba+attention+2xmlp    a count in front of a word repeats its layer
     hybrid-a                   a stack that has a name: see MODELS and FAMILY
+    mamba                      a name and a layer: alone it is the name, two layers; 1xmamba is one
 
 To add a layer, write a module and give it a word: `LAYERS["mean"] = RunningMean` if it is built as
 RunningMean(d), otherwise a case in `build_layer` and the word in WORDS. A layer maps x (B, L, d)
@@ -149,18 +150,20 @@ WITH_HEADS = {"attention", "rope", "window", "zamba", "zamba2", "zamba2-mini", "
 
 def layer_words(name):
     """A model's name or stack -> the words of its layers, "2xmamba" as two. Raises ValueError."""
-    words, known = [], [*MODELS, *FAMILY, *WORDS, *LAYERS]
+    words = []
     for part in {**MODELS, **FAMILY}.get(name, name).split("+"):
         count, word = re.fullmatch(r"(?:(\d+)x)?(.*)", part, re.DOTALL).groups()
         if word not in (*WORDS, *LAYERS) or count == "0":
-            near = "".join(f" ({close} is)" for close in difflib.get_close_matches(word, known, 1))
+            known = [*MODELS, *FAMILY] if name == word else []             # no stack, no count
+            near = difflib.get_close_matches(word.lower(), [*known, *WORDS, *LAYERS], 1)
+            near = f"did you mean {near[0]}? It" if near else "it"
             raise ValueError(
-                f"--model is {name!r}, but {part!r} is no layer{near}; it must be one of "
-                f"{', '.join([*MODELS, *FAMILY])}, or layers joined by +, as in 2xmamba+mlp, of "
-                f"{', '.join([*WORDS, *LAYERS])}")
-        words += [word] * min(int(count or 1), MOST_LAYERS + 1)
-        if len(words) > MOST_LAYERS:
+                f"--model is {name!r}, but {part!r} is no layer; {near} must be one of "
+                f"{', '.join([*MODELS, *FAMILY])}, or layers joined by + without spaces, as in "
+                f"2xmamba+mlp, of {', '.join([*WORDS, *LAYERS])}")
+        if len(words) + int(count or 1) > MOST_LAYERS:
             raise ValueError(f"--model is {name!r}, but a stack has at most {MOST_LAYERS} layers")
+        words += [word] * int(count or 1)
     return words
 
 
@@ -182,10 +185,10 @@ def build_model(name, K=16, d=8, L=64, n_heads=1, d_state=16, learn_embedding=Fa
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm, x / sqrt(mean of x^2) times a weight, and a bias if `bias` is not None.
 
-    bias: the standard deviation of the initial bias. Without a bias, the gate of a first Mamba
-    layer is w e, times a positive factor, for a token with embedding e. It can be open for every
-    token only if some w has w e > 0 for all K embeddings. For 16 embeddings there is no such w at
-    d = 8, but there is one at d = 16.
+    bias: the standard deviation of the initial bias. Without a bias, a channel's z in a first Mamba
+    layer is w e times a positive factor: e is the token's embedding, w the channel's row of in_proj
+    times the norm's weight. The gate can be open for every token only if w e > 0 for all K
+    embeddings. For 16 embeddings there is no such w at d = 8, but there is one at d = 16.
     """
 
     def __init__(self, d, bias=None):
@@ -238,7 +241,7 @@ class Model(nn.Module):
                 options["last_only"] = True
             y, states[i] = layer(norm(x), states[i], **options)
             # With last_only, y may be of the last token alone: x is then cut to it.
-            x = x[:, x.shape[1] - y.shape[1]:] + y
+            x = x[:, -y.shape[1]:] + y
         return x[:, -1:] if last_only else x, states
 
     def forward(self, tokens, at=None):

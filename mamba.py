@@ -17,7 +17,7 @@ decays, what it writes and what it reads: the state space model is selective.
     a, u                  decay exp(dt A), and dt x, which B writes to the state
     T                     steps in a chunk
     g                     gradient of the loss with respect to h
-    dx, ddt, dA, ...      gradient of the loss with respect to x, dt, A, ...
+    dx, ddt, dA, ...      gradient of the loss with respect to x, dt, A, ... (dt is no gradient)
 
 D has two meanings. In shapes it is the number of channels, which the layer calls d_inner. In the
 layer, as in the official code, self.D is the weight of a skip connection from x to y.
@@ -79,7 +79,7 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
         decay = torch.exp(dt_t[..., None] * A)                           # (b, D, N)
         h = decay * h + (dt_t * x_t)[..., None] * B_t[:, None]           # (b, D, N)
         y.append((h * C_t[:, None]).sum(-1))                             # (b, D)
-    return torch.stack(y, dim=1) if y else x.clone(), h
+    return (torch.stack(y, dim=1) if y else x.clone()), h
 
 
 # ---- 2. The layer --------------------------------------------------------------------------------
@@ -134,11 +134,12 @@ class Mamba(nn.Module):
     its dt, None for ceil(d_model / 16). Parameters have the names, shapes and initial distributions
     of mamba_ssm.Mamba with its default arguments, so either can load the state dict of the other.
 
-    As there, in_proj has no bias. A channel lets a token pass if its gate SiLU(z) is open, which it
-    hardly is where z is negative. z is a linear map of the layer's input, with no constant part
-    that could keep the gate open for every token. On the task of this repository, recall of one of
-    16 queries, that hurts: with d_model = 8, a Mamba layer followed by attention learned it in 0 of
-    12 runs without a bias, and in 3 of 3 with one (report/README.md, "Defaults, and why").
+    in_proj has no bias because the official layer has none. The gate SiLU(z) is near 0 for negative
+    z, so a channel lets a token pass only if z is positive. z is a linear map of the layer's input,
+    with no constant part that could keep the gate open for every token. On the task of this
+    repository, recall of one of 16 queries, that hurts: with d_model = 8, a Mamba layer followed by
+    attention learned it in 0 of 12 runs without a bias, and in 3 of 3 with one (report/README.md,
+    "Defaults, and why").
     `takes_bias` asks the model for a norm with a bias in front of the layer (hybrid.RMSNorm), which
     gives z a constant part.
     """
@@ -201,7 +202,7 @@ class Mamba(nn.Module):
 # in one call. So cut time into chunks of T steps that fit into the cache, and store only the state
 # before each chunk.
 #
-# The gradient. States and channels are not written: C_t dy_t, for one, is (N, D).
+# The gradient. Indices of states and channels are left out: C_t dy_t stands for an (N, D) array.
 #
 # 1.  h_t is used twice, by y_t and by h_{t+1}. So g obeys the same recurrence, backwards in time:
 #         g_t = C_t dy_t + a_{t+1} g_{t+1}
@@ -220,11 +221,13 @@ class Mamba(nn.Module):
 #         ddt_t = x_t du_t + sum over states of A d(dt_t A)
 #
 # The backward pass takes the chunks from last to first. In each it repeats the recurrence from the
-# state before the chunk to get h, then runs backwards to get g. There is no division, and no exp of
-# a positive number, so nothing overflows, however long the sequence or how strong the decay.
+# state before the chunk to get h, then runs backwards to get g. Nothing overflows, however long the
+# sequence or strong the decay: there is no exp of a positive number, and no division. (The closed
+# form with running products of the decays divides by them, and they underflow.)
 #
-# Inside both passes time comes first, so that one step is contiguous, and b and D come last, so
-# that the innermost loops are long: x, dt, y (L, b, D); B, C (L, b, N); states and A (N, b, D).
+# In the code, _k is a chunk and _t a step. Inside both passes time comes first, so that one step is
+# contiguous, and b and D come last, so that the innermost loops are long: x, dt, y (L, b, D); B, C
+# (L, b, N); states and A (N, b, D).
 
 CHUNK_ELEMENTS = 2**18   # of (T, N, b, D): 1 MiB in float32; 2^17 and 2^19 are equally fast
 
@@ -257,13 +260,12 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
     y = torch.empty_like(x[:, 0])
     # exp of -87 to -103 is denormal in float32, below 1.2e-38, and CPUs are 10 to 50 times slower
     # with such numbers. So dt A is clamped at -80, with a margin: a decay of 2e-35, effectively 0.
-    # A trained model runs twice as fast. A GPU has no such penalty, and would have to wait for
-    # bool().
-    clamp = not x.is_cuda and bool(dt.max() * A.min() < -80)
+    # A trained model runs twice as fast. A GPU has no such penalty, and bool() would make it wait.
+    clamp = x.device.type == "cpu" and bool(dt.max() * A.min() < -80)
     # All chunks share two buffers: fresh memory for each chunk would cost time in page faults.
     a, hs = x.new_empty(2, T, *A.shape)                                  # (T, N, b, D) each
     # They are cut into single steps once, not per chunk: this takes a tenth of a short scan.
-    a_t, h_t = a.unbind(), hs.unbind()
+    a_steps, h_steps = a.unbind(), hs.unbind()
     starts = []
     for dt_k, u_k, B_k, C_k, y_k in zip(*(v.split(T) for v in (dt, u, B, C, y))):
         starts.append(h)
@@ -274,7 +276,7 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
             a_k.clamp_(min=-80)
         a_k.exp_()
         torch.mul(u_k, B_k, out=h_k)                                     # u_t B_t, until _recur
-        h = _recur(a_t, h_t[:steps], h).clone()     # (N, b, D); the next chunk overwrites hs
+        h = _recur(a_steps, h_steps[:steps], h).clone()   # (N, b, D); the next chunk overwrites hs
         torch.mul(h_k, C_k, out=a_k)                                     # a is no longer needed
         torch.sum(a_k, 1, out=y_k)                                       # (T, b, D)
     return y, h, torch.stack(starts)
@@ -295,22 +297,22 @@ def _backward(
     later = torch.zeros_like(starts[0]) if dh is None else dh.contiguous()
     a, g = x.new_empty(2, T, *A.shape)
     hs = x.new_empty(T + 1, *A.shape)                    # row 0: the state before the chunk
-    a_t, g_t, h_t = a.unbind(), g.unbind(), hs[1:].unbind()
+    a_steps, g_steps, h_steps = a.unbind(), g.unbind(), hs[1:].unbind()
     chunks = list(zip(starts, *(v.split(T) for v in (dt, u, B, C, dy, du, ddt, dB, dC))))
     for start, dt_k, u_k, B_k, C_k, dy_k, du_k, ddt_k, dB_k, dC_k in reversed(chunks):
         steps = len(dt_k)
         a_k, g_k = a[:steps], g[:steps]                                  # (T, N, b, D) each
         h_k, h_before = hs[1:steps + 1], hs[:steps]                      # h_t, h_{t-1}
-        # Not clamped here, though slower: a_t is a factor of dA. Where every decay underflows to 0,
-        # dA is 0, and a clamped 2e-35 would be all of it.
+        # Not clamped, though slower: a_t is a factor of dA. Where every decay underflows to 0, dA
+        # is exactly 0; with a clamped 2e-35 it would be tiny, and Adam scales tiny gradients up.
         torch.mul(dt_k, A, out=a_k).exp_()
         torch.mul(u_k, B_k, out=h_k)
         hs[0] = start
-        _recur(a_t, h_t[:steps], start)
+        _recur(a_steps, h_steps[:steps], start)
         torch.mul(C_k, dy_k, out=g_k)
         g_k[-1] += later
         # g_t, which holds C_t dy_t, += a_{t+1} g_{t+1}, from the last step but one to the first
-        _recur(a_t[1:steps][::-1], g_t[:steps - 1][::-1], g_k[-1])
+        _recur(a_steps[1:steps][::-1], g_steps[:steps - 1][::-1], g_k[-1])
         later = a_k[0] * g_k[0]
         # From here on, results overwrite buffers that are no longer needed.
         d_dtA = a_k.mul_(g_k).mul_(h_before)                             # a_t g_t h_{t-1}

@@ -80,6 +80,14 @@ def model_from(config):
     return build_model(config["model"], config["K"], config["d"], config["L"], **options)
 
 
+def shape_of(config):
+    """What decides the shapes of a run's tensors: runs that agree in it share compiled kernels."""
+    flags = ["task", "model", "K", "d", "L", "batch_size", "n_heads", "d_state", "train_lengths"]
+    if config["task"] != "recall":                           # M pairs, tokens to copy
+        flags.append("M")
+    return tuple(config[flag] for flag in flags)
+
+
 def check(config):
     """Raise a ValueError, in one sentence, for a run that cannot be made."""
     for flag in ("d", "L", "K", "M", "tau", "n_heads", "d_state", "batch_size", "steps", "seed"):
@@ -108,7 +116,7 @@ def check(config):
 
 def check_memory(config):
     """Raise a ValueError if a lower bound of the bytes needed exceeds the memory."""
-    available = memory()
+    available = memory(config.get("device"))
     what = "--K {K}, --d {d}, --L {L}, --d-state {d_state}, --batch-size {batch_size}"
     bound = 8 * config["K"] * config["d"]                    # the embedding table
     if bound < available:
@@ -120,13 +128,14 @@ def check_memory(config):
         except (RuntimeError, MemoryError, OverflowError):
             bound = available
     if bound >= available:
-        needed, there = (f"{bytes / 2**30:,.0f} GiB" for bytes in (bound, available))
-        raise ValueError(f"{what.format(**config)} need more than {needed}, but there are {there}")
+        needed, there = (f"{size / 2**30:,.0f} GiB" for size in (bound, available))
+        raise ValueError(f"{what.format(**config)} need more than {needed}, but this machine has "
+                         f"{there}")
 
 
-def memory():
-    """Bytes of memory of this machine, or of its GPU."""
-    if torch.cuda.is_available():
+def memory(device):
+    """Bytes of memory of this machine, or of the GPU that `device` names."""
+    if str(device).startswith("cuda") and torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -172,21 +181,27 @@ def load_run(path, device="cpu"):
     """Read a checkpoint of train.py -> model, config. Raises ValueError if that is impossible."""
     if not os.path.exists(path):
         raise ValueError(f"{path} is not there; train.py writes it when a run is finished")
-    problem = f"{path} is not a whole checkpoint of train.py"
+    if path.endswith(".json"):
+        raise ValueError(f"{path} is no checkpoint; name {path[:-len('.json')]}.pt")
+    not_whole = ValueError(f"{path} is not a whole checkpoint of train.py")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            config = {**DEFAULTS, **checkpoint["config"]}
-            try:
-                check(config)
-            except ValueError as error:      # for example, --model is a word that nobody registered
-                problem = f"{path} cannot be loaded: {error}"
-                raise
-            model = model_from(config)
-            model.load_state_dict(checkpoint["model"])
+            config, weights = {**DEFAULTS, **checkpoint["config"]}, checkpoint["model"]
     except Exception:     # there is no telling how a file that is something else will fail
-        raise ValueError(problem) from None
+        raise not_whole from None
+    try:
+        check({**config, "device": str(device)})
+    except ValueError as error:              # for example, --model is a word that nobody registered
+        raise ValueError(f"{path} cannot be loaded: {error}") from None
+    except (KeyError, TypeError):
+        raise not_whole from None
+    try:
+        model = model_from(config)
+        model.load_state_dict(weights)
+    except Exception:
+        raise not_whole from None
     return model.to(device).eval(), config
 
 

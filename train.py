@@ -33,8 +33,8 @@ from output import Progress, say, short_errors
 WARMUP = 400             # steps in which the learning rate rises
 BETAS = (0.9, 0.98)      # of AdamW
 CLIP = 0.2               # largest norm of the gradient
-POINTS = 200             # most tests during a run
-APART = 10               # fewest steps between two tests, if --steps is at least 200
+MOST_TESTS = 200         # during a run
+STEPS_APART = 10         # fewest steps between two tests, if --steps is at least 200
 SOLVED_TESTS = 3         # a task is solved when this many tests in a row
 SOLVED_ACCURACY = 0.99   # reach this accuracy
 COOLDOWN_STEPS = 1000    # the learning rate falls in this many steps, at most a quarter of the run,
@@ -84,6 +84,7 @@ def parse(argv):
     add("--overwrite", action="store_true", help="repeat runs that are finished")
     parser.set_defaults(**runs.DEFAULTS)
     args = parser.parse_args(argv)
+    # Not default=, to which action="extend" would append. dict.fromkeys drops repeated values.
     for flag, value in dict(model="rope", M=1, tau=1, K=16, d=8, L=64, seed=0).items():
         setattr(args, flag, list(dict.fromkeys(getattr(args, flag) or [value])))
     return parser, args
@@ -100,7 +101,7 @@ def learning_rate(step, last, highest):
 
 
 def solved_at(curves, tests=None):
-    """The step of the last of so many tests in a row that solved the task, or None."""
+    """The step at which the task was solved, at the last of `tests` tests in a row, or None."""
     tests = tests or SOLVED_TESTS
     for k in range(tests, len(curves["step"]) + 1):
         if min(curves["accuracy"][k - tests:k]) >= SOLVED_ACCURACY:
@@ -111,8 +112,8 @@ def solved_at(curves, tests=None):
 def last_step(curves, config):
     """Where a run ends: after --steps, or when it has cooled down since it solved its task.
 
-    Solved at step s, it ends at s + 1,000 or 5/4 s, so that the learning rate falls in the last
-    1,000 steps or the last fifth, whichever is longer.
+    Solved at step s, it ends at s + 1,000 or 5/4 s, whichever is later, and the learning rate falls
+    in the last 1,000 steps or the last fifth; in runs of fewer than 4,000, in the last quarter.
     """
     solved = solved_at(curves)
     if solved is None or not config["stop_early"]:
@@ -129,7 +130,7 @@ def make_optimizer(model, config, device):
         group.append(p)
     groups = [{"params": decayed, "weight_decay": config["weight_decay"]},
               {"params": others, "weight_decay": 0.0}]
-    lr = torch.tensor(config["lr"], device=device)       # a tensor: a CUDA graph reads it from memory
+    lr = torch.tensor(config["lr"], device=device)       # a CUDA graph reads it from memory
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True,
                                   capturable=device.type == "cuda")
     return optimizer, list(trained.values())
@@ -142,7 +143,7 @@ def run(config, path, device, title="", runs_left=0):
     FloatingPointError if the loss becomes NaN or infinite, OSError if the result cannot be written.
     """
     K, M, tau, L, steps = (config[flag] for flag in ("K", "M", "tau", "L", "steps"))
-    task, uniform = TASKS[config["task"]], config["train_lengths"] == "uniform"
+    draw_batch, uniform = TASKS[config["task"]], config["train_lengths"] == "uniform"
 
     # The model, its optimizer, and the random streams of training and of tests.
     torch.manual_seed(config["seed"])
@@ -162,8 +163,9 @@ def run(config, path, device, title="", runs_left=0):
         logits = model(tokens, at)                                        # (B, K), or (B, Q, K)
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
-    def train_step(draw, loss_of, clip):
-        tokens, labels, at = draw(config["batch_size"], L, K, M, tau, device, training, uniform)
+    def train_step(draw_batch, loss_of, clip):
+        tokens, labels, at = draw_batch(config["batch_size"], L, K, M, tau, device, training,
+                                        uniform)
         loss = loss_of(tokens, labels, at)
         optimizer.zero_grad()
         loss.backward()
@@ -171,11 +173,13 @@ def run(config, path, device, title="", runs_left=0):
         optimizer.step()
         return loss.detach()
 
-    functions, fast = (task, loss_of, nn.utils.clip_grad_norm_), None
+    functions = draw_batch, loss_of, nn.utils.clip_grad_norm_
+    fast = None
     if device.type == "cuda":
         fast = gpu.FastStep(train_step, functions, training, config)
 
-    every = max(1, steps // POINTS, min(APART, steps // 20))
+    # 200 tests, at least 10 steps apart; in runs of fewer than 200 steps, 20 tests.
+    every = max(1, steps // MOST_TESTS, min(STEPS_APART, steps // 20))
     last = last_step(curves, config)
     began = saved_at = time.monotonic()
     bar = Progress(steps, initial=step, desc=title)
@@ -212,7 +216,8 @@ def run(config, path, device, title="", runs_left=0):
     seconds += time.monotonic() - began
 
     # The test against context length. The result is written last: it marks a finished run.
-    began, model = time.monotonic(), model.eval()
+    began = time.monotonic()
+    model.eval()
     lengths = lengths_to_test(L, M, tau, config["task"])
     accuracies = evaluate(model, config, lengths, EVAL_SEQUENCES, device, bar=True)
     checkpoint = runs.write_checkpoint(path + ".pt", model, config)

@@ -53,8 +53,8 @@ EXPERIMENTS = {
         "train": [f"--tau 1 5 --model {SIX}"],
         "draw": {
             "{}/problem1/*_tau1_* --name problem1_tau1":
-                "One query: Mamba and the hybrids keep it to three times the training length, rotary "
-                "attention nearly",
+                "One query: Mamba and the hybrids keep it to three times the training length, "
+                "rotary attention nearly",
             "{}/problem1/*_tau5_* --name problem1_tau5":
                 "One query, its value five tokens later: the hybrids and Mamba keep it, rotary "
                 "attention in two of five seeds"}},
@@ -162,8 +162,8 @@ EXPERIMENTS = {
         "draw": {
             "{}/narrow/* {}/problem2/mamba_M16_* {}/state/mamba2_M16_*_d8_* "
             "{}/state/gated-deltanet_M16_*_d8_* --against model --name narrow":
-                "At d = 8, keys with channels of their own help Mamba to learn sixteen queries, and "
-                "Mamba-2 fails without them"}},
+                "At d = 8, keys with channels of their own help Mamba to learn sixteen queries, "
+                "and Mamba-2 fails without them"}},
     "four": {                                                # the report has seeds 0 to 29
         "train": ["--M 4 --model mamba", "--M 4 --model mamba --train-lengths uniform",
                   "--M 4 --model mamba --batch-size 256"],

@@ -117,7 +117,7 @@ GRID = [
 ]
 
 TRAIN = [
-    ("min(APART, steps // 20)", "1"),
+    ("min(STEPS_APART, steps // 20)", "1"),
     ("        optimizer.zero_grad()\n", ""),
     ("        clip(trained, CLIP)\n", ""),
     ("CLIP = 0.2", "CLIP = 0.25"),

