@@ -46,6 +46,7 @@ SSD_SHAPES = {  # (b, L, H, P, N)
     "cuda": [(64, 64, 1, 16, 16), (64, 256, 2, 64, 16), (8, 2048, 24, 64, 128)]}
 LENGTHS = {"cpu": [2**10, 2**12, 2**14], "cuda": [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]}
 LONGEST = {"mamba": 2**20}   # others end at 2^16, where a training step of attention takes seconds
+missing = set()              # other implementations that are not installed
 COSTS = {"train us/token": "training, μs per token", "prefill us/token": "prefill, μs per token",
          "decode ms": "decode step, ms", "state bytes": "state, bytes"}
 
@@ -165,7 +166,10 @@ def times(title, shape, forms, inputs, dtype):
 
         try:
             first = seconds(call, device)
-        except ImportError:                                              # it is not installed
+        except ImportError:
+            if name not in missing:
+                print(f"({name} is not installed)")
+            missing.add(name)
             continue
         calls = captured(lambda: [call() for _ in range(10)], device)    # 10 in one graph
         ms = timed(calls, device, in_a_row=1) / 10
@@ -247,9 +251,12 @@ def length_rows(device, args):
 
 def draw_lengths(path, out):
     """Draw the table "length" of a file that --out wrote."""
-    with open(path) as f:
-        result = json.load(f)
-    rows = result["length"]
+    try:
+        with open(path) as f:
+            result = json.load(f)
+        rows = result["length"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"--draw is {path!r}, but that is no file of --tables length") from None
     fig = Figure(figsize=(10, 7), layout="constrained")
     for ax, (cost, title) in zip(fig.subplots(2, 2, sharex=True).flat, COSTS.items()):
         for name in dict.fromkeys(row["model"] for row in rows):
@@ -297,7 +304,7 @@ def main(argv=None):
     except OSError as error:
         flag, path = ("--draw", args.draw) if args.draw else ("--out", args.out)
         parser.error(f"{flag} is {path!r}: {error.strerror}")
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         parser.error(str(error))
     torch.manual_seed(0)
     result = {"env": {**runs.environment(device), "date": time.strftime("%Y-%m-%d")}}

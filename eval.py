@@ -188,8 +188,9 @@ def main(argv=None):
     parser.add_argument("--no-save", action="store_true", help="leave the JSON as it is")
     args = parser.parse_intermixed_args(argv)
     # In `--lengths 5 X.pt`, argparse takes X.pt for a length, so sort them out here.
-    paths = args.checkpoints + [word for word in args.lengths if not word.isdecimal()]
-    lengths = sorted({int(word) for word in args.lengths if word.isdecimal()})
+    numbers = [word for word in args.lengths if word.removeprefix("-").isdecimal()]
+    paths = args.checkpoints + [word for word in args.lengths if word not in numbers]
+    lengths = sorted(set(map(int, numbers)))
     paths = [path for path in dict.fromkeys(paths) if not path.endswith(".resume.pt")]
     try:
         device = pick_device(args.device)

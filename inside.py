@@ -208,7 +208,8 @@ def draw(found):
             ax.set_axis_off()
         for ax, (title, image, label, colours) in zip(axes, shown):
             bar = dict(location="bottom", aspect=30) if attends else dict(pad=0.02, format="{x:g}")
-            drawn = ax.imshow(image, cmap="Blues", aspect="auto", **colours)
+            drawn = ax.imshow(image, cmap="Blues", aspect="auto", interpolation="nearest",
+                              **colours)
             part.colorbar(drawn, ax=ax, label=label, **bar)
             ax.set_title(title, pad=20, fontsize=11)
             ax.set_facecolor("0.9")

@@ -3,6 +3,7 @@
 Needs no torch, because plot.py does not.
 """
 
+import difflib
 import os
 import sys
 import tempfile
@@ -34,8 +35,14 @@ def numbered(numbers):
 
 def short_errors(parser):
     """Make a parser answer a wrong command with one sentence and status 2."""
-    parser.allow_abbrev = False
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {text(message, 2000)}\n")
+    def error(message):
+        if message.startswith("unrecognized arguments: --"):
+            flag = message.split()[2].split("=")[0]
+            near = difflib.get_close_matches(flag, parser._option_string_actions, 1)
+            message += f"; did you mean {near[0]}?" if near else "; --help lists the flags"
+        parser.exit(2, f"{parser.prog}: {text(message, 2000)}\n")
+
+    parser.allow_abbrev, parser.error = False, error
     return parser
 
 

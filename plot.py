@@ -1,16 +1,17 @@
-"""Figures and tables of results, from the JSON files that train.py and eval.py write. No torch.
+"""Figures and tables of results, from the JSON of train.py and eval.py.
 
-    python plot.py results/*.json                  accuracy against context length and training step
-    python plot.py results/*.json --panels d M     a panel for each d and M (default: for each M)
-    python plot.py results/*.json --panels model   a panel for each model, a curve for each M
-    python plot.py results/*.json --against lr     accuracy at the training length against any flag
-    python plot.py results/*.json --against model  a row for each model: at L, and the lowest to 3L
-    python plot.py results/*.json --against state  accuracy against bytes of state
-    python plot.py ... --against d --lowest        the lowest accuracy to 3L, not that at L
-    python plot.py results/*.json --table [16 64]  a Markdown table [of the accuracy at 16 and 64]
+    python plot.py results/*.json       accuracy against length and training step
+      --panels d M       a panel for each d and M (default: for each M)
+      --panels model     a panel for each model, a curve for each M
+      --against lr       accuracy at the training length against any flag
+      --against model    a row for each model: at L, and the lowest to 3L
+      --against state    accuracy against bytes of state
+      --against d --lowest            the lowest accuracy to 3L, not that at L
+      --table [16 64]    a Markdown table [of the accuracy at 16 and 64]
 
-The seeds of a curve differ in the seed alone: any other flag that differs, such as --lr, is part of
-the curve's name. Numbers of report/published/ are hollow points beside the runs of their task.
+The seeds of a curve differ in the seed alone: any other flag that differs, such
+as --lr, is part of the curve's name. Numbers of report/published/ are hollow
+points beside the runs of their task.
 """
 
 import argparse
@@ -172,6 +173,9 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
     """The figure of a `group`, of the kind length, training, against, state or model."""
     places = [(panel, tokens) for panel in dict.fromkeys(panel for panel, _, _ in cells)
               for tokens in ((64, 4096) if kind == "state" else (None,))]
+    xs = sorted({x for _, _, x in cells}, key=rank)
+    if kind == "against" and len(xs) == 1:
+        raise ValueError(f"all runs have {across[0]} = {xs[0][0]}: there is nothing to compare")
     if len(places) > MOST_PANELS:
         raise ValueError(f"a figure of {len(places)} panels, {MOST_PANELS} are the most")
     columns = 2 if kind == "state" or len(places) == 4 else min(3 + len(places) // 10, len(places))
@@ -188,7 +192,6 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
     fig.suptitle(title, fontsize=13, x=0.02, ha="left")
     axes = [fig.add_subplot(rows, columns, 1 + i) for i in range(len(places))]
     runs, sources = [run for seeds in cells.values() for run in seeds], {}
-    xs = sorted({x for _, _, x in cells}, key=rank)
     for ax, (panel, tokens) in zip(axes, places):
         shown = {(c, x): seeds for (p, c, x), seeds in cells.items() if p == panel}
         config = next(run["config"] for seeds in shown.values() for run in seeds)
@@ -239,15 +242,18 @@ def main(argv=None):
     parser = short_errors(argparse.ArgumentParser(
         "plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
     parser.add_argument("results", nargs="+", metavar="RUN.json", help="results of train.py")
-    parser.add_argument("--panels", nargs="+", default=["M"], metavar="FLAG", help="(default: M)")
+    parser.add_argument("--panels", nargs="+", default=["M"], metavar="FLAG", help="flags that make panels (default: M)")
     parser.add_argument("--against", metavar="FLAG", help="a flag of train.py, model, or state")
     parser.add_argument("--lowest", dest="what", action="store_const", const="lowest", default="at",
                         help="with --against: see above")
     parser.add_argument("--title", help="of the figures (default: what they show)")
     parser.add_argument("--table", nargs="*", type=int, metavar="LENGTH", help="print a table")
     parser.add_argument("--name", help="name of a figure's file (default: what it shows)")
-    parser.add_argument("--out", default="figures", metavar="DIR", help="(default: figures)")
+    parser.add_argument("--out", default="figures", metavar="DIR",
+                        help="folder of figures (default: figures)")
     args = parser.parse_args(argv)
+    if args.what == "lowest" and args.against in (None, "model"):
+        parser.error("--lowest needs --against state or --against FLAG")
     args.panels = [flag.replace("-", "_") for flag in args.panels]
     args.against = args.against and args.against.replace("-", "_")
     runs, published, left_out = read(args.results)

@@ -235,6 +235,11 @@ def set_states(parts, states):
     for name, part in parts.items():
         if isinstance(part, torch.Generator):
             part.set_state(states[name].cpu())
+        elif isinstance(part, torch.optim.Optimizer):
+            own = [{k: v for k, v in group.items() if k != "params"} for group in part.param_groups]
+            part.load_state_dict(states[name])
+            for group, options in zip(part.param_groups, own):
+                group.update(options)        # of this device: the state may be of another
         else:
             part.load_state_dict(states[name])
 

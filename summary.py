@@ -72,7 +72,8 @@ def load(path):
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise ValueError(f"{path} is no result of train.py") from None
+        hint = f"; its result is {path[:-3]}.json" if path.endswith(".pt") else ""
+        raise ValueError(f"{path} is no result of train.py{hint}") from None
 
 
 def points(section, x):
@@ -136,22 +137,22 @@ def group(runs, fixed, panels, curve, across=()):
 
     A figure, a panel and an x are the values of the flags in fixed, panels and across. A curve is
     (value of the flag `curve`, extra), where extra are (flag, value) of its other flags: those off
-    the default in which it differs from runs with the same value.
+    the default that tell two curves of one value apart somewhere in the figure.
     """
     figures, found = {}, []
     for run in runs:
         figures.setdefault(values(run, fixed), []).append(run)
     for key in sorted(figures, key=rank):
-        cells = {}
+        cells, seen = {}, {}
         for run in figures[key]:
-            base, extra = run["config"].get(curve), []
-            same = [other for other in figures[key] if other["config"].get(curve) == base]
-            for flag, value in sorted(run["off"].items()):
-                others = figures[key] if flag == "d" else same         # plot.py --against model
-                differs = any(other["off"].get(flag) != value for other in others)
-                if differs and flag not in (*panels, curve, *across):
-                    extra.append((flag, value))
-            cell = values(run, panels), (base, tuple(extra)), values(run, across)
+            for flag in {flag for other in figures[key] for flag in other["off"]}:
+                same = None if flag == "d" else run["config"].get(curve)     # --against model
+                seen.setdefault((flag, same), set()).add(run["off"].get(flag))
+        named = {flag for (flag, _), found_values in seen.items() if len(found_values) > 1}
+        for run in figures[key]:
+            extra = [(flag, value) for flag, value in sorted(run["off"].items())
+                     if flag in named and flag not in (*panels, curve, *across)]
+            cell = values(run, panels), (run["config"].get(curve), tuple(extra)), values(run, across)
             cells.setdefault(cell, []).append(run)
         found.append(dict(sorted(cells.items(), key=lambda item: rank(item[0]))))
     return found
@@ -243,7 +244,8 @@ def caption(cells, flags, kind):
     for run in runs:
         seeds.setdefault(run["config"]["model"], set()).add(run["config"]["seed"])
     everyone = set().union(*seeds.values())
-    marks = [f"thin or small: seeds {numbered(everyone)}, thick or large: their median"]
+    small = "ticks" if kind == "model" else "thin or small"
+    marks = [f"{small}: seeds {numbered(everyone)}, thick or large: their median"]
     marks = [f"seed {numbered(everyone)}"] if len(everyone) == 1 else marks
     marks += [f"{text(model)} has seeds {numbered(found)} only" for model, found in seeds.items()
               if found != everyone]

@@ -149,6 +149,7 @@ def run(config, path, device, title="", runs_left=0):
     torch.manual_seed(config["seed"])
     model = runs.model_from(config).to(device)
     optimizer, trained = make_optimizer(model, config, device)
+    rate = optimizer.param_groups[0]["lr"]                   # a tensor that both groups share
     training = stream(config["seed"], "training", device)
     testing = stream(config["seed"], "test", device)
 
@@ -185,8 +186,7 @@ def run(config, path, device, title="", runs_left=0):
     bar = Progress(steps, initial=step, desc=title)
     while step < last:
         # The learning rate, and the step.
-        for group in optimizer.param_groups:
-            group["lr"].fill_(learning_rate(step, last, config["lr"]))
+        rate.fill_(learning_rate(step, last, config["lr"]))
         loss = fast() if fast else train_step(*functions)
         step += 1
         bar.update()

@@ -128,8 +128,8 @@ EXPERIMENTS = {
                   "hybrid-a"],
         "draw": {
             "{}/parity/* --name parity":
-                "Parity: states that only decay lose count within 64 tokens; Mamba-3's, which "
-                "rotates, does not"}},
+                "Parity: of the state space models only Mamba-3, whose state rotates, counts to 64 in "
+                "every seed"}},
     "ratio": {
         "train": ["--d 22 --M 16 --model mamba+attention",
                   "--d 16 --M 16 --model 2xmamba+attention",
@@ -180,7 +180,8 @@ EXPERIMENTS = {
         "train": [f"--d 16 --M 1 16 --model {ALL}"],
         "draw": {
             "{}/family/* --against model --name family":
-                "One query is easy; sixteen need a selective state or attention with a filter"}},
+                "Most models learn one query; sixteen need a selective state, or attention behind a "
+                "filter"}},
     "reference": {                                           # three seeds, to compare machines
         "train": [f"--device cpu --tau 1 5 --model {SIX}",
                   "--device cpu --M 4 --model rope mamba hybrid-a hybrid-b"],
@@ -249,7 +250,8 @@ def draw(line, more):
         found = sorted(path for path in glob.glob(word) if path.endswith(".json"))
         words += found if "*" in word else [word]
     if not any(word.endswith(".json") for word in words):
-        raise ValueError(f"there are no runs to draw: {line.split(' --')[0]}")
+        raise ValueError(f"there are no runs to draw: {line.split(' --')[0]}; those of the report "
+                         "are drawn with --out report")
     plot.main([*words, *more])
 
 

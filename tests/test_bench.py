@@ -87,6 +87,7 @@ def test_figure_of_lengths(tiny, tmp_path, capsys):
     ("--tables all", "--tables"), ("--device cuda:77", "cuda:77"),
     ("--device nonsense", "nonsense"),
     ("--model nonsense", "--model"), ("--out none/x.json", "none"), ("--out .", "--out"),
-    ("--draw none.json", "none.json"), ("--scan", "--scan")])
+    ("--draw none.json", "none.json"), ("--scan", "--scan"),
+    (f"--draw {__file__}", "no file of --tables length")])
 def test_wrong_flags(tiny, refuses, flags, word):
     assert word in refuses(bench.main, flags.split())

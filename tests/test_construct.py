@@ -42,8 +42,7 @@ def test_it_is_the_mamba_that_is_trained(model):
     assert torch.equal(model.embedding.weight, trained.embedding.weight)
 
 
-def test_demo(capsys, monkeypatch):
-    monkeypatch.setattr(construct, "LENGTHS", [2, 8])
-    construct.main()
-    assert capsys.readouterr().out.splitlines()[1:] == ["     2 tokens: 1.000",
-                                                        "     8 tokens: 1.000"]
+def test_demo(capsys):
+    construct.main(["--lengths", "8", "2"])
+    assert capsys.readouterr().out.splitlines()[1:] == ["      2 tokens: 1.000",
+                                                        "      8 tokens: 1.000"]

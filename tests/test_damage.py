@@ -72,6 +72,18 @@ def test_a_damaged_resume_file_starts_anew(damage, train_tiny, monkeypatch, tmp_
     assert names(tmp_path / "out") == sorted(NAME + end for end in (".json", ".pt", *left))
 
 
+def test_an_optimizer_of_another_device_or_version_goes_on(train_tiny, monkeypatch, tmp_path):
+    def change(saved):
+        for group in saved["optimizer"]["param_groups"]:
+            group.update(lr=0.5, betas=(0.5, 0.5), fused=False, foreach=False)
+
+    stopped_run(train_tiny, monkeypatch, [], at=8)
+    with_saved(change)(tmp_path / "out" / f"{NAME}.resume.pt")
+    resumed, = train_tiny()
+    whole, = train_tiny(out=tmp_path / "whole")
+    assert numbers(resumed) == numbers(whole)
+
+
 def test_planted_links_are_not_followed(train_tiny, monkeypatch, tmp_path):
     out, target = tmp_path / "out", tmp_path / "mine"
     out.mkdir()

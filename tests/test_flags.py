@@ -26,7 +26,7 @@ ABSURD = ["--L 1000000000", "--batch-size 1000000000", "--d 1000000", "--K 10000
     ("--model rope --d 6 --n-heads 2", "--n-heads 2"), ("--model rope --d 7", "odd size 7"),
     ("--model nope --n-heads 3", "3"), ("--model jamba --d 6", "4"),
     ("--model nope --n-heads 0", "--n-heads is 0"), ("--model mamba --d-state 0", "--d-state is 0"),
-    ("--train-lengths some", "--train-lengths"), ("--step 20", "--step"), ("--seed", "--seed"),
+    ("--train-lengths some", "--train-lengths"), ("--step 20", "did you mean --steps?"), ("--seed", "--seed"),
     ("--task sort", "--task"), ("--task mqar --M 9 --L 64", "--M is 9"),
     ("--task copy --train-lengths uniform", "--train-lengths"), ("--compile maybe", "--compile"),
     ("--model " + "+".join(["mamba"] * 40), "too long"),

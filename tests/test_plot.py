@@ -147,7 +147,7 @@ def test_runs_that_differ_in_any_flag_are_not_pooled(tmp_path, figures):
              write(tmp_path, "mamba", steps=[1], lr=0.001)]
     ax, = figures(*paths)["length_tau1_K16_d8_L64_M1.png"].axes
     assert sorted(texts(ax)[2:]) == [
-        "mamba", "rope", "rope, lr = 0.001", "rope, n_heads = 2, new = True"]
+        "mamba, lr = 0.001", "rope", "rope, lr = 0.001", "rope, n_heads = 2, new = True"]
     fig = figures(paths[0], paths[-1])["length_tau1_K16_d8_L64_M1.png"]
     assert texts(fig.axes[0])[2:] == ["rope", "mamba"]                  # one curve each, so the
     assert "lr = 0.001 (mamba)" in fig.get_supxlabel()                  # flag is in the caption

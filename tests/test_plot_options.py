@@ -21,6 +21,11 @@ def test_lowest(tmp_path, figures):  # noqa: F811
     assert title == "At 0.99 from L to 3L: rope (d = 16); below 0.99: rope (d = 8)"
 
 
+def test_lowest_needs_points(tmp_path, refuses):
+    for flags in [], ["--against", "model"]:
+        assert "--lowest needs" in refuses(plot.main, [write(tmp_path), "--lowest", *flags])
+
+
 def test_title(tmp_path, figures):  # noqa: F811
     drawn = figures(write(tmp_path), "--name", "x", "--title", "What was found")
     assert drawn["x.png"].get_suptitle() == "What was found"
@@ -45,4 +50,7 @@ def test_an_unknown_flag_is_answered_with_the_known(tmp_path, figures, refuses):
     assert {"lr", "n-heads", "state", "model", "M", "stop-early"} <= set(listed)
     assert not {"device", "out", "overwrite", "compile", "n_heads"} & set(listed)
     for flag in listed:
-        assert len(figures(path, "--against", flag)) == 1
+        if flag in ("model", "state"):
+            assert len(figures(path, "--against", flag)) == 1
+        else:
+            assert "nothing to compare" in refuses(plot.main, [path, "--against", flag])
