@@ -36,7 +36,8 @@ DATA = [
 ]
 
 HYBRID = [
-    ("wide.square().mean(-1, keepdim=True)", "wide.abs().mean(-1, keepdim=True).square()"),
+    ("super().__init__(d, eps=torch.finfo(torch.float32).eps)", "super().__init__(d, eps=0.1)"),
+    ("known = [*MODELS, *FAMILY] if name == word else []", "known = []"),
     ("bias * torch.randn(d)", "0 * torch.randn(d)"),
     ("start = 0.5 if any", "start = 0.5 if not any"),
     ("start = 0.5 if any", "start = 0.05 if any"),
@@ -80,8 +81,10 @@ RUNS = [
     ("if hashlib.sha256(data).digest() != digest:", "if False:"),
     ("set_states(parts, before)", "pass"),
     ("        set_states(parts, saved)\n", ""),
-    ("config = {**DEFAULTS, **checkpoint[\"config\"]}", "config = checkpoint[\"config\"]"),
-    ("                check(config)\n", "                pass\n"),
+    ("{**DEFAULTS, **checkpoint[\"config\"]}, checkpoint", "checkpoint[\"config\"], checkpoint"),
+    ("        check({**config, \"device\": str(device)})\n", "        pass\n"),
+    ("if path.endswith(\".json\"):", "if False:"),
+    ("                group.update(options)", "                pass"),
     ("model.to(device).eval()", "model.to(device)"),
     ("read_result(path + \".json\") is not None and", "os.path.exists(path + \".json\") and"),
     ("and os.path.exists(path + \".pt\")", ""),
@@ -113,7 +116,8 @@ GRID = [
     ("for ending in (\".json\", \".resume.pt\")", "for ending in (\".resume.pt\",)"),
     ("taken.append((number, (config, path)))\n", "pass\n"),
     ("                show(read_result(path + \".json\"))", "                pass"),
-    ("if not is_finished(path):\n                    yield", "if True:\n                    yield"),
+    ("if not is_finished(path):\n                    later", "if True:\n                    later"),
+    (" and not os.path.exists(path + \".json\")", ""),
 ]
 
 TRAIN = [
@@ -164,7 +168,7 @@ LINEAR_ATTENTION = [
 
 DELTANET = [
     ("beta * decay * (k @ k.mT)", "decay * (k @ k.mT)"),
-    ("known[:, i] - waiting[:, i] @ S.mT", "known[:, i]"),
+    ("known_i - waiting_i @ S.mT", "known_i"),
     ("exp(g[..., -1:] - g, dtype)", "exp(g, dtype)"),
     ("from_start * (q @", "(q @"),
     ("torch.sigmoid(self.b_proj(x))", "self.b_proj(x)"),
@@ -207,6 +211,8 @@ ZAMBA = [
 EXPERTS = [("round(8 * d_model / 3)", "round(4 * d_model)")]
 
 PLOT = [
+    ("if args.what == \"lowest\" and", "if False and"),
+    ("if kind == \"against\" and len(xs) == 1:", "if False:"),
     ("ax.axhline(1 / answers", "ax.axhline(2 / answers"),
     ("ax.axvline(L,", "ax.axvline(2 * L,"),
     ('"training step" if kind == "training" else "context length"', '"context length"'),
@@ -227,6 +233,8 @@ PLOT = [
 ]
 
 SUMMARY = [
+    ("if flag in named and", "if"),
+    ("if len(found_values) > 1}", "if False}"),
     ("min(run[what] for run in seeds)", "max(run[what] for run in seeds)"),
     ("np.median([run[what] for run in runs])", "np.mean([run[what] for run in runs])"),
     ("min(beyond)", "max(beyond)"),

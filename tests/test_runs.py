@@ -13,6 +13,7 @@ import eval as evaluation
 import runs
 import train
 from conftest import names, numbers
+from grid import to_make
 from hybrid import build_model
 
 CONFIG = {**runs.DEFAULTS, "model": "rope", "M": 1, "tau": 1, "K": 16, "d": 8, "L": 64, "seed": 0,
@@ -102,6 +103,17 @@ def test_overwrite_repeats_finished_runs(train_tiny, tmp_path):
     assert "mark" in train_tiny()[0]
     again, = train_tiny("--overwrite")
     assert "mark" not in again and numbers(again) == numbers(first)
+
+
+def test_runs_left_are_those_of_the_shape_without_a_result(tmp_path):
+    configs = [{**CONFIG, "M": M, "seed": seed, **more} for M in (1, 4) for seed in (0, 1)
+               for more in ({}, {"d": 16})]
+    assert [left for *_, left in to_make(configs, str(tmp_path), False, [])] == [
+        3, 3, 2, 2, 1, 1, 0, 0]
+    (tmp_path / (runs.run_name(configs[-2]) + ".json")).write_text("{}")
+    assert [left for *_, left in to_make(configs, str(tmp_path), False, [])][:2] == [2, 3]
+    copied = [{**config, "task": "copy"} for config in configs]          # there M is a length, too
+    assert [left for *_, left in to_make(copied, str(tmp_path), False, [])][:2] == [1, 1]
 
 
 @pytest.mark.parametrize("text", ["", "{", "\0" * 400, "[]", "null", '{"config": {}}',
@@ -230,6 +242,12 @@ def test_crafted_checkpoints_are_refused_in_one_sentence(change, checkpoint, ref
     error = refuses(evaluation.main, [path, "--device", "cpu"])
     assert "x.pt is not a whole checkpoint" in error or "x.pt cannot be loaded: --" in error
     assert time.monotonic() - began < 5
+
+
+def test_a_result_is_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="name .*x.pt"):
+        (tmp_path / "x.json").write_text("{}")
+        runs.load_run(str(tmp_path / "x.json"))
 
 
 def test_a_checkpoint_of_an_unknown_layer_names_it(checkpoint):
