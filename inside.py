@@ -167,7 +167,7 @@ def images(layer, found):
     count = count_keepers(dt, q, v)
     keep = (f"\n{count} of {len(dt)} would hold v for a million tokens:\n"
             "Δ > 0.1 soon after v, Δ < 1e-6 elsewhere")
-    keep = "" if count is None else keep
+    keep = keep if count else ""
     return [(f"step size Δ, widest range on top\npale: state kept, dark: overwritten{keep}",
              dt, "Δ", step),
             ("share of each token left at the end\npale: forgotten, dark: kept",
@@ -210,7 +210,7 @@ def draw(found):
             bar = dict(location="bottom", aspect=30) if attends else dict(pad=0.02, format="{x:g}")
             drawn = ax.imshow(image, cmap="Blues", aspect="auto", interpolation="nearest",
                               **colours)
-            part.colorbar(drawn, ax=ax, label=label, **bar)
+            part.colorbar(drawn, ax=ax, label=label, **bar).minorticks_off()
             ax.set_title(title, pad=20, fontsize=11)
             ax.set_facecolor("0.9")
             ax.set_xticks(range(len(tokens)), tokens, fontsize=9, rotation=90)
