@@ -9,6 +9,7 @@ goes to another, or to the same command given again.
 import glob
 import itertools
 import os
+import sys
 import tempfile
 import time
 
@@ -83,13 +84,37 @@ def barrier():
         dist.destroy_process_group()
 
 
+def make_all(configs, out, overwrite, make, wait=True, show=None):
+    """Call make(config, path, title, runs left) for the runs that are still to be made; returns the
+    results of all, None for a run that is not finished.
+
+    wait: whether to stay until runs that other processes have taken are finished. Of runs that are
+    finished already, show(result) is called. A run that fails does not keep others from being made.
+    SystemExit: with status 1 if one failed, 130 after Ctrl-C.
+    """
+    failed = []
+    try:
+        for config, path, title, left in to_make(configs, out, overwrite, failed, wait, show):
+            try:
+                make(config, path, title, left)
+            except (FloatingPointError, OSError) as error:
+                failed.append(path)
+                say(f"{title}{path} failed: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped; the same command without --overwrite resumes from the last save",
+              file=sys.stderr)
+        sys.exit(130)
+    if failed:
+        sys.exit(f"train.py: {len(failed)} of {len(configs)} runs failed")
+    return [read_result(os.path.join(out, run_name(config)) + ".json") for config in configs]
+
+
 def to_make(configs, out, overwrite, failed, wait=True, show=None):
     """Yield (config, path, title, runs left of its shape) for the runs that are still to be made.
 
     Processes started together by torchrun share the runs, and so do commands started one after
     another: each takes the next run that none has taken. A run whose process died is taken by
-    another; wait: whether to stay until all are finished, in case one dies. Of runs that are
-    finished already, show(result) is called.
+    another.
     """
     paths = [os.path.join(out, run_name(config)) for config in configs]
     first = os.environ.get("RANK", "0") == "0"

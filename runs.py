@@ -258,8 +258,9 @@ def save_progress(path, parts, **progress):
         say(f"{path}.resume.pt was not saved: {error.strerror}; the run goes on")
 
 
-def load_progress(path, parts, device):
-    """Give the parts the states that they had when the run was killed -> step, curves, seconds.
+def load_progress(path, parts, device, title=""):
+    """Give the parts the states that they had when the run was killed, and say so -> step, curves,
+    seconds.
 
     If there is nothing that can be used, the parts are as they were, and the run is at its start.
     """
@@ -271,7 +272,9 @@ def load_progress(path, parts, device):
             raise ValueError
         saved = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
         set_states(parts, saved)
-        return saved["step"], saved["curves"], saved["seconds"]
+        progress = saved["step"], saved["curves"], saved["seconds"]
+        say(f"{title}continues at step {progress[0]:,}: {path}")
+        return progress
     except FileNotFoundError:
         pass
     except Exception:     # there is no telling how a damaged file will fail

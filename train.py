@@ -12,21 +12,19 @@ import argparse
 import math
 import os
 import signal
-import sys
 import time
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C is no traceback, also during imports
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 import gpu
 import runs
 from data import TASKS, stream
 from eval import accuracy_now, evaluate, lengths_to_test, print_table, show_answers
-from grid import configs_of, prepare_folder, to_make
+from grid import configs_of, make_all, prepare_folder
 from hybrid import FAMILY, LAYERS, MODELS, WORDS, state_bytes
 from output import Progress, say, short_errors
 
@@ -50,10 +48,9 @@ def parse(argv):
         epilog="Flags marked * take several values and run all combinations of them."))
     one, several = dict(metavar="N"), dict(type=int, nargs="+", action="extend", metavar="N")
     add = parser.add_argument_group("the model").add_argument
-    names = ", ".join([*MODELS, *FAMILY])
-    words = ", ".join([*WORDS, *LAYERS])
     add("--model", nargs="+", action="extend", metavar="NAME",
-        help=f"* {names}; or a stack such as mamba+attention, of {words} (default: rope)")
+        help=f"* {', '.join([*MODELS, *FAMILY])}; or a stack such as mamba+attention, of "
+             f"{', '.join([*WORDS, *LAYERS])} (default: rope)")
     add("--d", **several, help="* width (default: 8)")
     add("--n-heads", type=int, **one, help="heads of an attention layer (default: 1)")
     add("--d-state", type=int, **one, help="states per channel of Mamba (default: 16)")
@@ -136,12 +133,13 @@ def make_optimizer(model, config, device):
     return optimizer, list(trained.values())
 
 
-def run(config, path, device, title="", runs_left=0):
-    """Make one run and write path.pt and path.json; returns the result.
+def run(config, path, title="", runs_left=0):
+    """Make one run and write path.pt and path.json.
 
     title: goes before what is printed; runs_left: how many runs of this shape follow. Raises
     FloatingPointError if the loss becomes NaN or infinite, OSError if the result cannot be written.
     """
+    device = torch.device(config["device"])
     K, M, tau, L, steps = (config[flag] for flag in ("K", "M", "tau", "L", "steps"))
     draw_batch, uniform = TASKS[config["task"]], config["train_lengths"] == "uniform"
 
@@ -155,9 +153,7 @@ def run(config, path, device, title="", runs_left=0):
 
     # Continue a run that was killed.
     parts = {"model": model, "optimizer": optimizer, "training": training, "testing": testing}
-    step, curves, seconds = runs.load_progress(path, parts, device)
-    if step:
-        say(f"{title}continues at step {step:,}: {path}")
+    step, curves, seconds = runs.load_progress(path, parts, device, title)
 
     # One training step. The three functions are an argument because torch.compile may replace them.
     def loss_of(tokens, labels, at):
@@ -174,10 +170,9 @@ def run(config, path, device, title="", runs_left=0):
         optimizer.step()
         return loss.detach()
 
-    functions = draw_batch, loss_of, nn.utils.clip_grad_norm_
-    fast = None
-    if device.type == "cuda":
-        fast = gpu.FastStep(train_step, functions, training, config)
+    functions = draw_batch, loss_of, torch.nn.utils.clip_grad_norm_
+    on_cuda = device.type == "cuda"
+    fast = gpu.FastStep(train_step, functions, training, config) if on_cuda else None
 
     # 200 tests, at least 10 steps apart; in runs of fewer than 200 steps, 20 tests.
     every = max(1, steps // MOST_TESTS, min(STEPS_APART, steps // 20))
@@ -217,9 +212,8 @@ def run(config, path, device, title="", runs_left=0):
 
     # The test against context length. The result is written last: it marks a finished run.
     began = time.monotonic()
-    model.eval()
     lengths = lengths_to_test(L, M, tau, config["task"])
-    accuracies = evaluate(model, config, lengths, EVAL_SEQUENCES, device, bar=True)
+    accuracies = evaluate(model.eval(), config, lengths, EVAL_SEQUENCES, device, bar=True)
     checkpoint = runs.write_checkpoint(path + ".pt", model, config)
     result = {
         "config": config, "params": model.n_params(), "checkpoint": checkpoint, "train": curves,
@@ -238,14 +232,10 @@ def run(config, path, device, title="", runs_left=0):
     print_table(result)
     if not title:
         show_answers(model, config, device)
-    return result
 
 
 def main(argv=None, wait=True):
-    """Make the runs of a command; returns their results, None for a run that is not finished.
-
-    wait: whether to stay until runs that other processes have taken are finished.
-    """
+    """Make the runs of a command; returns their results. wait: see grid.make_all."""
     parser, args = parse(argv)
     try:
         device = runs.pick_device(args.device)
@@ -256,28 +246,13 @@ def main(argv=None, wait=True):
     except ValueError as error:
         parser.error(str(error))
 
-    results, failed, threads = [], [], torch.get_num_threads()
+    threads = torch.get_num_threads()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)     # more gain little here, and cost a lot beside other programs
     try:
-        for config, path, title, runs_left in to_make(configs, args.out, args.overwrite, failed,
-                                                      wait, print_table):
-            try:
-                run(config, path, device, title, runs_left)
-            except (FloatingPointError, OSError) as error:
-                failed.append(path)
-                say(f"{title}{path} failed: {error}")
-        names = [os.path.join(args.out, runs.run_name(config)) for config in configs]
-        results = [runs.read_result(name + ".json") for name in names]
-    except KeyboardInterrupt:
-        print("\nstopped; the same command without --overwrite resumes from the last save",
-              file=sys.stderr)
-        sys.exit(130)
+        return make_all(configs, args.out, args.overwrite, run, wait, print_table)
     finally:
         torch.set_num_threads(threads)
-    if failed:
-        sys.exit(f"train.py: {len(failed)} of {len(configs)} runs failed")
-    return results
 
 
 if __name__ == "__main__":

@@ -109,6 +109,8 @@ OUTPUT = [
 ]
 
 GRID = [
+    ("except (FloatingPointError, OSError) as error:", "except FloatingPointError as error:"),
+    ("        sys.exit(130)\n", "        sys.exit(1)\n"),
     ("            if not wait:\n                return\n", ""),
     ("                remove(*glob.glob(glob.escape(path) + \".*.tmp\"))", "                pass"),
     ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
@@ -143,8 +145,6 @@ TRAIN = [
      "solved + COOLDOWN_STEPS"),
     ("min(COOLDOWN_STEPS, last / 4)", "COOLDOWN_STEPS"),
     ("if not math.isfinite(loss):", "if math.isnan(loss):"),
-    ("except (FloatingPointError, OSError) as error:", "except FloatingPointError as error:"),
-    ("        sys.exit(130)\n", "        sys.exit(1)\n"),
     ("torch.set_num_threads(threads)", "pass"),
     ("solved_at(curves, 1)", "solved_at(curves)"),
     ("\"model\": model, \"optimizer\": optimizer, \"training\": training,",
@@ -281,7 +281,7 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "eval.py": (EVAL, "test_eval.py test_eval_command.py"),
     "runs.py": (RUNS, "test_runs.py test_damage.py test_flags.py test_train.py test_stopped.py"),
     "output.py": (OUTPUT, "test_runs.py test_stopped.py test_eval_command.py test_inside.py"),
-    "grid.py": (GRID, "test_runs.py test_damage.py test_stopped.py"),
+    "grid.py": (GRID, "test_runs.py test_damage.py test_stopped.py test_train.py"),
     "train.py": (TRAIN, "test_train.py test_damage.py test_runs.py test_stopped.py"),
     "attention.py": (ATTENTION, "test_attention.py test_hybrid.py"),
     "mamba.py": (MAMBA, "test_mamba.py test_mamba_layer.py"),
