@@ -125,9 +125,9 @@ def make_optimizer(model, config, device):
     for name, p in trained.items():
         group = decayed if p.dim() > 1 and not name.endswith("A_log") else others
         group.append(p)
-    groups = [{"params": decayed, "weight_decay": config["weight_decay"]},
-              {"params": others, "weight_decay": 0.0}]
     lr = torch.tensor(config["lr"], device=device)       # a CUDA graph reads it from memory
+    groups = [{"params": decayed, "lr": lr, "weight_decay": config["weight_decay"]},
+              {"params": others, "lr": lr, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True,
                                   capturable=device.type == "cuda")
     return optimizer, list(trained.values())

@@ -131,7 +131,7 @@ TRAIN = [
     ("WARMUP = 400", "WARMUP = 40"),
     ("if p.dim() > 1 and not name.endswith(\"A_log\")", "if True"),
     ("if p.dim() > 1 and not name.endswith(\"A_log\")", "if p.dim() > 1"),
-    ("{\"params\": others, \"weight_decay\": 0.0}", "{\"params\": others}"),
+    ("{\"params\": others, \"lr\": lr, \"weight_decay\": 0.0}", "{\"params\": others, \"lr\": lr}"),
     ("learning_rate(step, last, config[\"lr\"])", "learning_rate(step + 1, last, config[\"lr\"])"),
     ("if step % every and step < last:", "if step % every:"),
     ("testing = stream(config[\"seed\"], \"test\", device)",
