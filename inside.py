@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 from attention import Attention, rotary
 from data import recall_batch
 from mamba import Mamba
-from output import end_with, say, short_errors, text
-from plot import LOOK, write
+from output import end_with, say, short_errors, text, write_figure
+from plot import LOOK
 from runs import load_run
 
 CONTEXT = 24                               # tokens before the query: few enough to see each of them
@@ -250,7 +250,7 @@ def main(argv=None):
             with matplotlib.rc_context(LOOK):
                 fig = draw(look(path))
                 os.makedirs(args.out, exist_ok=True)
-                write(fig, target)
+                write_figure(target, fig)
         except ValueError as error:
             left_out.append(str(error))
             continue

@@ -4,6 +4,7 @@ Needs no torch, because plot.py does not.
 """
 
 import difflib
+import io
 import os
 import sys
 import tempfile
@@ -88,6 +89,13 @@ class Progress(tqdm):
         if self.disable and not self.quiet and now - self.said > SAY_SECONDS:
             self.said = now
             say(words)
+
+
+def write_figure(path, fig):
+    """Write a figure of matplotlib as PNG."""
+    image = io.BytesIO()
+    fig.savefig(image, format="png", dpi=150)
+    write_file(path, image.getvalue())
 
 
 def write_file(path, data):

@@ -15,7 +15,6 @@ points beside the runs of their task.
 """
 
 import argparse
-import io
 import os
 import signal
 import textwrap
@@ -28,7 +27,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
 
-from output import end_with, say, short_errors, text, write_file
+from output import end_with, say, short_errors, text, write_figure
 from summary import (COLOURS, IGNORED, MODELS, TASK, caption, file_name, finding, group, median,
                      middle, name_of, rank, read, table)
 
@@ -230,13 +229,6 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
     return fig
 
 
-def write(fig, path):
-    """Write a figure as PNG."""
-    image = io.BytesIO()
-    fig.savefig(image, format="png", dpi=150)
-    write_file(path, image.getvalue())
-
-
 def main(argv=None):
     """Draw what argv asks for -> paths of the figures. SystemExit, status 2, if that is nothing."""
     parser = short_errors(argparse.ArgumentParser(
@@ -291,7 +283,7 @@ def main(argv=None):
                     fig = draw(kind, cells, panels, curve, across, stacks, published, args.what,
                                None if kind == "training" else args.title)
                     os.makedirs(args.out, exist_ok=True)
-                    write(fig, path)
+                    write_figure(path, fig)
                 written.append(path)
                 say(path)
             except ValueError as error:

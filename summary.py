@@ -99,8 +99,7 @@ def state_bytes(config, written):
 
 
 def read(paths):
-    """Read files -> runs, published numbers, and a sentence for each file that is left out, because
-    it is no result, or the same run again."""
+    """Read files -> runs, published numbers, and a sentence for each file that is left out."""
     runs, published, left_out = {}, [], []
     for path in dict.fromkeys(paths):
         try:
@@ -144,15 +143,17 @@ def group(runs, fixed, panels, curve, across=()):
         figures.setdefault(values(run, fixed), []).append(run)
     for key in sorted(figures, key=rank):
         cells, seen = {}, {}
+        flags = {flag for run in figures[key] for flag in run["off"]}
         for run in figures[key]:
-            for flag in {flag for other in figures[key] for flag in other["off"]}:
+            for flag in flags:
                 same = None if flag == "d" else run["config"].get(curve)     # --against model
                 seen.setdefault((flag, same), set()).add(run["off"].get(flag))
-        named = {flag for (flag, _), found_values in seen.items() if len(found_values) > 1}
+        named = {flag for (flag, _), different in seen.items() if len(different) > 1}
         for run in figures[key]:
-            extra = [(flag, value) for flag, value in sorted(run["off"].items())
-                     if flag in named and flag not in (*panels, curve, *across)]
-            cell = values(run, panels), (run["config"].get(curve), tuple(extra)), values(run, across)
+            extra = tuple((flag, value) for flag, value in sorted(run["off"].items())
+                          if flag in named and flag not in (*panels, curve, *across))
+            base = run["config"].get(curve)
+            cell = values(run, panels), (base, extra), values(run, across)
             cells.setdefault(cell, []).append(run)
         found.append(dict(sorted(cells.items(), key=lambda item: rank(item[0]))))
     return found
@@ -163,14 +164,14 @@ def middle(runs, what):
 
 
 def median(runs, kind):
-    """The median of some seeds -> x, y. kind: "length", where all were tested, or "training", where
-    a seed that has stopped keeps its last accuracy."""
+    """The median of some seeds -> x, y: of "length", where all were tested, or of "training"."""
     x = np.unique(np.concatenate([run[kind][0] for run in runs]))
     if kind == "length":
         x = x[[all(n in run[kind][0] for run in runs) for n in x]]
     else:
-        x = x[x >= max(run[kind][0][0] for run in runs)]
+        x = x[x >= max(run[kind][0][0] for run in runs)]     # who has stopped keeps its accuracy
     return x, np.median([np.interp(x, *run[kind]) for run in runs], axis=0)
+
 
 def name_of(flag, curve):
     """What a curve of `group` is called."""
@@ -285,10 +286,9 @@ def table(runs, lengths=None):
     rows, order = {}, ["task", "K", "L", "tau", "M", "model", "d", *flags]
     for run in sorted(runs, key=lambda run: rank(values(run, order))):
         rows.setdefault(values(run, flags), []).append(run)
-
     titles = [f"steps to {SOLVED}", "at L, median", "at L, worst", "to 3L, median", "to 3L, worst"]
-    lines = [[*flags, "seeds", *map(str, lengths or titles)]]
-    lines.append(["---"] * len(lines[0]))
+    header = [*flags, "seeds", *map(str, lengths or titles)]
+    lines = [header, ["---"] * len(header)]
     for setting, seeds in rows.items():
         x, y = median(seeds, "length")
         cells = [f"{y[x == length][0]:.3f}" if length in x else "" for length in lengths or ()]

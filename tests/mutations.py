@@ -234,7 +234,7 @@ PLOT = [
 
 SUMMARY = [
     ("if flag in named and", "if"),
-    ("if len(found_values) > 1}", "if False}"),
+    ("if len(different) > 1}", "if False}"),
     ("min(run[what] for run in seeds)", "max(run[what] for run in seeds)"),
     ("np.median([run[what] for run in runs])", "np.mean([run[what] for run in runs])"),
     ("min(beyond)", "max(beyond)"),

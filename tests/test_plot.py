@@ -42,9 +42,9 @@ def figures(tmp_path, monkeypatch):
     def call(*argv):
         drawn = {}
 
-        def keep(fig, path):
+        def keep(path, fig):
             drawn[os.path.basename(path)] = fig
-        monkeypatch.setattr(plot, "write", keep)
+        monkeypatch.setattr(plot, "write_figure", keep)
         plot.main([*map(str, argv), "--out", str(tmp_path / "out")])
         return drawn
     return call

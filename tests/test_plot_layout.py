@@ -21,7 +21,7 @@ def ticks(ax):
 
 
 def drawn(fig):
-    """The figure after the layout that plot.write makes."""
+    """The figure after the layout that output.write_figure makes."""
     fig.savefig(io.BytesIO())
     return fig
 
