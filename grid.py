@@ -114,7 +114,8 @@ def to_make(configs, out, overwrite, failed, wait=True, show=None):
 
     Processes started together by torchrun share the runs, and so do commands started one after
     another: each takes the next run that none has taken. A run whose process died is taken by
-    another.
+    another. The processes begin with different shapes, and each stays with a shape while there are
+    runs of it, because the first run of a shape may have to compile.
     """
     paths = [os.path.join(out, run_name(config)) for config in configs]
     first = os.environ.get("RANK", "0") == "0"
@@ -123,8 +124,17 @@ def to_make(configs, out, overwrite, failed, wait=True, show=None):
             remove(*[path + ending for path in paths for ending in (".json", ".resume.pt")])
         barrier()
 
+    shapes = list(dict.fromkeys(map(shape_of, configs)))
+    place = {path: shapes.index(shape_of(config)) for config, path in zip(configs, paths)}
+    rank, processes = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE"))
+    sharing = max(1, -(-processes // len(shapes)))       # processes with runs of one shape
+
     def title(number):
         return f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
+
+    def runs_left(path):
+        same = [other for other in paths if place[other] == place[path] and other != path]
+        return sum(not os.path.exists(other + ".json") for other in same) // sharing
 
     waiting = list(enumerate(zip(configs, paths), 1))
     for number, (_, path) in waiting:
@@ -132,6 +142,7 @@ def to_make(configs, out, overwrite, failed, wait=True, show=None):
             say(f"{title(number)}{path}.json is finished; --overwrite repeats it")
             if show:
                 show(read_result(path + ".json"))
+    waiting.sort(key=lambda item: (place[item[1][1]] - rank) % len(shapes))
     while waiting:
         taken = []
         for number, (config, path) in waiting:
@@ -149,19 +160,10 @@ def to_make(configs, out, overwrite, failed, wait=True, show=None):
             with lock:                           # held while the caller makes the run, at `yield`
                 remove(*glob.glob(glob.escape(path) + ".*.tmp"))     # of a process that was killed
                 if not is_finished(path):
-                    later = zip(configs[number:], paths[number:])
-                    yield config, path, title(number), runs_left(config, later)
+                    yield config, path, title(number), runs_left(path)
                 remove(path + ".lock")
         if len(taken) == len(waiting):                       # this pass made nothing
             if not wait:
                 return
             time.sleep(1)
         waiting = taken
-
-
-def runs_left(config, later):
-    """How many of the later runs, pairs (config, path), this process may make with the compiled
-    step of this one: its share of those that have its shape and no result."""
-    same = [path for other, path in later
-            if shape_of(other) == shape_of(config) and not os.path.exists(path + ".json")]
-    return len(same) // int(os.environ.get("WORLD_SIZE", "1"))

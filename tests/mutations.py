@@ -118,8 +118,10 @@ GRID = [
     ("for ending in (\".json\", \".resume.pt\")", "for ending in (\".resume.pt\",)"),
     ("taken.append((number, (config, path)))\n", "pass\n"),
     ("                show(read_result(path + \".json\"))", "                pass"),
-    ("if not is_finished(path):\n                    later", "if True:\n                    later"),
-    (" and not os.path.exists(path + \".json\")", ""),
+    ("if not is_finished(path):\n                    yield", "if True:\n                    yield"),
+    ("sum(not os.path.exists(other + \".json\") for other in same)", "len(same)"),
+    ("(place[item[1][1]] - rank) % len(shapes)", "place[item[1][1]]"),
+    ("    waiting.sort(", "    sorted(waiting, "),
 ]
 
 TRAIN = [

@@ -108,12 +108,22 @@ def test_overwrite_repeats_finished_runs(train_tiny, tmp_path):
 def test_runs_left_are_those_of_the_shape_without_a_result(tmp_path):
     configs = [{**CONFIG, "M": M, "seed": seed, **more} for M in (1, 4) for seed in (0, 1)
                for more in ({}, {"d": 16})]
-    assert [left for *_, left in to_make(configs, str(tmp_path), False, [])] == [
-        3, 3, 2, 2, 1, 1, 0, 0]
+    assert [left for *_, left in to_make(configs, str(tmp_path), False, [])] == [3] * 8
     (tmp_path / (runs.run_name(configs[-2]) + ".json")).write_text("{}")
-    assert [left for *_, left in to_make(configs, str(tmp_path), False, [])][:2] == [2, 3]
+    assert [left for *_, left in to_make(configs, str(tmp_path), False, [])] == [2] * 3 + [3] * 5
     copied = [{**config, "task": "copy"} for config in configs]          # there M is a length, too
-    assert [left for *_, left in to_make(copied, str(tmp_path), False, [])][:2] == [1, 1]
+    assert [left for *_, left in to_make(copied, str(tmp_path), False, [])] == [1] * 8
+
+
+def test_a_process_stays_with_a_shape_and_begins_with_another(tmp_path, monkeypatch):
+    configs = [{**CONFIG, "seed": seed, "d": d} for seed in (0, 1) for d in (8, 16, 32)]
+    for rank, order in (0, [8, 8, 16, 16, 32, 32]), (1, [16, 16, 32, 32, 8, 8]), (4, None):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "5")
+        made = [(config["d"], left) for config, _, _, left in to_make(configs, str(tmp_path), False,
+                                                                    [])]
+        assert [d for d, _ in made] == (order or [16, 16, 32, 32, 8, 8])
+        assert {left for _, left in made} == {0}                 # of one run, shared by two
 
 
 @pytest.mark.parametrize("text", ["", "{", "\0" * 400, "[]", "null", '{"config": {}}',
