@@ -79,8 +79,8 @@ LAYERS = {  # words of the layers that need only a width
 }
 
 RUNGS = {  # of linear attention: each has one idea more than the one before
-    "linear-fixed": {"decay": "fixed"},
-    "linear-decay": {"decay": "token"},
+    "linear-fixed": {"fixed_decay": True},
+    "linear-decay": {},
     "gated-deltanet": {"delta": True},
     "linear-rotation": {"delta": True, "rotation": True},
 }

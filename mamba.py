@@ -44,7 +44,7 @@ from fused_scan import check_shapes, parallel_scan
 #
 # If x is constant over a step of length dt, the exact solution is (paper, equation 4)
 #
-#     h_t = exp(dt A) h_{t-1} + (exp(dt A) - 1) / A  B x_t
+#     h_t = exp(dt A) h_{t-1} + (exp(dt A) - 1) B / A  x_t
 #
 # The official code replaces the second factor by its first-order form dt, and so do we, so that
 # trained weights mean the same in both:

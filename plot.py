@@ -234,7 +234,8 @@ def main(argv=None):
     parser = short_errors(argparse.ArgumentParser(
         "plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
     parser.add_argument("results", nargs="+", metavar="RUN.json", help="results of train.py")
-    parser.add_argument("--panels", nargs="+", default=["M"], metavar="FLAG", help="flags that make panels (default: M)")
+    parser.add_argument("--panels", nargs="+", default=["M"], metavar="FLAG",
+                        help="flags that make panels (default: M)")
     parser.add_argument("--against", metavar="FLAG", help="a flag of train.py, model, or state")
     parser.add_argument("--lowest", dest="what", action="store_const", const="lowest", default="at",
                         help="with --against: see above")

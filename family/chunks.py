@@ -1,8 +1,7 @@
 """What the chunked forms of recurrences share.
 
 A chunk is computed by matmuls over all pairs of its steps. The decay between two steps is the exp
-of a difference of running sums of log decays. At the end: how a file of family/ shows, when it is
-run, that its forms agree.
+of a difference of running sums of log decays. Last come the checks that the files of family/ print.
 """
 
 import time
@@ -16,7 +15,8 @@ def set_nan_aside(*inputs):
 
     In a chunk, matmuls give later tokens the weight 0. But 0 times NaN is NaN, and would reach the
     outputs before it. So a chunked form computes with finite numbers alone, and in the end adds
-    nan.cumsum(1) to its outputs and nan.sum(1) to its last state.
+    nan.cumsum(1) to its outputs and nan.sum(1) to its last state. What reads the state, C or q,
+    enters the token's own output alone and need not be set aside.
     """
     finite, nan = [], 0.0
     for v in inputs:
@@ -28,6 +28,11 @@ def set_nan_aside(*inputs):
     return finite, nan
 
 
+def at_least_float32(v):
+    """v, in float32 if it is of a half type."""
+    return v.to(torch.promote_types(v.dtype, torch.float32))
+
+
 def widest(device):
     """float64, or float32 on Apple's GPUs, which have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -36,7 +41,8 @@ def widest(device):
 def exp(difference, dtype):
     """exp of a difference of running sums, at most 0 where it is used: nothing overflows.
 
-    The sums are float64, or a strong step would cost the weak ones after it their digits. Below
+    Positive differences belong to later steps, whose weights tril discards. The sums are float64:
+    after one strong decay, a float32 sum would lose the digits of the weak ones that follow. Below
     -80, where the result is effectively 0, a CPU's exp is slow.
     """
     return difference.to(dtype).clamp(-80, 0).exp()

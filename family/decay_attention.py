@@ -1,8 +1,8 @@
-"""Attention whose scores decay, by a fixed amount per token or as each token says.
+"""Attention whose scores decay, by a fixed amount per token or by one that each token sets.
 
 ALiBi (Press et al. 2022, arXiv 2108.12409) subtracts from a score the distance of query and key
 times a slope m of the head. The forgetting transformer (FoX, Lin et al. 2025, arXiv 2503.02130) has
-a gate per token and head, f_t in 0 ... 1; a key's score falls by log f_r at each later token r:
+a gate per token and head, f_t in 0 ... 1; each later token r adds log f_r <= 0 to a key's score:
 
     score_ts = q_t . k_s / sqrt(P) + log f_{s+1} + ... + log f_t
     y_t = sum over s <= t of softmax_s(score_ts) v_s
@@ -10,13 +10,13 @@ a gate per token and head, f_t in 0 ... 1; a key's score falls by log f_r at eac
     alibi         log f_t = -m                          m = 2^(-8 h / H) for the heads h = 1 ... H
     forgetting    log f_t = log sigmoid(w x_t + b)      the attention that corresponds to Mamba's dt
 
-Both know order through the decay and have no other positions.
+Both know order through the decay and use no other information on positions.
 
     symbol   meaning
     B, L     sequences in the batch, tokens in this call
     S        tokens seen in earlier calls, now in the cache
     H, P     heads, and channels per head; d = H P
-    Q        tokens that ask: all L, or the last one alone
+    Q        queries: all L tokens, or the last one alone
 
 `python -m family.decay_attention` shows that one call, single steps and the formula agree.
 """
@@ -79,23 +79,23 @@ class DecayAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)     # (B, L, H, P) each
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)        # (B, H, L, P) each
 
-        # now: log f summed from the start of the segment to a token. A key of the segment has
-        # decayed by now_t - now_s at t, one of an earlier segment by now_t + its decay so far.
-        now = self.log_f(x).cumsum(-1)                                   # (B, H, L)
-        since = -now                                                     # (B, H, L), for s < L
+        # sums: log f summed from the start of the segment to a token. At query t, the score of key
+        # s gets sums_t + offset_s; for a key of an earlier segment, offset is its decay so far.
+        sums = self.log_f(x).cumsum(-1)                                  # (B, H, L)
+        offset = -sums                                                   # (B, H, L)
         if state is None:
             k, v = k.clone(), v.clone()          # views would keep all of qkv in memory
         else:
             k = torch.cat([state.k, k], dim=2)                           # (B, H, S+L, P)
             v = torch.cat([state.v, v], dim=2)
-            since = torch.cat([state.decay, since], dim=2)               # (B, H, S+L)
-        cache = DecayCache(k, v, since + now[:, :, -1:])
+            offset = torch.cat([state.decay, offset], dim=2)             # (B, H, S+L)
+        cache = DecayCache(k, v, offset + sums[:, :, -1:])
         if last_only:
-            q, now = q[:, :, -1:], now[:, :, -1:]
+            q, sums = q[:, :, -1:], sums[:, :, -1:]
 
-        Q, length = q.shape[2], k.shape[2]
-        bias = now[..., :, None] + since[..., None, :]                   # (B, H, Q, S+L)
-        later = torch.ones(Q, length, dtype=torch.bool, device=x.device).triu(length - Q + 1)
+        Q, keys = q.shape[2], k.shape[2]
+        bias = sums[..., :, None] + offset[..., None, :]                 # (B, H, Q, S+L)
+        later = torch.ones(Q, keys, dtype=torch.bool, device=x.device).triu(keys - Q + 1)
         score = q @ k.mT / math.sqrt(q.shape[-1]) + bias                 # (B, H, Q, S+L)
         w = score.masked_fill(later, -math.inf).softmax(-1).to(v.dtype)
         y = w @ v                                                        # (B, H, Q, P)

@@ -8,7 +8,7 @@ gate a_t lets all of S decay (Gated DeltaNet, Yang et al. 2024, arXiv 2412.06464
     S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T          y_t = S_t q_t
 
     symbol   meaning
-    q, k     queries and keys (b, L, H, N), of length 1
+    q, k     queries and keys (b, L, H, N); the layer makes k of length 1, q of length 1 / sqrt(N)
     v        values (b, L, H, P)
     beta     how much of the old value is replaced (b, L, H), in 0 ... 1
     log_a    the logarithm of the decay (b, L, H), at most 0; DeltaNet has 0
@@ -18,7 +18,8 @@ gate a_t lets all of S decay (Gated DeltaNet, Yang et al. 2024, arXiv 2412.06464
     N, P     size of a key, size of a value
     c, T     chunks, and steps per chunk
 
-With beta_t = 1 and a_t = 1, S_t k_t = v_t exactly: associative recall is what the rule does.
+With beta_t = 1, S_t k_t = v_t exactly, whatever the decay: the rule overwrites, as associative
+recall needs it.
 
 `python -m family.deltanet` shows that recurrence, chunks and single steps agree, and their times.
 """
@@ -70,8 +71,8 @@ class GatedDeltaNet(nn.Module):
     gated: False for DeltaNet, without the decay a and without the gate after the norm.
     conv: taps of the convolution, None for no convolution.
 
-    Differs from the published code, whose names and initial values these are: there q, k and v have
-    a map and a convolution each, here those are stacked in one; the convolution has a bias here.
+    Names and initial values follow the published code, except: q, k and v share one map and one
+    convolution, which has a bias; A starts in 1 ... 16, there in 0 ... 16.
     """
 
     takes_bias = True

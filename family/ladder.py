@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from family.chunks import set_nan_aside
+from family.chunks import at_least_float32, set_nan_aside
 from family.mamba2 import ssd
 from mamba import DepthwiseConv1d, causal_conv, selective_scan
 
@@ -84,7 +84,7 @@ class LTI(nn.Module):
     Each channel is a system h' = A h + B x, y = C h with N states and A diagonal, over a step dt of
     its own in which x does not change (zero-order hold, equation 6):
 
-        h_t = Abar h_{t-1} + Bbar x_t          Abar = exp(dt A)          Bbar = (Abar - 1) / A B
+        h_t = Abar h_{t-1} + Bbar x_t          Abar = exp(dt A)          Bbar = (Abar - 1) B / A
 
     Nothing depends on the token, so y is also the convolution of x with K_l = C Abar^l Bbar
     (equation 7): `recur` and `convolve` are the same function.
@@ -164,7 +164,7 @@ class Retention(nn.Module):
     def __init__(self, d_model, n_heads=4):
         super().__init__()
         if d_model % n_heads:
-            raise ValueError(f"d is {d_model}, but retention needs a multiple of {n_heads} heads")
+            raise ValueError(f"d is {d_model}, but retention's {n_heads} heads must divide it")
         self.n_heads = n_heads
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.gate = nn.Linear(d_model, d_model, bias=False)
@@ -209,8 +209,8 @@ class RGLRU(nn.Module):
         self.in_proj = nn.Linear(d_model, 2 * d_model)
         self.conv1d = DepthwiseConv1d(d_model, d_conv)
         self.gates = nn.Linear(d_model, 2 * d_model)
-        a = torch.empty(d_model).uniform_(0.9, 0.999)    # where a^8 starts (section 2.4)
-        self.a_logit = nn.Parameter(torch.logit(a ** (1 / self.POWER)))
+        a_8 = torch.empty(d_model).uniform_(0.9, 0.999)  # where a^8 starts (section 2.4)
+        self.a_logit = nn.Parameter(torch.logit(a_8 ** (1 / self.POWER)))
         self.out_proj = nn.Linear(d_model, d_model)
 
     def forward(self, x, state=None):
@@ -231,11 +231,6 @@ class RGLRU(nn.Module):
         ones = torch.ones_like(u[..., :1])                               # (b, L, 1), B and C
         y, h = selective_scan(u / dt, dt, A, ones, ones, h)              # (b, L, d)
         return self.out_proj(F.gelu(z) * y.to(x.dtype)), (window, h)
-
-
-def at_least_float32(v):
-    """v, in float32 if it is of a half type."""
-    return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
 @torch.no_grad()

@@ -8,12 +8,12 @@ thing in the recurrence of the one before, and keeps its projections, its norm a
     gated-deltanet    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T
     linear-rotation   the same, and q_t and k_t turn by angles that the tokens so far set
 
-y_t = S_t q_t / sqrt(N) in all of them; symbols and shapes are those of family/deltanet.py. The
-decay of the first is RetNet's (Sun et al. 2023, arXiv 2307.08621), that of the second Mamba-2's
-(Dao and Gu 2024, arXiv 2405.21060), one number per head; in gated linear attention it is one per
-key channel (Yang et al. 2023, arXiv 2312.06635). The third is Gated DeltaNet (arXiv 2412.06464),
-the rotation Mamba-3's (arXiv 2603.15569, section 3.2). With the suffix -noconv, a rung has no short
-convolution.
+y_t = S_t q_t in all of them, with q_t of length 1 / sqrt(N); symbols and shapes are those of
+family/deltanet.py. The decay of the first is RetNet's (Sun et al. 2023, arXiv 2307.08621), that of
+the second Mamba-2's (Dao and Gu 2024, arXiv 2405.21060), one number per head; in gated linear
+attention it is one per key channel (Yang et al. 2023, arXiv 2312.06635). The third is Gated
+DeltaNet (arXiv 2412.06464), the rotation Mamba-3's (arXiv 2603.15569, section 3.2). With the suffix
+-noconv, a rung has no short convolution.
 
 `python -m family.linear_attention` writes twice under one key and shows what three rules then read.
 """
@@ -39,15 +39,17 @@ class RungState(NamedTuple):
 class LinearAttention(GatedDeltaNet):
     """A rung of the ladder: Gated DeltaNet with parts of its recurrence taken away or added.
 
-    decay: "fixed", gamma = 1 - 2^-5 in the first head, 1 - 2^-6 in the second, ...; or "token".
-    delta: whether a value replaces what its key had, or is added to it. rotation: whether q and k
-    turn. conv: taps of the convolution, None for none. For the rest see GatedDeltaNet.
+    fixed_decay: gamma = 1 - 2^-5 in the first head, 1 - 2^-6 in the second, ..., not a_t. delta:
+    whether a value replaces what its key had, or is added to it. rotation: whether q and k turn.
+    conv: taps of the convolution, None for none. For the rest see GatedDeltaNet.
     """
 
-    def __init__(self, d_model, n_heads=1, d_state=16, expand=2, decay="token", delta=False,
+    def __init__(self, d_model, n_heads=1, d_state=16, expand=2, fixed_decay=False, delta=False,
                  rotation=False, conv=4):
         super().__init__(d_model, n_heads, d_state, expand, gated=True, conv=conv)
-        self.delta, self.fixed = delta, decay == "fixed"
+        if fixed_decay and rotation:
+            raise ValueError("rotation needs a decay per token, whose step size scales the angles")
+        self.delta, self.fixed = delta, fixed_decay
         if self.fixed:
             del self.a_proj, self.A_log, self.dt_bias
         self.angle_proj = None
@@ -87,7 +89,8 @@ class LinearAttention(GatedDeltaNet):
 def additive_rule(q, k, v, beta, log_a, S=None):
     """S_t = a_t S_{t-1} + beta_t v_t k_t^T, in chunks; arguments and results as of delta_rule.
 
-    It is Mamba-3's recurrence without its term for the previous token, and with rank R = 1.
+    It is Mamba-3's recurrence without its term for the previous token, and with rank R = 1. (In
+    Mamba-2's ssd, what is written and what decays come from the same dt; here from beta and a.)
     """
     q, k, v = (u[:, :, None] for u in (q, k, v))                         # (b, L, R, H, N or P)
     y, S = trapezoid(v, log_a, before=torch.zeros_like(beta), now=beta, B=k, C=q, h=S)

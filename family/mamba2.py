@@ -6,7 +6,8 @@ The recurrence is Mamba's, but all channels of a head share one number A < 0 and
 
     symbol   meaning                                  as attention
     x        inputs (b, L, H, P)                      values
-    B, C     what is written where, what is read      keys, queries
+    B        how a token is written (b, L, G, N)      keys
+    C        how the state is read (b, L, G, N)       queries
     dt       step size (b, L, H), positive
     A        decay rate (H,), negative
     h        state (b, H, P, N)
@@ -48,8 +49,8 @@ def ssd_ref(x, dt, A, B, C, h=None):
 
     x (b, L, H, P); dt (b, L, H); A (H,), negative; B, C (b, L, G, N), where G divides H; h (b, H,
     P, N), the state before the first step, None for zero. Returns y (b, L, H, P) and the state
-    after the last step (b, H, P, N). The official mamba_chunk_scan_combined, without D, z and
-    softplus.
+    after the last step (b, H, P, N). The official counterpart is mamba_chunk_scan_combined, without
+    D, z and softplus.
     """
     H = x.shape[2]
     B = B.repeat_interleave(H // B.shape[2], dim=2)                      # (b, L, H, N)
@@ -148,13 +149,13 @@ class GatedNorm(nn.Module):
 def ssd(x, dt, A, B, C, h=None, T=None):
     """ssd_ref in chunks of at most T steps: same arguments, same results and gradients.
 
-    States and sums are at least float32; y has the dtype of x. Matmuls multiply numbers of x's
-    dtype, or float32 if that is float16, whose products overflow. T: None for 16 on a CPU, where
-    longer chunks are more arithmetic; on a GPU for 128 if L is at most that or the states are large
-    (P N >= 4,096), otherwise 64. The four steps are those of the paper's listing 1.
+    States and sums are at least float32; y has the dtype of x. Inputs of matmuls are bfloat16 if x
+    is, otherwise at least float32: products of float16 would overflow. T: None for 16 on a CPU,
+    where longer chunks are more arithmetic; on a GPU for 128 if L is at most that or the states are
+    large (P N >= 4,096), otherwise 64. The four steps are those of the paper's listing 1.
     """
     dtype, x_dtype = torch.promote_types(x.dtype, torch.float32), x.dtype
-    factors = x_dtype if x_dtype == torch.bfloat16 else dtype
+    matmul_dtype = x_dtype if x_dtype == torch.bfloat16 else dtype
     L, (H, P), (G, N) = x.shape[1], x.shape[2:], B.shape[2:]
     if L == 1:                                       # there is nothing to cut
         y, h = ssd_ref(*(v.to(dtype) for v in (x, dt, A, B, C)), None if h is None else h.to(dtype))
@@ -164,20 +165,20 @@ def ssd(x, dt, A, B, C, h=None, T=None):
         if x.is_cuda:
             T = 128 if L <= 128 or P * N >= 64 * 64 else 64
     heads, dt = (G, H // G), dt.to(dtype)
-    (u, log_decay, B), nan = set_nan_aside(dt[..., None] * x, dt * A.to(dtype), B.to(factors))
+    (u, log_decay, B), nan = set_nan_aside(dt[..., None] * x, dt * A.to(dtype), B.to(matmul_dtype))
     u = split(u, T).unflatten(3, heads)                                  # (b, c, T, G, H/G, P)
-    B, C = split(B, T), split(C.to(factors), T)                          # (b, c, T, G, N)
+    B, C = split(B, T), split(C.to(matmul_dtype), T)                          # (b, c, T, G, N)
     log_decay = split(log_decay, T).unflatten(3, heads).movedim(2, -1)
     sums = log_decay.to(widest(x.device)).cumsum(-1)                     # (b, c, G, H/G, T)
 
     # 1. In a chunk: attention. a_ts is the exp of a difference of running sums.
     a = exp(sums[..., :, None] - sums[..., None, :], dtype).tril()       # (b, c, G, H/G, T, T)
     scores = torch.einsum("bctgn, bcsgn -> bcgts", C, B)[:, :, :, None]
-    y = torch.einsum("bcghts, bcsghp -> bctghp", (scores * a).to(factors), u.to(factors))
+    y = torch.einsum("bcghts, bcsghp -> bctghp", (scores * a).to(matmul_dtype), u.to(matmul_dtype))
 
     # 2. The state at the end of each chunk, had it started from zero.
     to_end = exp(sums[..., -1:] - sums, dtype).movedim(-1, 2)            # (b, c, T, G, H/G)
-    ends = torch.einsum("bctghp, bctgn -> bcghpn", (to_end[..., None] * u).to(factors), B)
+    ends = torch.einsum("bctghp, bctgn -> bcghpn", (to_end[..., None] * u).to(matmul_dtype), B)
 
     # 3. The recurrence from chunk to chunk.
     decay = exp(sums[..., -1], dtype)[..., None, None]                   # (b, c, G, H/G, 1, 1)
@@ -193,7 +194,7 @@ def ssd(x, dt, A, B, C, h=None, T=None):
 
     # 4. The contribution of each chunk's first state to its outputs.
     if len(starts) > 1 or not from_zero:
-        starts = torch.stack(starts, dim=1).to(factors)                  # (b, c, G, H/G, P, N)
+        starts = torch.stack(starts, dim=1).to(matmul_dtype)                  # (b, c, G, H/G, P, N)
         from_start = exp(sums, dtype).movedim(-1, 2)                     # (b, c, T, G, H/G)
         y = y + from_start[..., None] * torch.einsum("bctgn, bcghpn -> bctghp", C, starts)
     y = y.flatten(3, 4).flatten(1, 2)[:, :L] + nan.cumsum(1)[..., None, None]

@@ -9,17 +9,17 @@ The differential equation is that of Mamba-2, h' = A h + B x, y = C h. Three thi
    for a 1 and stays for a 0 knows the parity of a sequence; one that only decays cannot.
 3. More inputs and outputs (MIMO). With rank R, a token writes R outer products and reads R times.
 
-    h_t = exp(dt_t A_t) R_t (h_{t-1} + (1 - lambda_t) dt_t B_{t-1} x_{t-1}) + lambda_t dt_t B_t x_t
+    h_t = exp(dt_t A_t) Q_t (h_{t-1} + (1 - lambda_t) dt_t B_{t-1} x_{t-1}) + lambda_t dt_t B_t x_t
     y_t = C_t h_t
 
-where R_t rotates pairs of states back by the token's angles. Rotations of one pair add up. So
+where Q_t rotates pairs of states back by the token's angles. Rotations of one pair add up. So
 `forward` rotates B_t and C_t by the sum of all angles up to t instead of the state, and the same
-remains without R_t (the paper's "RoPE trick"; in attention.rotary the angles do not depend on the
+remains without Q_t (the paper's "RoPE trick"; in attention.rotary the angles do not depend on the
 token).
 
     symbol   meaning
     x        inputs (b, L, R, H, P)
-    B, C     what is written where, what is read (b, L, R, H, N)
+    B, C     how a token is written, how the state is read (b, L, R, H, N)
     log_a    dt A, at most 0 (b, L, H)
     before   (1 - lambda) dt, the weight of the token before (b, L, H)
     now      lambda dt, the weight of the token itself (b, L, H)
@@ -27,6 +27,7 @@ token).
     b, L     sequences in the batch, steps
     H, P     heads, and channels per head
     N, R     size of the state per channel, rank
+    S        pairs of states that rotate, at most N / 2
     c, T     chunks, and steps per chunk
 
 `python -m family.mamba3` shows that recurrence, chunks and single steps agree, and their times.
@@ -39,7 +40,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from family.chunks import exp, set_nan_aside, show_agreement, show_steps, widest
+from family.chunks import (at_least_float32, exp, set_nan_aside, show_agreement, show_steps,
+                           widest)
 from fused_scan import split
 
 
@@ -124,6 +126,7 @@ class Mamba3(nn.Module):
         self.C_bias = nn.Parameter(torch.ones(H, self.rank, d_state))
         self.B_norm = nn.RMSNorm(d_state, eps=1e-5)
         self.C_norm = nn.RMSNorm(d_state, eps=1e-5)
+        self.mimo_x = self.mimo_z = self.mimo_o = None
         if is_mimo:
             # Maps, channel by channel, from x and z to R of each, and from R outputs to one.
             self.mimo_x = nn.Parameter(torch.ones(H, self.rank, headdim) / self.rank)
@@ -162,25 +165,21 @@ class Mamba3(nn.Module):
 
         h, last = None, None
         if state is not None:
-            h, last = state.h, (state.B, self.per_rank(state.x, "mimo_x"))
-        state = (angle[:, -1].clone(), B[:, -1].clone(), x[:, -1].clone())
-        xs = self.per_rank(x, "mimo_x")                                  # (b, L, R, H, P)
+            h, last = state.h, (state.B, per_rank(state.x, self.mimo_x))
+        xs = per_rank(x, self.mimo_x)                                    # (b, L, R, H, P)
         y, h = trapezoid(xs, dt * A, (1 - share) * dt, share * dt, B, C, h, last)
         y = y + self.D[:, None] * xs
-        y = y * F.silu(self.per_rank(z, "mimo_z"))                       # (b, L, R, H, P)
-        if self.rank > 1:
+        y = y * F.silu(per_rank(z, self.mimo_z))                         # (b, L, R, H, P)
+        if self.mimo_o is not None:
             y = y * self.mimo_o.transpose(0, 1)
-        return self.out_proj(y.sum(2).flatten(2)), Mamba3State(h, *state)
-
-    def per_rank(self, v, name):
-        """v (..., H, P) -> (..., R, H, P), by the map of this name if there is one."""
-        v = v[..., None, :, :]
-        return v * getattr(self, name).transpose(0, 1) if self.rank > 1 else v
+        state = Mamba3State(h, angle[:, -1].clone(), B[:, -1].clone(), x[:, -1].clone())
+        return self.out_proj(y.sum(2).flatten(2)), state
 
 
-def at_least_float32(v):
-    """v, in float32 if it is of a half type."""
-    return v.to(torch.promote_types(v.dtype, torch.float32))
+def per_rank(v, weight):
+    """v (..., H, P) -> (..., R, H, P), times a weight (H, R, P); R = 1 without one."""
+    v = v[..., None, :, :]
+    return v if weight is None else v * weight.transpose(0, 1)
 
 
 # ---- Chunks --------------------------------------------------------------------------------------
@@ -196,8 +195,8 @@ def at_least_float32(v):
 def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     """trapezoid_ref in chunks of at most T steps: same arguments, same results and gradients.
 
-    States and sums are at least float32; y has the dtype of x. T: None for 64 rows of a step and a
-    rank on a GPU, 16 on a CPU.
+    States and sums are at least float32; y has the dtype of x. T: None for 64 / R on a GPU, 16 / R
+    on a CPU: a chunk's matrices have T R rows.
     """
     x_dtype, (b, L, R, H, P), N = x.dtype, x.shape, B.shape[-1]
     x, log_a, before, now, B, C = (at_least_float32(v) for v in (x, log_a, before, now, B, C))
@@ -219,7 +218,7 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     x, B, C = (split(v, T).movedim(4, 2).flatten(3, 4) for v in (x, B, C))
     # log_a, now, later (b, c, H, T); x (b, c, H, T R, P); B, C (b, c, H, T R, N)
 
-    def per_rank(v, *dims):
+    def repeat_per_rank(v, *dims):
         for dim in dims:
             v = v.repeat_interleave(R, dim)
         return v
@@ -228,11 +227,11 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     sums = log_a.to(widest(x.device)).cumsum(-1)                    # (b, c, H, T)
     a = exp(sums[..., :, None] - sums[..., None, :], x.dtype).tril(-1)   # (b, c, H, T, T)
     weight = a * (now + later)[..., None, :] + torch.diag_embed(now)
-    y = (per_rank(weight, -1, -2) * (C @ B.mT)) @ x                      # (b, c, H, T R, P)
+    y = (repeat_per_rank(weight, -1, -2) * (C @ B.mT)) @ x                      # (b, c, H, T R, P)
 
     # 2. The state at the end of each chunk, had it started from zero.
     to_end = exp(sums[..., -1:] - sums, x.dtype) * (now + later)         # (b, c, H, T)
-    ends = (per_rank(to_end, -1)[..., None] * x).mT @ B                  # (b, c, H, P, N)
+    ends = (repeat_per_rank(to_end, -1)[..., None] * x).mT @ B                  # (b, c, H, P, N)
 
     # 3. The recurrence from chunk to chunk.
     decay = exp(sums[..., -1], x.dtype)[..., None, None]                 # (b, c, H, 1, 1)
@@ -242,7 +241,7 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
         h = decay_k * h + end_k                                          # (b, H, P, N)
 
     # 4. The contribution of each chunk's first state to its outputs.
-    from_start = per_rank(exp(sums, x.dtype), -1)[..., None]             # (b, c, H, T R, 1)
+    from_start = repeat_per_rank(exp(sums, x.dtype), -1)[..., None]      # (b, c, H, T R, 1)
     y = y + from_start * (C @ torch.stack(starts, dim=1).mT)
     y = y.unflatten(3, (-1, R)).movedim(2, 4).flatten(1, 2)[:, :L]       # (b, L, R, H, P)
     y = y + nan.cumsum(1)[..., None, None, None]

@@ -32,6 +32,7 @@ picks the largest of sixteen lines, each above the others where its token's code
 """
 
 import argparse
+import math
 import os
 import sys
 
@@ -45,7 +46,7 @@ from eval import accuracy_by_length
 from hybrid import build_model
 from output import short_errors
 
-K, D = 16, 16                # tokens; channels
+K = 16                       # tokens
 ON = 30.0                    # SiLU(ON) is ON and SiLU(-ON) is 0, up to 3e-12
 SHARE = 0.1                  # of this token in a row channel
 COLUMN = 0.1 * torch.arange(4.0)     # code of a column
@@ -53,7 +54,7 @@ ROW = 0.4 * torch.arange(4.0)        # code of a row, except the channel's own, 
 BEFORE, NOW = 2, 3           # taps of the convolution: the previous token, this token
 FORGET_NOTHING = -40.0       # of A_log: A is -4e-18
 LENGTHS = 2, 8, 16, 64, 128, 192, 1024, 8192
-NO_STEP, STEP_1 = -40.0, 0.541325    # biases of dt: softplus gives 4e-18 and 1
+NO_STEP, STEP_1 = -40.0, math.log(math.e - 1)    # biases of dt: softplus gives 4e-18 and 1
 
 
 @torch.no_grad()
@@ -122,9 +123,10 @@ def second(layer, norm, table):
 
 
 def head(weight, codes):
-    """The stream now has the row of the query, one-hot, and after it the code that was read, in the
-    place of that row. Line k, k y minus a constant, is the highest from midway between the codes
-    k - 1 and k on, counting codes (4, 16) from the smallest.
+    """The residual stream now has the row of the query, one-hot, and after it the code y that was
+    read, in the place of that row. Token number k, counted from the smallest of the row's codes
+    (4, 16), gets the logit k y - c_k. The steps of c_k are midway between codes k - 1 and k, so the
+    largest logit is that of the code nearest to y; the norm scales all logits alike.
     """
     for r in range(4):
         order = codes[r].argsort()
@@ -145,7 +147,7 @@ def main(argv=None):
     if lengths[0] < 2 or args.sequences < 1:
         parser.error("--lengths must be at least 2, --sequences at least 1")
     model = build().eval()
-    accuracies = accuracy_by_length(model, lengths, K, 16, 1, args.sequences)
+    accuracies = accuracy_by_length(model, lengths, K, M=16, tau=1, sequences=args.sequences)
     print(f"{model.n_params():,} parameters, none of them trained")
     for length, accuracy in zip(lengths, accuracies):
         print(f"{length:>7} tokens: {accuracy:.3f}")

@@ -128,8 +128,8 @@ EXPERIMENTS = {
                   "hybrid-a"],
         "draw": {
             "{}/parity/* --name parity":
-                "Parity: of the state space models only Mamba-3, whose state rotates, counts to 64 in "
-                "every seed"}},
+                "Parity: of the state space models only Mamba-3, whose state rotates, counts to 64 "
+                "in every seed"}},
     "ratio": {
         "train": ["--d 22 --M 16 --model mamba+attention",
                   "--d 16 --M 16 --model 2xmamba+attention",
@@ -180,8 +180,8 @@ EXPERIMENTS = {
         "train": [f"--d 16 --M 1 16 --model {ALL}"],
         "draw": {
             "{}/family/* --against model --name family":
-                "Most models learn one query; sixteen need a selective state, or attention behind a "
-                "filter"}},
+                "Most models learn one query; sixteen need a selective state, or attention behind "
+                "a filter"}},
     "reference": {                                           # three seeds, to compare machines
         "train": [f"--device cpu --tau 1 5 --model {SIX}",
                   "--device cpu --M 4 --model rope mamba hybrid-a hybrid-b"],

@@ -83,6 +83,11 @@ def test_the_additive_rule_is_a_sum_and_the_fixed_decay_is_the_same_for_every_to
         expected = torch.exp(-log_a[:, t])[..., None, None] * expected + written
         assert relative(y[:, t], (expected @ q[:, t, ..., None])[..., 0]) < 1e-12
     assert relative(S, expected) < 1e-12
-    layer = LinearAttention(8, n_heads=2, decay="fixed")
+    layer = LinearAttention(8, n_heads=2, fixed_decay=True)
     decays = torch.exp(layer.log_decay(torch.randn(1, 3, 8)))
     assert torch.allclose(decays, torch.tensor([1 - 2**-5, 1 - 2**-6]).expand(1, 3, 2))
+
+
+def test_rotation_needs_a_decay_per_token():
+    with pytest.raises(ValueError, match="rotation needs a decay per token"):
+        LinearAttention(8, fixed_decay=True, rotation=True)

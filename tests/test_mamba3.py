@@ -119,7 +119,8 @@ def test_half_weights_are_of_second_order():
     assert 1.8 < error(200, 1.0) / error(400, 1.0) < 2.2
 
 
-KINDS = [{}, dict(rope_fraction=1.0), dict(is_mimo=True, mimo_rank=3)]
+KINDS = [{}, dict(rope_fraction=1.0), dict(is_mimo=True, mimo_rank=3),
+         dict(is_mimo=True, mimo_rank=1)]
 
 
 def random_layer(d_state=8, **kind):
@@ -139,7 +140,7 @@ def test_layer_is_a_complex_state_that_turns(kind):
     dt, A = F.softplus(dt + layer.dt_bias), -F.softplus(A)
     share, angle = torch.sigmoid(trap), math.pi * torch.tanh(angle)
     x, z = x.view(2, 9, H, 8), z.view(2, 9, H, 8)
-    if R > 1:
+    if layer.mimo_x is not None:
         maps = [m.permute(1, 0, 2) for m in (layer.mimo_x, layer.mimo_z, layer.mimo_o)]
     else:
         maps = [torch.ones(1, H, 8).double()] * 3
