@@ -1,6 +1,6 @@
 """Figures and tables of results, from the JSON of train.py and eval.py.
 
-    python plot.py results/*.json       accuracy against length and training step
+    python plot.py results/*.json       accuracy against length and step
       --panels d M       a panel for each d and M (default: for each M)
       --panels model     a panel for each model, a curve for each M
       --against lr       accuracy at the training length against any flag
