@@ -15,7 +15,6 @@ import pytest
 from matplotlib.colors import to_hex
 
 import plot
-import summary
 
 
 def write(folder, model="rope", M=1, tau=1, K=16, d=8, L=64, seed=0, steps=None, lengths=None,
