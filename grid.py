@@ -3,7 +3,7 @@
 Each process takes the next run that none has taken, so eight processes make eight runs at a time:
 `torchrun --nproc-per-node 8 -- train.py ...`, on one machine or on several with the same folder. To
 take a run is to lock OUT/NAME.lock. The system frees the lock of a process that dies, so its run
-goes to another, or to the same command given again.
+goes to another, or to the same command given again. A run that fails is not tried by the others.
 """
 
 import glob
@@ -49,9 +49,10 @@ def claim(path):
     try:
         import fcntl
     except ImportError:                          # Windows: one process makes the whole grid
-        return open(os.devnull)
+        return open(os.devnull, "r+")
     while True:
-        lock = os.fdopen(os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644))
+        lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        lock = os.fdopen(lock, "r+", errors="replace")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -129,6 +130,9 @@ def to_make(configs, out, overwrite, failed, wait=True, show=None):
     rank, processes = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE"))
     sharing = max(1, -(-processes // len(shapes)))       # processes with runs of one shape
 
+    # Left in the lock of a run that fails, for the processes that torchrun started together.
+    mark = f"failed {os.getppid()}" if "RANK" in os.environ else None
+
     def title(number):
         return f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
 
@@ -158,10 +162,18 @@ def to_make(configs, out, overwrite, failed, wait=True, show=None):
                 taken.append((number, (config, path)))
                 continue
             with lock:                           # held while the caller makes the run, at `yield`
+                if mark and lock.read(100) == mark:
+                    failed.append(path)          # another process has tried it
+                    continue
                 remove(*glob.glob(glob.escape(path) + ".*.tmp"))     # of a process that was killed
                 if not is_finished(path):
                     yield config, path, title(number), runs_left(path)
-                remove(path + ".lock")
+                if mark and path in failed:
+                    lock.seek(0)
+                    lock.truncate()
+                    lock.write(mark)
+                else:
+                    remove(path + ".lock")
         if len(taken) == len(waiting):                       # this pass made nothing
             if not wait:
                 return

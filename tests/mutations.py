@@ -109,6 +109,7 @@ OUTPUT = [
 ]
 
 GRID = [
+    ("if mark and lock.read(100) == mark:", "if False:"),
     ("except (FloatingPointError, OSError) as error:", "except FloatingPointError as error:"),
     ("        sys.exit(130)\n", "        sys.exit(1)\n"),
     ("            if not wait:\n                return\n", ""),

@@ -200,6 +200,16 @@ def test_processes_share_a_grid(tmp_path, train_tiny):
         assert output.count(f"wrote {path}") <= 1, "a run was made twice"
 
 
+def test_a_run_that_fails_is_tried_once(tmp_path):
+    """Not by each of the processes; but the same command, given again, tries it again."""
+    out, flags = tmp_path / "out", ["--lr", "1e30", "--M", "1", "2"]
+    for _ in range(2):
+        group = torchrun(tmp_path / "tiny_train.py", 3, *flags, "--out", out)
+        printed, error = group.communicate(timeout=120)
+        assert group.returncode != 0 and not list(out.glob("*.json")), error
+        assert printed.count("failed: the loss is") == 2, printed
+
+
 def test_a_run_that_another_process_has_is_left_to_it(train_tiny, monkeypatch, tmp_path):
     """It is waited for: the command ends when all of its runs exist."""
     out, flags = tmp_path / "out", ["--seed", "0", "1"]
