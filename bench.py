@@ -46,7 +46,6 @@ SSD_SHAPES = {  # (b, L, H, P, N)
     "cuda": [(64, 64, 1, 16, 16), (64, 256, 2, 64, 16), (8, 2048, 24, 64, 128)]}
 LENGTHS = {"cpu": [2**10, 2**12, 2**14], "cuda": [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]}
 LONGEST = {"mamba": 2**20}   # others end at 2^16, where a training step of attention takes seconds
-missing = set()              # other implementations that are not installed
 COSTS = {"train us/token": "training, μs per token", "prefill us/token": "prefill, μs per token",
          "decode ms": "decode step, ms", "state bytes": "state, bytes"}
 
@@ -153,7 +152,7 @@ def ssd_rows(device, args):
 def times(title, shape, forms, inputs, dtype):
     """A row for each form, scan(x, dt, A, B, C) -> y, forward and backward, if it is installed."""
     device, ours = inputs[0].device, None
-    for name, scan in forms.items():
+    for name, scan in list(forms.items()):
         x, dt, A, B, C = inputs
         if scan is official_scan:
             x, dt, B, C = (v.mT.contiguous().mT for v in (x, dt, B, C))  # (b, D, L) in memory
@@ -167,9 +166,8 @@ def times(title, shape, forms, inputs, dtype):
         try:
             first = seconds(call, device)
         except ImportError:
-            if name not in missing:
-                print(f"({name} is not installed)")
-            missing.add(name)
+            print(f"({name} is not installed)")
+            del forms[name]                                              # for the other shapes, too
             continue
         calls = captured(lambda: [call() for _ in range(10)], device)    # 10 in one graph
         ms = timed(calls, device, in_a_row=1) / 10

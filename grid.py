@@ -51,8 +51,8 @@ def claim(path):
     except ImportError:                          # Windows: one process makes the whole grid
         return open(os.devnull, "r+")
     while True:
-        lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        lock = os.fdopen(lock, "r+", errors="replace")
+        number = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        lock = os.fdopen(number, "r+", errors="replace")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -119,7 +119,8 @@ def to_make(configs, out, overwrite, failed, wait=True, show=None):
     runs of it, because the first run of a shape may have to compile.
     """
     paths = [os.path.join(out, run_name(config)) for config in configs]
-    first = os.environ.get("RANK", "0") == "0"
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    first = rank == 0
     if overwrite:
         if first:                                # forget the old results before anyone begins
             remove(*[path + ending for path in paths for ending in (".json", ".resume.pt")])
@@ -127,8 +128,7 @@ def to_make(configs, out, overwrite, failed, wait=True, show=None):
 
     shapes = list(dict.fromkeys(map(shape_of, configs)))
     place = {path: shapes.index(shape_of(config)) for config, path in zip(configs, paths)}
-    rank, processes = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE"))
-    sharing = max(1, -(-processes // len(shapes)))       # processes with runs of one shape
+    sharing = -(-processes // len(shapes))               # processes with runs of one shape
 
     # Left in the lock of a run that fails, for the processes that torchrun started together.
     mark = f"failed {os.getppid()}" if "RANK" in os.environ else None

@@ -31,7 +31,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from family.chunks import exp, set_nan_aside, show_agreement, show_steps, widest
+from family.chunks import (at_least_float32, exp, set_nan_aside, show_agreement, show_steps,
+                           widest)
 from fused_scan import split
 from mamba import DepthwiseConv1d, causal_conv
 
@@ -143,7 +144,7 @@ class GatedDeltaNet(nn.Module):
 
 def unit(v, eps=1e-6):
     """v / |v| over the last dimension. Squares and sums are at least float32."""
-    wide = v.to(torch.promote_types(v.dtype, torch.float32))
+    wide = at_least_float32(v)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(v.dtype)
 
 

@@ -9,8 +9,8 @@ queries?"). This one shows that it exists: two layers of 16 channels and 16 stat
 Place the sixteen tokens in a table of four rows and four columns, token 4 r + c in row r, column c.
 
 Layer 1 turns the embedding of a token into two one-hot vectors, of its row and its column. Each
-channel detects one token: SiLU is x above ON and 0 below -ON, nearly. out_proj has the difference
-between the two one-hot vectors and the embedding.
+channel detects one token: SiLU is x above ON and 0 below -ON, nearly. out_proj adds the difference
+between the two one-hot vectors and the embedding, so that they replace it.
 
 Layer 2 stores, for every token, a number that stands for the token that came after it. Its
 channels are four of each kind:
