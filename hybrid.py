@@ -214,7 +214,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(layers)
         # The start of the norms' biases was found by trial. `mamba` at M = 4 reached 0.99 in 11 of
         # 12 runs from zero and in 8 of 12 from random values. Models with attention start from
-        # random values; for them no comparison is recorded (report/README.md, Defaults, and why).
+        # random values; for them no comparison is recorded (report/README.md, on defaults).
         start = 0.5 if any(declares(layer, "attends") for layer in layers) else 0.0
         self.norms = nn.ModuleList()
         for layer in layers:

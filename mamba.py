@@ -139,9 +139,8 @@ class Mamba(nn.Module):
     with no constant part that could keep the gate open for every token. On the task of this
     repository, recall of one of 16 queries, that hurts: with d_model = 8, a Mamba layer followed by
     attention learned it in 0 of 12 runs without a bias, and in 3 of 3 with one (report/README.md,
-    "Defaults, and why").
-    `takes_bias` asks the model for a norm with a bias in front of the layer (hybrid.RMSNorm), which
-    gives z a constant part.
+    appendix on defaults). `takes_bias` asks the model for a norm with a bias in front of the layer
+    (hybrid.RMSNorm), which gives z a constant part.
     """
 
     takes_bias = True
