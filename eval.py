@@ -109,25 +109,23 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
 
 @torch.no_grad()
 def accuracy_now(model, config, generator, device):
-    """Accuracy on TEST_SEQUENCES fresh sequences of the training length."""
+    """Accuracy on TEST_SEQUENCES fresh sequences of the training length, a tensor ()."""
     K, M, tau, L = (config[k] for k in ("K", "M", "tau", "L"))
     draw, right = TASKS[config["task"]], []
     tokens, labels, at = draw(TEST_SEQUENCES, L, K, M, tau, device, generator)
-    with torch.compiler.set_stance("force_eager"):           # compiling would take longer
-        for part in torch.arange(TEST_SEQUENCES, device=device).split(max(1, TEST_TOKENS // L)):
-            answers = model(tokens[part], None if at is None else at[part]).argmax(-1)
-            right.append(answers == labels[part])
-    return torch.cat(right).float().mean().item()
+    for part in torch.arange(TEST_SEQUENCES, device=device).split(max(1, TEST_TOKENS // L)):
+        answers = model(tokens[part], None if at is None else at[part]).argmax(-1)
+        right.append(answers == labels[part])
+    return torch.cat(right).float().mean()
 
 
 def evaluate(model, config, lengths, sequences, device, seed=0, bar=False):
     """Accuracy of a run's model at these lengths, on its own task: a list like `lengths`."""
     K, M, tau, task = (config[flag] for flag in ("K", "M", "tau", "task"))
     model.extend_positions(max(lengths) + M + 1)
-    with torch.compiler.set_stance("force_eager"):           # many shapes, few calls of each
-        if task == "recall":
-            return accuracy_by_length(model, lengths, K, M, tau, sequences, device, seed, bar)
-        return accuracy_one_by_one(model, lengths, K, M, tau, sequences, device, seed, task, bar)
+    if task == "recall":
+        return accuracy_by_length(model, lengths, K, M, tau, sequences, device, seed, bar)
+    return accuracy_one_by_one(model, lengths, K, M, tau, sequences, device, seed, task, bar)
 
 
 def lengths_to_test(L, M=1, tau=1, task="recall"):

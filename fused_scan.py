@@ -37,7 +37,7 @@ from torch import Tensor
 CHUNK_STEPS = 8     # most steps in a chunk
 LONG = 1024         # from so many steps on, chunks twice as long: fewer states, slower to compile
 GROUP_CHUNKS = 16   # most chunks in a group
-_compile_kernels = True                 # see compiled_scan
+_compiled = None   # see compiled_scan
 
 
 def check_shapes(x, dt, A, B, C, h):
@@ -273,23 +273,26 @@ _scan.register_autograd(_gradients, setup_context=_save)
 
 @contextlib.contextmanager
 def compiled_scan(on):
-    """`with compiled_scan(False):` no scan compiles its kernels, even if gradients are wanted."""
-    global _compile_kernels
-    before, _compile_kernels = _compile_kernels, on
+    """`with compiled_scan(True):` every scan compiles its kernels; with False, none does."""
+    global _compiled
+    before, _compiled = _compiled, on
     try:
         yield
     finally:
-        _compile_kernels = before
+        _compiled = before
 
 
 def parallel_scan(x, dt, A, B, C, h=None, compiled=None):
     """mamba.selective_scan_ref: the same arguments and results. A and h at least float32.
 
-    compiled: whether torch.compile makes the kernels, half a minute per shape. None: on CUDA when
-    gradients are wanted, unless within compiled_scan(False); tests and streaming meet many shapes.
+    compiled: whether torch.compile makes the kernels, half a minute per shape. None: as the
+    surrounding compiled_scan says; without one, on CUDA when gradients are wanted, because tests and
+    streaming meet many shapes.
     """
     if compiled is None:
-        compiled = x.is_cuda and _compile_kernels and torch.is_grad_enabled()
+        compiled = _compiled
+    if compiled is None:
+        compiled = x.is_cuda and torch.is_grad_enabled()
     check_shapes(x, dt, A, B, C, h)
     if x.numel() == 0:
         return x.clone(), A.new_zeros(x.shape[0], *A.shape) if h is None else h

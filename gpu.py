@@ -49,23 +49,41 @@ def compile_small(function, config):
     return compile_each_shape(function, options)
 
 
-def capture(step, generator):
-    """Capture a training step in a CUDA graph -> a function that replays it and returns its loss.
+def capture(function, generator):
+    """Capture a call of `function` in a CUDA graph -> a function that replays it, see Captured.
 
-    The graph remembers addresses, so the tensors that the step uses must stay where they are.
+    The graph remembers addresses, so the tensors that it uses must stay where they are.
     """
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
-        loss = step()
+        result = function()
 
     def replay():
         graph.replay()
-        return loss
+        return result
     return replay
 
 
-class FastStep:
+class Captured:
+    """A function without arguments, captured in a CUDA graph at its fourth call and then replayed.
+
+    It must do the same operations on the same tensors at every call, must not wait for the GPU, and
+    must draw its random numbers from `generator`. A replay overwrites the tensor that it returns.
+    """
+
+    def __init__(self, function, generator):
+        self.function, self.generator = function, generator
+        self.calls, self.replay = 0, None
+
+    def __call__(self):
+        if self.calls == CAPTURE_AFTER:
+            self.replay = capture(self.function, self.generator)
+        self.calls += 1
+        return self.replay() if self.replay else self.function()
+
+
+class FastStep(Captured):
     """A training step on a GPU: a call does what step(*functions) does, and returns its loss.
 
     step(*functions) takes one training step and uses these functions, which may be replaced by
@@ -74,26 +92,26 @@ class FastStep:
     """
 
     def __init__(self, step, functions, generator, config):
-        self.step, self.functions, self.generator = step, functions, generator
+        super().__init__(self.launch, generator)
+        self.step, self.functions = step, functions
         self.config, self.shape = config, shape_of(config)
         small = config["d"] <= SMALL_D and config["L"] <= SMALL_L
         # Small models use attention's plain formula, because the compiler can fuse it.
         self.backends = [SDPBackend.MATH] if small else None
-        self.calls, self.replay, self.compiled = 0, None, False
+        self.compiled = False
         self.began = time.monotonic()
         self.undecided = config["compile"] == "auto" and has_compiler()
         if config["compile"] == "on" or (self.undecided and self.shape in compiled_shapes):
             self.compile()
 
     def __call__(self):
-        if self.calls == CAPTURE_AFTER:
-            self.replay = capture(self.launch, self.generator)
+        loss = super().__call__()
+        if self.calls == CAPTURE_AFTER + 1:                  # it has just been captured
             torch.cuda.synchronize()
             if self.compiled and self.shape not in compiled_shapes:
                 compiled_shapes[self.shape] = time.monotonic() - self.began
             self.began = time.monotonic()
-        self.calls += 1
-        return self.replay() if self.replay else self.launch()
+        return loss
 
     def launch(self):
         """The step, with its kernels launched one by one."""
@@ -114,9 +132,9 @@ class FastStep:
         this shape follow. A run ends when its task is solved, so the steps left are unknown. We
         guess that this run is half over, and that the others will take as many steps.
         """
-        if not self.undecided or not self.replay:
+        if not self.undecided or self.calls < CAPTURE_AFTER + 2:
             return
-        seconds = (time.monotonic() - self.began) / (self.calls - CAPTURE_AFTER)
+        seconds = (time.monotonic() - self.began) / (self.calls - CAPTURE_AFTER - 1)
         to_go = min(step, last - step)
         steps_left = to_go + runs_left * (step + to_go)
         cost = min(compiled_shapes.values(), default=COMPILE_SECONDS)

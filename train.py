@@ -170,9 +170,13 @@ def run(config, path, title="", runs_left=0):
         optimizer.step()
         return loss.detach()
 
-    functions = draw_batch, loss_of, torch.nn.utils.clip_grad_norm_
-    on_cuda = device.type == "cuda"
-    fast = gpu.FastStep(train_step, functions, training, config) if on_cuda else None
+    def test():
+        return accuracy_now(model, config, testing, device)
+
+    functions, fast = (draw_batch, loss_of, torch.nn.utils.clip_grad_norm_), None
+    if device.type == "cuda":
+        fast = gpu.FastStep(train_step, functions, training, config)
+        test = gpu.Captured(test, testing)
 
     # 200 tests, at least 10 steps apart; in runs of fewer than 200 steps, 20 tests.
     every = max(1, steps // MOST_TESTS, min(STEPS_APART, steps // 20))
@@ -189,7 +193,7 @@ def run(config, path, title="", runs_left=0):
             continue
 
         # Now and then, a test on fresh sequences: it decides when the run ends.
-        loss, accuracy = loss.item(), accuracy_now(model, config, testing, device)
+        loss, accuracy = float(loss), float(test())
         if not math.isfinite(loss):
             bar.close()
             runs.remove(path + ".resume.pt")

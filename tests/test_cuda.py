@@ -11,6 +11,7 @@ import runs
 import train
 from conftest import relative
 from data import stream
+from eval import accuracy_now
 from family.mamba2 import ssd, ssd_ref
 from fused_scan import parallel_scan
 from mamba import selective_scan, selective_scan_ref
@@ -115,6 +116,28 @@ def test_captured_and_compiled_steps_are_training_steps(model):
     assert losses(model, "on") == pytest.approx(plain, rel=1e-3)
 
 
+@pytest.mark.parametrize("model, task", [("rope", "recall"), ("mamba", "recall"),
+                                         ("hybrid-a", "mqar"), ("mamba3", "parity")])
+def test_captured_tests_are_tests(model, task):
+    config = {**runs.DEFAULTS, "task": task, "model": model, "K": 16, "d": 8, "L": 16, "M": 2,
+              "tau": 1, "seed": 0}
+    torch.manual_seed(0)
+    net, device = runs.model_from(config).cuda(), torch.device("cuda")
+
+    def accuracies(captured):
+        generator = stream(0, "test", device)
+
+        def one():
+            return accuracy_now(net, config, generator, device)
+
+        one = gpu.Captured(one, generator) if captured else one
+        return [float(one()) for _ in range(8)]
+
+    found = accuracies(True)
+    assert found == pytest.approx(accuracies(False), abs=0.005)     # 2 of 512 answers
+    assert len(set(found)) > 4                                      # fresh sequences in each
+
+
 def test_compiling_in_the_middle_of_a_run():
     assert losses("mamba", "off", switch=6) == pytest.approx(losses("mamba", "none"), rel=1e-3)
 
@@ -136,18 +159,18 @@ def test_a_killed_run_continues(tmp_path, monkeypatch):
     flags += ["--compile", "off"]
     whole, = train.main([*flags, "--out", str(tmp_path / "whole")])
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
-    tests, real = [], train.accuracy_now
+    saves, real = [], runs.save_progress
 
-    def stop(*arguments):
-        tests.append(1)
-        if len(tests) == 8:                  # of 20
+    def save_and_stop(*arguments, **progress):
+        real(*arguments, **progress)
+        saves.append(1)
+        if len(saves) == 8:                  # of 20
             raise KeyboardInterrupt
-        return real(*arguments)
 
-    monkeypatch.setattr(train, "accuracy_now", stop)
+    monkeypatch.setattr(runs, "save_progress", save_and_stop)
     with pytest.raises(SystemExit):
         train.main([*flags, "--out", str(tmp_path / "killed")])
-    monkeypatch.setattr(train, "accuracy_now", real)
+    monkeypatch.setattr(runs, "save_progress", real)
     killed, = train.main([*flags, "--out", str(tmp_path / "killed")])
     assert killed["train"]["step"] == whole["train"]["step"]
     assert killed["train"]["loss"] == pytest.approx(whole["train"]["loss"], rel=1e-3)
