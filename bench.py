@@ -180,7 +180,7 @@ def times(title, shape, forms, inputs, dtype):
 # ---- a training step, and the cost of a longer context -------------------------------------------
 
 def training_step(config, device):
-    """A new model, and its training step as a call without arguments; on CUDA a gpu.FastStep."""
+    """A new model, and its training step as a call without arguments."""
     model = runs.model_from(config).to(device)
     optimizer, trained = make_optimizer(model, config, device)
     generator = torch.Generator(device)
@@ -188,7 +188,7 @@ def training_step(config, device):
     def loss_of(tokens, labels):
         return torch.nn.functional.cross_entropy(model(tokens), labels)
 
-    def step(draw, loss_of, clip):
+    def training_step(draw, loss_of, clip):
         tokens, labels, _ = draw(config["batch_size"], config["L"], device=device,
                                  generator=generator)
         loss = loss_of(tokens, labels)
@@ -199,9 +199,7 @@ def training_step(config, device):
         return loss.detach()
 
     functions = recall, loss_of, torch.nn.utils.clip_grad_norm_
-    if device.type == "cuda":
-        return model, gpu.FastStep(step, functions, generator, config)
-    return model, lambda: step(*functions)
+    return model, gpu.Fast(training_step, functions, generator, config)
 
 
 def config_for(name, **changes):
@@ -213,7 +211,7 @@ def step_rows(device, args):
     for name in args.model:
         for mode in ["off", "on"] if device.type == "cuda" else ["off"]:
             model, step = training_step(config_for(name, d=args.d, compile=mode), device)
-            first = seconds(step, device, times=4)
+            first = seconds(step, device, times=gpu.TIMED_CALLS)
             yield {"model": name, "compiled": mode, "ms": timed(step, device), "first s": first,
                    "params": model.n_params(), "state 64": state_bytes(model, 64),
                    "state 4096": state_bytes(model, 4096)}
@@ -233,7 +231,7 @@ def length_rows(device, args):
             continue
         model, step = training_step(config_for(name, d=64, L=L - 1, batch_size=1), device)
         tokens = recall_batch(1, L - 1, device=device)[0]                             # (1, L)
-        seconds(step, device, times=4)                                                # captures
+        seconds(step, device, times=gpu.TIMED_CALLS)                                  # captures
         repeats = 3 if L <= 2**16 else 1
         train_ms = timed(step, device, repeats, in_a_row=1)
         with torch.no_grad():
@@ -270,7 +268,7 @@ def draw_lengths(path, out):
 
 
 TABLES = {  # name: title, rows; the step first, because torch reads some of gpu.py's options once
-    "step": ("A training step, K 16, L 64, batch 64; first s: 4 steps; state: bytes", step_rows),
+    "step": ("A training step, K 16, L 64, batch 64; first s: 5 steps; state: bytes", step_rows),
     "scan": ("Mamba's scan, forward and backward; first s: one call", scan_rows),
     "ssd": ("Mamba-2's scan, and the delta rule with a state of the same size", ssd_rows),
     "length": ("A longer context: d 64, one sequence", length_rows)}

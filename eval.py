@@ -24,11 +24,11 @@ from output import Progress, say, short_errors
 from runs import load_run, pick_device, read_result, remove, write_json
 
 TEST_SEQUENCES = 512 # in a test during training
-TEST_TOKENS = 2**18  # most tokens of such a test in one call, which bounds memory
 SEGMENT = 4096       # most tokens per call when a long context is read
 BATCH_ROWS = 512     # most contexts in a batch
-HELD_TOKENS = 2**20  # most tokens in a batch, which bounds memory
+HELD_TOKENS = 2**20  # most tokens in a batch
 ON_CUDA = 16         # times as many of both on CUDA
+CALL_FLOATS = 2**22  # most tokens per call, times d: Mamba needs up to a kilobyte for each
 MOST_LENGTHS = 768   # tested after training; up to L = 256 these are all lengths to 3L
 STRIDE = 8           # a group has every eighth length of a block
 
@@ -44,12 +44,27 @@ def accuracy_one_by_one(model, lengths, K, M, tau, sequences=1024, device="cpu",
     generator, accuracies = stream(seed, "evaluation", device), []
     progress = Progress(sum(lengths), quiet=not bar, desc="testing")
     for length in lengths:
-        tokens, labels, at = TASKS[task](sequences, length, K, M, tau, device, generator)
-        accuracies.append((model(tokens, at).argmax(-1) == labels).float().mean().item())
+        batch = TASKS[task](sequences, length, K, M, tau, device, generator)
+        accuracies.append(share_right(model, *batch).item())
         progress.update(length)
         progress.report(f"testing: {progress.n / progress.total:.0%}")
     progress.close()
     return accuracies
+
+
+def share_right(model, tokens, labels, at):
+    """The share of right answers to a batch, a tensor (); the model reads it in parts."""
+    rows, right = rows_per_call(model, tokens.shape[1]), []
+    for start in range(0, len(tokens), rows):
+        part = slice(start, start + rows)
+        answers = model(tokens[part], None if at is None else at[part]).argmax(-1)
+        right.append(answers == labels[part])
+    return torch.cat(right).float().mean()
+
+
+def rows_per_call(model, tokens):
+    """How many sequences of so many tokens fit into a call."""
+    return max(1, CALL_FLOATS // (model.embedding.embedding_dim * min(tokens, SEGMENT)))
 
 
 def groups(lengths, tau):
@@ -88,7 +103,8 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
         spread = torch.rand(n, dtype=torch.float64, generator=stream(seed, "evaluation"))
         i = ((torch.arange(n) + spread) / n * positions).long().clamp(max=positions - 1).to(device)
         correct, asked = torch.zeros(2, len(group), dtype=torch.int64, device=device)
-        for i_b in i.split(max(1, scale * min(BATCH_ROWS, HELD_TOKENS // longest))):
+        rows = max(1, scale * min(BATCH_ROWS, HELD_TOKENS // longest))
+        for i_b in i.split(min(rows, rows_per_call(model, longest))):
             tokens, labels = recall_batch(len(i_b), longest, K, M, tau, device, generator, i=i_b)
             states, start = None, 0
             for k, length in enumerate(group):
@@ -111,12 +127,8 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
 def accuracy_now(model, config, generator, device):
     """Accuracy on TEST_SEQUENCES fresh sequences of the training length, a tensor ()."""
     K, M, tau, L = (config[k] for k in ("K", "M", "tau", "L"))
-    draw, right = TASKS[config["task"]], []
-    tokens, labels, at = draw(TEST_SEQUENCES, L, K, M, tau, device, generator)
-    for part in torch.arange(TEST_SEQUENCES, device=device).split(max(1, TEST_TOKENS // L)):
-        answers = model(tokens[part], None if at is None else at[part]).argmax(-1)
-        right.append(answers == labels[part])
-    return torch.cat(right).float().mean()
+    draw_batch = TASKS[config["task"]]
+    return share_right(model, *draw_batch(TEST_SEQUENCES, L, K, M, tau, device, generator))
 
 
 def evaluate(model, config, lengths, sequences, device, seed=0, bar=False):

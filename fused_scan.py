@@ -37,7 +37,7 @@ from torch import Tensor
 CHUNK_STEPS = 8     # most steps in a chunk
 LONG = 1024         # from so many steps on, chunks twice as long: fewer states, slower to compile
 GROUP_CHUNKS = 16   # most chunks in a group
-_compiled = None   # see compiled_scan
+_compiled = None    # see compiled_scan
 
 
 def check_shapes(x, dt, A, B, C, h):
@@ -285,9 +285,9 @@ def compiled_scan(on):
 def parallel_scan(x, dt, A, B, C, h=None, compiled=None):
     """mamba.selective_scan_ref: the same arguments and results. A and h at least float32.
 
-    compiled: whether torch.compile makes the kernels, half a minute per shape. None: as the
-    surrounding compiled_scan says; without one, on CUDA when gradients are wanted, because tests and
-    streaming meet many shapes.
+    compiled: whether torch.compile makes the kernels, half a minute per shape. None: as
+    compiled_scan says; outside of it, on CUDA when gradients are wanted, as streaming meets many
+    shapes.
     """
     if compiled is None:
         compiled = _compiled

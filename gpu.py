@@ -2,8 +2,9 @@
 
 A small model launches hundreds of kernels per step. Each runs for a few microseconds, less than the
 host needs to launch it. A captured step is launched as a whole: rope at d = 8 takes 0.5 ms instead
-of 8. Compiled, with fewer kernels, it takes 0.2 ms, but compiling takes 40 s. So `FastStep` first
-captures the plain step, and compiles later if the work is then likely to end sooner.
+of 8. Compiled, with fewer kernels, it takes 0.2 ms, but compiling takes 40 s. So `Fast` first
+captures the plain step, and compiles later if the work is then likely to end sooner. The same goes
+for the tests during training.
 """
 
 import contextlib
@@ -17,11 +18,11 @@ from fused_scan import compile_each_shape, compiled_scan
 from output import say
 from runs import shape_of
 
-CAPTURE_AFTER = 3      # steps: they allocate the memory that the graph uses
-COMPILE_SECONDS = 40   # a guess, until this process has compiled a shape and timed it
+TIMED_CALLS = 5        # three that are launched, the capture with a first replay, a second replay
+COMPILE_SECONDS = {"training step": 40, "test": 15}     # guesses, until this process has timed one
 SPEEDUP = 2.5          # of compiling, a guess: from 2.6 (rope) to 9 (mamba) on an H100
 SMALL_D, SMALL_L = 16, 256
-compiled_shapes = {}   # shape -> seconds that this process took to compile it
+compiled = {}          # (function, shape) -> seconds that this process took to compile it
 
 
 def has_compiler():
@@ -50,7 +51,8 @@ def compile_small(function, config):
 
 
 def capture(function, generator):
-    """Capture a call of `function` in a CUDA graph -> a function that replays it, see Captured.
+    """Capture a call of `function` in a CUDA graph -> a function that replays it and returns its
+    result.
 
     The graph remembers addresses, so the tensors that it uses must stay where they are.
     """
@@ -65,80 +67,79 @@ def capture(function, generator):
     return replay
 
 
-class Captured:
-    """A function without arguments, captured in a CUDA graph at its fourth call and then replayed.
+class Fast:
+    """A function that is called many times: captured in a CUDA graph, and compiled when that pays.
 
-    It must do the same operations on the same tensors at every call, must not wait for the GPU, and
-    must draw its random numbers from `generator`. A replay overwrites the tensor that it returns.
+    A call does what function(*parts) does, up to rounding, and returns its result, a tensor that
+    the next call overwrites. The function must do the same operations on the same tensors every
+    time, must not wait for the GPU, and must draw from `generator` alone. parts: functions that it
+    uses, later replaced by compiled ones; config: the run's, whose "compile" is auto, on or off. On
+    other devices than CUDA, a call is function(*parts) and no more.
     """
 
-    def __init__(self, function, generator):
-        self.function, self.generator = function, generator
-        self.calls, self.replay = 0, None
-
-    def __call__(self):
-        if self.calls == CAPTURE_AFTER:
-            self.replay = capture(self.function, self.generator)
-        self.calls += 1
-        return self.replay() if self.replay else self.function()
-
-
-class FastStep(Captured):
-    """A training step on a GPU: a call does what step(*functions) does, and returns its loss.
-
-    step(*functions) takes one training step and uses these functions, which may be replaced by
-    compiled ones; generator: the torch.Generator that the step draws from; config: the run's, whose
-    "compile" is auto, on or off. Losses are those of `step`, up to rounding.
-    """
-
-    def __init__(self, step, functions, generator, config):
-        super().__init__(self.launch, generator)
-        self.step, self.functions = step, functions
-        self.config, self.shape = config, shape_of(config)
+    def __init__(self, function, parts, generator, config):
+        self.function, self.parts, self.generator, self.config = function, parts, generator, config
+        self.name, self.shape = function.__name__.replace("_", " "), shape_of(config)
+        self.on_cuda = generator.device.type == "cuda"
+        if not self.on_cuda:
+            return
         small = config["d"] <= SMALL_D and config["L"] <= SMALL_L
         # Small models use attention's plain formula, because the compiler can fuse it.
         self.backends = [SDPBackend.MATH] if small else None
-        self.compiled = False
-        self.began = time.monotonic()
+        self.calls, self.replay, self.compiled, self.starting = 0, None, False, 0.0
         self.undecided = config["compile"] == "auto" and has_compiler()
-        if config["compile"] == "on" or (self.undecided and self.shape in compiled_shapes):
+        if config["compile"] == "on" or (self.undecided and (self.name, self.shape) in compiled):
             self.compile()
 
     def __call__(self):
-        loss = super().__call__()
-        if self.calls == CAPTURE_AFTER + 1:                  # it has just been captured
-            torch.cuda.synchronize()
-            if self.compiled and self.shape not in compiled_shapes:
-                compiled_shapes[self.shape] = time.monotonic() - self.began
-            self.began = time.monotonic()
-        return loss
+        if not self.on_cuda:
+            return self.function(*self.parts)
+        self.calls += 1
+        if self.calls > TIMED_CALLS:
+            return self.replay()
+        # The first calls allocate the memory that the graph uses, and may compile; then comes the
+        # capture; a first replay loads the graph, and the second tells how long a call takes.
+        torch.cuda.synchronize()
+        began = time.monotonic()
+        if self.calls == TIMED_CALLS - 1:
+            self.replay = capture(self.launch, self.generator)
+        result = self.replay() if self.replay else self.launch()
+        torch.cuda.synchronize()
+        self.seconds = time.monotonic() - began
+        self.starting += self.seconds
+        if self.compiled and self.calls == TIMED_CALLS:
+            compiled.setdefault((self.name, self.shape), self.starting)
+        return result
 
     def launch(self):
-        """The step, with its kernels launched one by one."""
+        """The function, with its kernels launched one by one."""
         backends = sdpa_kernel(self.backends) if self.backends else contextlib.nullcontext()
         with compiled_scan(self.compiled), backends:
-            return self.step(*self.functions)
+            return self.function(*self.parts)
 
     def compile(self):
-        """Replace the functions by compiled ones. The next calls compile, then capture again."""
-        self.functions = [compile_small(function, self.config) for function in self.functions]
+        """Replace the parts by compiled ones. The next calls compile, then capture again."""
+        self.parts = [compile_small(part, self.config) for part in self.parts]
         self.calls, self.replay, self.compiled, self.undecided = 0, None, True, False
-        self.began = time.monotonic()
+        self.starting = 0.0
 
-    def compile_if_it_pays(self, step, last, runs_left):
-        """Compile if the work is then likely to end sooner. Call it when the GPU is idle.
-
-        step, last: the steps taken, and the most that the run can take; runs_left: how many runs of
-        this shape follow. A run ends when its task is solved, so the steps left are unknown. We
-        guess that this run is half over, and that the others will take as many steps.
-        """
-        if not self.undecided or self.calls < CAPTURE_AFTER + 2:
+    def compile_if_it_pays(self, calls_left):
+        """Compile if so many more calls are then likely to end sooner."""
+        if not self.on_cuda or not self.undecided or self.calls < TIMED_CALLS:
             return
-        seconds = (time.monotonic() - self.began) / (self.calls - CAPTURE_AFTER - 1)
-        to_go = min(step, last - step)
-        steps_left = to_go + runs_left * (step + to_go)
-        cost = min(compiled_shapes.values(), default=COMPILE_SECONDS)
-        if steps_left * seconds * (1 - 1 / SPEEDUP) > cost:
-            say(f"{1e3 * seconds:.2f} ms per step, captured; compiling now, which takes about "
-                f"{cost:.0f} s and pays within {steps_left:,} steps")
+        known = [seconds for (name, _), seconds in compiled.items() if name == self.name]
+        cost = min(known, default=COMPILE_SECONDS[self.name])
+        if calls_left * self.seconds * (1 - 1 / SPEEDUP) > cost:
+            say(f"{1e3 * self.seconds:.2f} ms per {self.name}, captured; compiling it now, which "
+                f"takes about {cost:.0f} s and pays within {calls_left:,} more")
             self.compile()
+
+
+def steps_left(step, last, runs_left):
+    """A guess of the steps to go in this run and in the runs of its shape that follow.
+
+    A run ends when its task is solved, so nobody knows. We guess that this run is half over, and
+    that the others will take as many steps. last: the most steps that the run can take.
+    """
+    to_go = min(step, last - step)
+    return to_go + runs_left * (step + to_go)

@@ -155,12 +155,12 @@ def run(config, path, title="", runs_left=0):
     parts = {"model": model, "optimizer": optimizer, "training": training, "testing": testing}
     step, curves, seconds = runs.load_progress(path, parts, device, title)
 
-    # One training step. The three functions are an argument because torch.compile may replace them.
+    # One training step, and a test. The functions they are given may be compiled ones.
     def loss_of(tokens, labels, at):
         logits = model(tokens, at)                                        # (B, K), or (B, Q, K)
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
-    def train_step(draw_batch, loss_of, clip):
+    def training_step(draw_batch, loss_of, clip):
         tokens, labels, at = draw_batch(config["batch_size"], L, K, M, tau, device, training,
                                         uniform)
         loss = loss_of(tokens, labels, at)
@@ -170,13 +170,12 @@ def run(config, path, title="", runs_left=0):
         optimizer.step()
         return loss.detach()
 
-    def test():
+    def test(model):
         return accuracy_now(model, config, testing, device)
 
-    functions, fast = (draw_batch, loss_of, torch.nn.utils.clip_grad_norm_), None
-    if device.type == "cuda":
-        fast = gpu.FastStep(train_step, functions, training, config)
-        test = gpu.Captured(test, testing)
+    functions = draw_batch, loss_of, torch.nn.utils.clip_grad_norm_
+    next_step = gpu.Fast(training_step, functions, training, config)
+    next_test = gpu.Fast(test, [model], testing, config)
 
     # 200 tests, at least 10 steps apart; in runs of fewer than 200 steps, 20 tests.
     every = max(1, steps // MOST_TESTS, min(STEPS_APART, steps // 20))
@@ -186,14 +185,14 @@ def run(config, path, title="", runs_left=0):
     while step < last:
         # The learning rate, and the step.
         rate.fill_(learning_rate(step, last, config["lr"]))
-        loss = fast() if fast else train_step(*functions)
+        loss = next_step()
         step += 1
         bar.update()
         if step % every and step < last:
             continue
 
         # Now and then, a test on fresh sequences: it decides when the run ends.
-        loss, accuracy = float(loss), float(test())
+        loss, accuracy = float(loss), float(next_test())
         if not math.isfinite(loss):
             bar.close()
             runs.remove(path + ".resume.pt")
@@ -202,8 +201,9 @@ def run(config, path, title="", runs_left=0):
         for curve, value in zip(curves.values(), (step, loss, accuracy)):
             curve.append(value)
         last = last_step(curves, config)
-        if fast:
-            fast.compile_if_it_pays(step, last, runs_left)
+        to_go = gpu.steps_left(step, last, runs_left)
+        next_step.compile_if_it_pays(to_go)
+        next_test.compile_if_it_pays(to_go // every)
 
         # Say how it goes, and save what a killed run needs to continue.
         bar.report(f"{title}step {step:,} of {steps:,}, accuracy {accuracy:.3f}, loss {loss:.4f}")
@@ -250,13 +250,9 @@ def main(argv=None, wait=True):
     except ValueError as error:
         parser.error(str(error))
 
-    threads = torch.get_num_threads()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)     # more gain little here, and cost a lot beside other programs
-    try:
-        return make_all(configs, args.out, args.overwrite, run, wait, print_table)
-    finally:
-        torch.set_num_threads(threads)
+    return make_all(configs, args.out, args.overwrite, run, wait, print_table)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def losses(model, mode, steps=12, switch=None):
     def loss_of(tokens, labels, at):
         return torch.nn.functional.cross_entropy(net(tokens, at), labels)
 
-    def step(draw, loss_of, clip):
+    def training_step(draw, loss_of, clip):
         tokens, labels, at = draw(32, 16, 16, 2, 1, device, generator)
         loss = loss_of(tokens, labels, at)
         optimizer.zero_grad()
@@ -99,8 +99,8 @@ def losses(model, mode, steps=12, switch=None):
 
     functions = train.TASKS["recall"], loss_of, torch.nn.utils.clip_grad_norm_
     if mode == "none":
-        return [step(*functions).item() for _ in range(steps)]
-    fast, found = gpu.FastStep(step, functions, generator, config), []
+        return [training_step(*functions).item() for _ in range(steps)]
+    fast, found = gpu.Fast(training_step, functions, generator, config), []
     for k in range(steps):
         if k == switch:
             fast.compile()
@@ -118,23 +118,24 @@ def test_captured_and_compiled_steps_are_training_steps(model):
 
 @pytest.mark.parametrize("model, task", [("rope", "recall"), ("mamba", "recall"),
                                          ("hybrid-a", "mqar"), ("mamba3", "parity")])
-def test_captured_tests_are_tests(model, task):
+def test_captured_and_compiled_tests_are_tests(model, task):
     config = {**runs.DEFAULTS, "task": task, "model": model, "K": 16, "d": 8, "L": 16, "M": 2,
               "tau": 1, "seed": 0}
     torch.manual_seed(0)
     net, device = runs.model_from(config).cuda(), torch.device("cuda")
 
-    def accuracies(captured):
+    def accuracies(mode):
         generator = stream(0, "test", device)
 
-        def one():
+        def test(net):
             return accuracy_now(net, config, generator, device)
 
-        one = gpu.Captured(one, generator) if captured else one
-        return [float(one()) for _ in range(8)]
+        one = gpu.Fast(test, [net], generator, {**config, "compile": mode})
+        return [float(one() if mode else test(net)) for _ in range(8)]
 
-    found = accuracies(True)
-    assert found == pytest.approx(accuracies(False), abs=0.005)     # 2 of 512 answers
+    found = accuracies(None)
+    assert accuracies("off") == pytest.approx(found, abs=0.005)     # 2 of 512 answers
+    assert accuracies("on") == pytest.approx(found, abs=0.005)
     assert len(set(found)) > 4                                      # fresh sequences in each
 
 
@@ -143,13 +144,14 @@ def test_compiling_in_the_middle_of_a_run():
 
 
 def test_a_run_compiles_when_that_pays(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "COMPILE_SECONDS", 1e-9)
-    monkeypatch.setattr(gpu, "compiled_shapes", {})
+    monkeypatch.setattr(gpu, "COMPILE_SECONDS", {"training step": 1e-9, "test": 1e-9})
+    monkeypatch.setattr(gpu, "compiled", {})
     said = []
     monkeypatch.setattr(gpu, "say", said.append)
-    flags = ["--model", "nope", "--L", "8", "--steps", "60", "--device", "cuda"]
+    flags = ["--model", "nope", "--L", "8", "--steps", "200", "--device", "cuda"]
     result, = train.main([*flags, "--out", str(tmp_path)])
-    assert len(said) == 1 and "compiling now" in said[0]
+    assert ["training step" in line for line in said] == [True, False]     # then the test
+    assert all("compiling it now" in line for line in said)
     assert all(math.isfinite(loss) for loss in result["train"]["loss"])
 
 

@@ -16,6 +16,7 @@ class Oracle:
 
     It notes what it was asked: length -> rows of (q, its position, its value, how often q occurs).
     """
+    embedding = torch.nn.Embedding(1, 8)
 
     def __init__(self, K, tau):
         self.K, self.tau, self.asked = K, tau, {}
@@ -99,6 +100,7 @@ class Guess:
     """Guesses one of the two possible values, once for a context: its luck is the same at every
     length that shares the context."""
     generator = torch.Generator().manual_seed(0)
+    embedding = torch.nn.Embedding(1, 8)
 
     def run_layers(self, tokens, states=None):
         if states is None:
@@ -157,6 +159,7 @@ def test_the_definition_asks_for_each_length():
         seen.append(tuple(tokens.shape))
         position = (tokens[:, :-1] == tokens[:, -1:]).int().argmax(1)
         return F.one_hot(tokens.gather(1, position[:, None] + 2)[:, 0], 16)
+    model.embedding = torch.nn.Embedding(1, 8)
     assert accuracy_one_by_one(model, [5, 3], 16, 4, 2, 100) == [1.0, 1.0]
     assert seen == [(100, 6), (100, 4)]
 
@@ -198,6 +201,12 @@ def test_batches_are_bounded(monkeypatch):
     assert ask_oracle([2, 3, 100, 500], 16, 4, 1, 60)[0] == [1.0] * 4
     assert max(rows for rows, _ in drawn) == 50
     assert max(rows * length for rows, length in drawn) <= 4000
+    drawn.clear()
+    monkeypatch.setattr(evaluation, "SEGMENT", 100)
+    monkeypatch.setattr(evaluation, "CALL_FLOATS", 2000)
+    assert ask_oracle([2, 3, 100, 500], 16, 4, 1, 60)[0] == [1.0] * 4
+    d = Oracle.embedding.embedding_dim
+    assert max(rows * min(length, 100) * d for rows, length in drawn) <= 2000
 
 
 def test_evaluation_reads_its_own_stream(half_trained, monkeypatch):
@@ -221,7 +230,8 @@ def test_lengths_to_test():
 def test_accuracy_during_training_goes_in_parts(half_trained, monkeypatch):
     config = {"task": "recall", "K": 16, "M": 8, "tau": 1, "L": 12}
     whole = evaluation.accuracy_now(half_trained, config, stream(3, "test"), torch.device("cpu"))
-    monkeypatch.setattr(evaluation, "TEST_TOKENS", 12 * 5)
+    d = half_trained.embedding.embedding_dim
+    monkeypatch.setattr(evaluation, "CALL_FLOATS", 13 * 5 * d)
     sizes, forward = [], half_trained.forward
 
     def noted(tokens, at=None):
