@@ -177,41 +177,96 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
         y, S = delta_rule_ref(q, k, v, beta, log_a, None if S is None else S.to(dtype))
         return y.to(y_dtype), S
     (k, v, beta, log_a), nan = set_nan_aside(k, v, beta, log_a)          # nan (b, L)
-    q, k, v, beta, log_a = (split(u, T).transpose(2, 3) for u in (q, k, v, beta, log_a))
-    # q, k (b, c, H, T, N); v (b, c, H, T, P); beta, log_a (b, c, H, T). The steps that fill up the
+    q, k, v, beta, log_a = (split(u, T).transpose(0, 1).transpose(2, 3)
+                            for u in (q, k, v, beta, log_a))
+    # q, k (c, b, H, T, N); v (c, b, H, T, P); beta, log_a (c, b, H, T). The steps that fill up the
     # last chunk have beta = 0 and log_a = 0 and leave the state alone.
-    b, c, H, T, P = v.shape
-    beta = beta[..., None]                                               # (b, c, H, T, 1)
+    c, b, H, T, P = v.shape
+    beta = beta[..., None]                                               # (c, b, H, T, 1)
 
     # 1. The decays in a chunk.
-    g = log_a.to(widest(v.device)).cumsum(-1)                       # (b, c, H, T)
-    decay = exp(g[..., :, None] - g[..., None, :], dtype).tril()         # (b, c, H, T, T)
-    from_start = exp(g, dtype)[..., None]                                # (b, c, H, T, 1)
-    to_end = exp(g[..., -1:] - g, dtype)[..., None]                      # (b, c, H, T, 1)
+    g = log_a.to(widest(v.device)).cumsum(-1)                            # (c, b, H, T)
+    decay = exp(g[..., :, None] - g[..., None, :], dtype).tril()         # (c, b, H, T, T)
+    from_start = exp(g, dtype)[..., None]                                # (c, b, H, T, 1)
+    to_end = exp(g[..., -1:] - g, dtype)[..., None]                      # (c, b, H, T, 1)
 
     # 2. The triangular system: corrections u = known - waiting @ S_0^T.
-    system = (beta * decay * (k @ k.mT)).to(dtype)                       # (b, c, H, T, T)
-    right = torch.cat([beta * v, beta * from_start * k], dim=-1)         # (b, c, H, T, P + N)
-    # Only below the diagonal is `system` read; its diagonal counts as 1.
-    u = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    known, waiting = u.split([P, k.shape[-1]], dim=-1)
+    system = (beta * decay * (k @ k.mT)).to(dtype)                       # (c, b, H, T, T)
+    right = torch.cat([beta * v, beta * from_start * k], dim=-1)         # (c, b, H, T, P + N)
+    known, waiting = TriangularSolve.apply(system, right).split([P, k.shape[-1]], dim=-1)
 
     # 3. From chunk to chunk: corrections and the state at the end of the chunk.
     S = v.new_zeros(b, H, P, k.shape[-1]) if S is None else S.to(dtype)
-    whole = from_start[:, :, :, -1:]                                     # (b, c, H, 1, 1)
-    kept = to_end * k                                                    # (b, c, H, T, N)
+    whole = from_start[:, :, :, -1:]                                     # (c, b, H, 1, 1)
+    kept = to_end * k                                                    # (c, b, H, T, N)
     starts, corrections = [], []
-    for known_i, waiting_i, whole_i, kept_i in zip(*(v.unbind(1) for v in (
-            known, waiting, whole, kept))):
+    for known_i, waiting_i, whole_i, kept_i in zip(known, waiting, whole, kept):
         starts.append(S)
         corrections.append(known_i - waiting_i @ S.mT)                   # (b, H, T, P)
         S = whole_i * S + corrections[-1].mT @ kept_i                    # (b, H, P, N)
 
     # 4. The outputs: from each chunk's first state, and from its corrections, by attention.
-    y = from_start * (q @ torch.stack(starts, dim=1).mT)                 # (b, c, H, T, P)
-    y = y + (decay * (q @ k.mT)) @ torch.stack(corrections, dim=1)
-    y = y.transpose(2, 3).flatten(1, 2)[:, :L] + nan.cumsum(1)[..., None, None]
+    y = from_start * (q @ torch.stack(starts).mT)                        # (c, b, H, T, P)
+    y = y + (decay * (q @ k.mT)) @ torch.stack(corrections)
+    y = y.transpose(2, 3).transpose(0, 1).flatten(1, 2)[:, :L] + nan.cumsum(1)[..., None, None]
     return y.to(y_dtype), S + nan.sum(1)[:, None, None, None]
+
+
+class TriangularSolve(torch.autograd.Function):
+    """system (..., T, T), right (..., T, R) -> u: u_t + sum over s < t of system_ts u_s = right_t.
+
+    torch.linalg.solve_triangular does the same, but a GPU is faster with the inverse and matmuls: a
+    scan at (64, 256, 2, 64, 16) takes 0.46 ms instead of 0.57 on an H100. With u = inverse right,
+    the gradient of `right` is inverse^T du, and that of `system` is minus its product with u^T.
+    """
+
+    @staticmethod
+    def forward(ctx, system, right):
+        with torch.autocast(system.device.type, enabled=False):
+            inverse = unit_inverse(system)
+            u = inverse @ right
+        ctx.save_for_backward(inverse, u)
+        return u
+
+    @staticmethod
+    def backward(ctx, du):
+        inverse, u = ctx.saved_tensors
+        d_right = inverse.mT @ du
+        return -(d_right @ u.mT).tril(-1), d_right
+
+
+def unit_inverse(system):
+    """The inverse of a triangular matrix (..., T, T), read below its diagonal, which counts as 1.
+
+    Two blocks on the diagonal, with inverses P and Q, and the block B below the first of them:
+
+        ( P^-1   0  )^-1     (   P     0 )
+        (  B   Q^-1 )     =  ( -Q B P  Q )
+
+    So start from blocks of one step, and double their size until one is left.
+    """
+    steps, T = system.shape[-1], 1
+    while T < steps:
+        T *= 2
+    system = F.pad(system, (0, T - steps, 0, T - steps))
+    blocks = system.new_ones(*system.shape[:-1], 1, 1)                   # (..., T, 1, 1)
+    while blocks.shape[-1] < T:
+        s = blocks.shape[-1]
+        pairs = T // (2 * s)
+        P, Q = blocks.unflatten(-3, (pairs, 2)).unbind(-3)               # (..., pairs, s, s)
+        B = system.unflatten(-1, (pairs, 2 * s)).unflatten(-3, (pairs, 2 * s))
+        B = B.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)[..., s:, :s]    # (..., pairs, s, s)
+        corner = -product(Q, product(B, P))
+        first = torch.cat([P, torch.zeros_like(P)], dim=-1)
+        blocks = torch.cat([first, torch.cat([corner, Q], dim=-1)], dim=-2)
+    return blocks[..., 0, :steps, :steps]
+
+
+def product(A, B):
+    """A @ B; products of small matrices are written as sums, which a compiler can fuse."""
+    if A.shape[-1] > 8:
+        return A @ B
+    return (A[..., :, :, None] * B[..., None, :, :]).sum(-2)
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from family.deltanet import GatedDeltaNet, delta_rule, delta_rule_ref, unit
+from family.deltanet import (GatedDeltaNet, TriangularSolve, delta_rule, delta_rule_ref, unit,
+                             unit_inverse)
 
 
 def relative(a, b):
@@ -82,6 +83,23 @@ def test_gradients_where_strong_and_weak_steps_mix():
     found = everything(delta_rule, [v.float() for v in inputs])
     for v, right in list(zip(found, exact))[:7]:                     # of S nothing is left
         assert relative(v, right) < 2e-6
+
+
+@pytest.mark.parametrize("T", [1, 2, 11, 16, 50])
+def test_inverse_of_a_unit_triangular_matrix(T):
+    """Above the diagonal, the matrix is not read. Equal keys are the hardest case: powers of the
+    matrix of ones grow to 10^13, while its inverse has ones and minus ones alone."""
+    ones = unit_inverse(torch.ones(3, T, T))
+    assert torch.equal(ones, (torch.eye(T) - torch.diag(torch.ones(T - 1), -1)).expand(3, T, T))
+    torch.manual_seed(0)
+    system, right = torch.rand(2, T, T).double() / 2, torch.randn(2, T, 3).double()
+    operands = [v.requires_grad_() for v in (system, right)]
+    u = TriangularSolve.apply(*operands)
+    exact = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    assert relative(u, exact) < 1e-10
+    found, expected = (torch.autograd.grad(y.sin().sum(), operands) for y in (u, exact))
+    assert relative(found[1], expected[1]) < 1e-10
+    assert relative(found[0], expected[0]) < 1e-10 or T == 1         # nothing below its diagonal
 
 
 def test_gradients_against_differences():
