@@ -85,11 +85,9 @@ EXPERIMENTS = {
         "train": ["--d 64 --L 256 --model learned rope",
                   "--d 64 --L 256 --model mamba --lr 8e-3 --batch-size 16 --steps 10000 "
                   "--no-stop-early",
-                  "--d 64 --L 256 --model mamba --lr 4e-3 --batch-size 16 --steps 10000 "
-                  "--no-stop-early",
-                  "--d 64 --L 256 --model mamba --lr 4e-3 --batch-size 8 --steps 20000 "
-                  "--no-stop-early",
                   "--d 64 --L 256 --model mamba --lr 8e-3 --batch-size 16 --steps 10000 "
+                  "--no-stop-early --train-lengths uniform",
+                  "--d 64 --L 256 --model mamba --lr 4e-3 --batch-size 4 --steps 40000 "
                   "--no-stop-early --train-lengths uniform"],
         "test": [("mamba*", powers_of_2(20)), ("rope*", powers_of_2(16)),
                  ("learned*", powers_of_2(16))],
@@ -148,17 +146,15 @@ EXPERIMENTS = {
                 "Attention that rotates half of its channels fades least; slower or faster angles "
                 "and ALiBi do not help"}},
     "width": {
-        "train": ["--M 16 --d 16 32 64 --model rope mamba hybrid-a hybrid-b",
-                  "--M 16 --d-state 4 --model mamba", "--M 16 --d-state 64 --model mamba"],
+        "train": ["--M 16 --d 16 32 64 --model rope mamba hybrid-a hybrid-b"],
         "draw": {
             "{}/width/*L64_seed* {}/problem2/*_M16_* --against d --name width":
                 "Sixteen queries: from d = 16 on Mamba learns them in the median, at d = 8 it does "
                 "not"}},
     "narrow": {
         "train": ["--M 16 --model mamba --steps 200000", "--M 16 --model mamba --batch-size 512",
-                  "--M 16 --model mamba --train-lengths uniform", "--M 16 --model mamba --lr 4e-3",
-                  "--M 16 --model mamba --train-lengths uniform --batch-size 512 --steps 60000",
-                  "--M 16 --model 3xmamba 4xmamba 2xmamba-own 2xmamba2-shared"],
+                  "--M 16 --model mamba --train-lengths uniform",
+                  "--M 16 --model 2xmamba-own 2xmamba2-shared"],
         "draw": {
             "{}/narrow/* {}/problem2/mamba_M16_* {}/state/mamba2_M16_*_d8_* "
             "{}/state/gated-deltanet_M16_*_d8_* --against model --name narrow":
