@@ -222,7 +222,7 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
                     ax.plot(x, y, color=COLOURS.get(name, GREY), ls="", marker="o", mfc="white",
                             ms=6, clip_on=False, zorder=4)
     lines = (caption(cells, flags, kind) + "".join(sources)).split("\n")
-    words = "\n".join(textwrap.fill(line, int(15 * wide)) for line in lines)
+    words = "\n".join(textwrap.fill(line, int(14 * wide)) for line in lines)
     fig.supxlabel(words, fontsize=9, color=GREY, x=0.02, ha="left")
     if longest > LONG:
         fig.draw_without_rendering()                         # the layout takes two passes
