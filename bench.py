@@ -29,14 +29,14 @@ from matplotlib.figure import Figure
 import gpu
 import mamba
 import runs
-from data import recall, recall_batch
+from data import recall_batch
 from eval import SEGMENT
 from family.deltanet import delta_rule, unit
 from family.mamba2 import ssd
 from hybrid import MODELS, state_bytes
 from output import short_errors
 from plot import COLOURS
-from train import make_optimizer
+from train import make_optimizer, one_step
 
 SCAN_SHAPES = {  # (b, L, D, N)
     "cpu": [(64, 64, 16, 16), (64, 64, 128, 16), (8, 1024, 128, 16)],
@@ -57,11 +57,9 @@ def captured(call, device):
     seconds(call, device, times=3)                           # the first calls may compile
     if device.type != "cuda":
         return call
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    graph.replay()                                           # the first replay loads the graph
-    return graph.replay
+    replay = gpu.capture(call)
+    replay()                                                 # the first replay loads the graph
+    return replay
 
 
 def seconds(call, device, times=1):
@@ -182,24 +180,8 @@ def times(title, shape, forms, inputs, dtype):
 def training_step(config, device):
     """A new model, and its training step as a call without arguments."""
     model = runs.model_from(config).to(device)
-    optimizer, trained = make_optimizer(model, config, device)
-    generator = torch.Generator(device)
-
-    def loss_of(tokens, labels):
-        return torch.nn.functional.cross_entropy(model(tokens), labels)
-
-    def training_step(draw, loss_of, clip):
-        tokens, labels, _ = draw(config["batch_size"], config["L"], device=device,
-                                 generator=generator)
-        loss = loss_of(tokens, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        clip(trained, 0.2)
-        optimizer.step()
-        return loss.detach()
-
-    functions = recall, loss_of, torch.nn.utils.clip_grad_norm_
-    return model, gpu.Fast(training_step, functions, generator, config)
+    optimizer, generator = make_optimizer(model, config, device), torch.Generator(device)
+    return model, gpu.Fast(*one_step(model, optimizer, config, generator), generator, config)
 
 
 def config_for(name, **changes):

@@ -50,14 +50,15 @@ def compile_small(function, config):
     return compile_each_shape(function, options)
 
 
-def capture(function, generator):
+def capture(function, generator=None):
     """Capture a call of `function` in a CUDA graph -> a function that replays it and returns its
-    result.
+    result. generator: the torch.Generator that the call draws from, if it does.
 
     The graph remembers addresses, so the tensors that it uses must stay where they are.
     """
     graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(generator)
+    if generator:
+        graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         result = function()
 

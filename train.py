@@ -18,7 +18,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C is no traceback, also during imports
 
 import torch
-import torch.nn.functional as F
 
 import gpu
 import runs
@@ -97,9 +96,8 @@ def learning_rate(step, last, highest):
     return highest * min(1, (step + 1) / WARMUP, (last - step) / fall)
 
 
-def solved_at(curves, tests=None):
+def solved_at(curves, tests=SOLVED_TESTS):
     """The step at which the task was solved, at the last of `tests` tests in a row, or None."""
-    tests = tests or SOLVED_TESTS
     for k in range(tests, len(curves["step"]) + 1):
         if min(curves["accuracy"][k - tests:k]) >= SOLVED_ACCURACY:
             return curves["step"][k - 1]
@@ -119,18 +117,37 @@ def last_step(curves, config):
 
 
 def make_optimizer(model, config, device):
-    """AdamW, and the parameters it trains. Vectors and A_log have no weight decay."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """AdamW for the parameters that have gradients. Vectors and A_log have no weight decay."""
     decayed, others = [], []
-    for name, p in trained.items():
+    for name, p in model.named_parameters():
         group = decayed if p.dim() > 1 and not name.endswith("A_log") else others
         group.append(p)
     lr = torch.tensor(config["lr"], device=device)       # a CUDA graph reads it from memory
     groups = [{"params": decayed, "lr": lr, "weight_decay": config["weight_decay"]},
               {"params": others, "lr": lr, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True,
-                                  capturable=device.type == "cuda")
-    return optimizer, list(trained.values())
+    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True,
+                             capturable=device.type == "cuda")
+
+
+def one_step(model, optimizer, config, generator):
+    """A training step, and the three functions it is given, which torch.compile may replace."""
+    B, L, K, M, tau = (config[flag] for flag in ("batch_size", "L", "K", "M", "tau"))
+    uniform, device = config["train_lengths"] == "uniform", generator.device
+
+    def loss_of(tokens, labels, at):
+        logits = model(tokens, at)                                        # (B, K), or (B, Q, K)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+    def training_step(draw_batch, loss_of, clip):
+        tokens, labels, at = draw_batch(B, L, K, M, tau, device, generator, uniform)
+        loss = loss_of(tokens, labels, at)
+        optimizer.zero_grad()
+        loss.backward()
+        clip(list(model.parameters()), CLIP)
+        optimizer.step()
+        return loss.detach()
+
+    return training_step, (TASKS[config["task"]], loss_of, torch.nn.utils.clip_grad_norm_)
 
 
 def run(config, path, title="", runs_left=0):
@@ -139,14 +156,12 @@ def run(config, path, title="", runs_left=0):
     title: goes before what is printed; runs_left: how many runs of this shape follow. Raises
     FloatingPointError if the loss becomes NaN or infinite, OSError if the result cannot be written.
     """
-    device = torch.device(config["device"])
-    K, M, tau, L, steps = (config[flag] for flag in ("K", "M", "tau", "L", "steps"))
-    draw_batch, uniform = TASKS[config["task"]], config["train_lengths"] == "uniform"
+    device, steps = torch.device(config["device"]), config["steps"]
 
     # The model, its optimizer, and the random streams of training and of tests.
     torch.manual_seed(config["seed"])
     model = runs.model_from(config).to(device)
-    optimizer, trained = make_optimizer(model, config, device)
+    optimizer = make_optimizer(model, config, device)
     rate = optimizer.param_groups[0]["lr"]                   # a tensor that both groups share
     training = stream(config["seed"], "training", device)
     testing = stream(config["seed"], "test", device)
@@ -155,26 +170,11 @@ def run(config, path, title="", runs_left=0):
     parts = {"model": model, "optimizer": optimizer, "training": training, "testing": testing}
     step, curves, seconds = runs.load_progress(path, parts, device, title)
 
-    # One training step, and a test. The functions they are given may be compiled ones.
-    def loss_of(tokens, labels, at):
-        logits = model(tokens, at)                                        # (B, K), or (B, Q, K)
-        return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
-
-    def training_step(draw_batch, loss_of, clip):
-        tokens, labels, at = draw_batch(config["batch_size"], L, K, M, tau, device, training,
-                                        uniform)
-        loss = loss_of(tokens, labels, at)
-        optimizer.zero_grad()
-        loss.backward()
-        clip(trained, CLIP)
-        optimizer.step()
-        return loss.detach()
-
+    # A training step and a test, on a GPU faster than they are written.
     def test(model):
         return accuracy_now(model, config, testing, device)
 
-    functions = draw_batch, loss_of, torch.nn.utils.clip_grad_norm_
-    next_step = gpu.Fast(training_step, functions, training, config)
+    next_step = gpu.Fast(*one_step(model, optimizer, config, training), training, config)
     next_test = gpu.Fast(test, [model], testing, config)
 
     # 200 tests, at least 10 steps apart; in runs of fewer than 200 steps, 20 tests.
@@ -216,7 +216,7 @@ def run(config, path, title="", runs_left=0):
 
     # The test against context length. The result is written last: it marks a finished run.
     began = time.monotonic()
-    lengths = lengths_to_test(L, M, tau, config["task"])
+    lengths = lengths_to_test(config["L"], config["M"], config["tau"], config["task"])
     accuracies = evaluate(model.eval(), config, lengths, EVAL_SEQUENCES, device, bar=True)
     checkpoint = runs.write_checkpoint(path + ".pt", model, config)
     result = {

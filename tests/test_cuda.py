@@ -78,29 +78,16 @@ def test_ssd():
 def losses(model, mode, steps=12, switch=None):
     """The losses of a training step: plain ("none"), captured ("off") or compiled ("on")."""
     config = {**runs.DEFAULTS, "model": model, "K": 16, "d": 8, "L": 16, "M": 2, "tau": 1,
-              "seed": 0, "lr": 1e-2, "compile": mode}
+              "seed": 0, "lr": 1e-2, "batch_size": 32, "compile": mode}
     device = torch.device("cuda")
     torch.manual_seed(0)
     net = runs.model_from(config).to(device)
-    optimizer, trained = train.make_optimizer(net, config, device)
     generator = stream(0, "training", device)
-
-    def loss_of(tokens, labels, at):
-        return torch.nn.functional.cross_entropy(net(tokens, at), labels)
-
-    def training_step(draw, loss_of, clip):
-        tokens, labels, at = draw(32, 16, 16, 2, 1, device, generator)
-        loss = loss_of(tokens, labels, at)
-        optimizer.zero_grad()
-        loss.backward()
-        clip(trained, 0.2)
-        optimizer.step()
-        return loss.detach()
-
-    functions = train.TASKS["recall"], loss_of, torch.nn.utils.clip_grad_norm_
+    optimizer = train.make_optimizer(net, config, device)
+    step, functions = train.one_step(net, optimizer, config, generator)
     if mode == "none":
-        return [training_step(*functions).item() for _ in range(steps)]
-    fast, found = gpu.Fast(training_step, functions, generator, config), []
+        return [step(*functions).item() for _ in range(steps)]
+    fast, found = gpu.Fast(step, functions, generator, config), []
     for k in range(steps):
         if k == switch:
             fast.compile()
