@@ -282,17 +282,13 @@ def compiled_scan(on):
         _compiled = before
 
 
-def parallel_scan(x, dt, A, B, C, h=None, compiled=None):
+def parallel_scan(x, dt, A, B, C, h=None):
     """mamba.selective_scan_ref: the same arguments and results. A and h at least float32.
 
-    compiled: whether torch.compile makes the kernels, half a minute per shape. None: as
-    compiled_scan says; outside of it, on CUDA when gradients are wanted, as streaming meets many
-    shapes.
+    torch.compile makes the kernels, half a minute per shape, if compiled_scan says so; outside of
+    it, on CUDA when gradients are wanted, as streaming meets many shapes.
     """
-    if compiled is None:
-        compiled = _compiled
-    if compiled is None:
-        compiled = x.is_cuda and torch.is_grad_enabled()
+    compiled = x.is_cuda and torch.is_grad_enabled() if _compiled is None else _compiled
     check_shapes(x, dt, A, B, C, h)
     if x.numel() == 0:
         return x.clone(), A.new_zeros(x.shape[0], *A.shape) if h is None else h

@@ -16,8 +16,7 @@ DEFAULTS = {  # of the flags that change a run and are not in its name's first p
     "stop_early": True}
 TASK = ["task", "tau", "K", "d", "L", "M"]                   # the flags that say what is learned
 IGNORED = {"model", "seed", "device", "compile", "out", "overwrite"}       # no settings of a run
-COLOURS = {  # models in the order of figures and tables; first the colours of Okabe and Ito, which
-    # the colour-blind can tell apart
+COLOURS = {  # in the order of figures and tables; the first are for the colour-blind (Okabe, Ito)
     "nope": "#56B4E9", "learned": "#E69F00", "rope": "#0072B2", "mamba": "#D55E00",
     "hybrid-a": "#009E73", "hybrid-b": "#CC79A7", "rnn": "#999999", "lti": "#666666",
     "retention": "#8C6D31", "griffin": "#5C4A1F", "mamba2": "#A50F15", "samba": "#1B7837",
@@ -63,11 +62,12 @@ def load(path):
                if flag not in IGNORED.union(TASK) and value != defaults.get(flag, False)}
         L, (x, y) = config["L"], points(result["eval"], "length")
         step, test = points(result["train"], "step")
+        sizes = result.get("state_bytes")
         beyond = y[(x >= L) & (x <= 3 * L)] if L in x and x[-1] >= 3 * L else [np.nan]
         return {"path": path, "config": config, "off": off, "length": (x, y),
                 "training": (step, test), "at": y[x == L][0] if L in x else np.nan,
                 "lowest": min(beyond), "steps": min(step[test >= SOLVED], default=np.inf),
-                "state": state_bytes(config, result.get("state_bytes")),
+                "state": sizes and {n: int(sizes[str(n)]) for n in (64, 4096)},
                 "sequences": np.ravel(result["eval"].get("sequences", 0)).astype(int)}
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
@@ -83,19 +83,6 @@ def points(section, x):
     if not (rising and x.shape == y.shape and np.all((0 <= y) & (y <= 1))):
         raise ValueError
     return x, y
-
-
-def state_bytes(config, written):
-    """{tokens: bytes of state after them}: from the file, or, in float32, for the six models."""
-    if written:
-        return {n: int(written[str(n)]) for n in (64, 4096)}
-    layers = dict(zip(MODELS, [(0, 2), (0, 2), (0, 2), (2, 0), (1, 1), (2, 1)]))  # Mamba, attention
-    if config["model"] not in layers:
-        return None
-    mambas, attentions = layers[config["model"]]
-    mamba = 2 * config["d"] * (config["d_state"] + 3)    # 2d channels: states, 3 inputs of the conv
-    key_and_value = 2 * config["d"]                      # of each token
-    return {n: 4 * (mambas * mamba + attentions * key_and_value * n) for n in (64, 4096)}
 
 
 def read(paths):
@@ -246,8 +233,8 @@ def caption(cells, flags, kind):
         seeds.setdefault(run["config"]["model"], set()).add(run["config"]["seed"])
     everyone = set().union(*seeds.values())
     small = "ticks" if kind == "model" else "thin or small"
-    marks = [f"{small}: seeds {numbered(everyone)}, thick or large: their median"]
-    marks = [f"seed {numbered(everyone)}"] if len(everyone) == 1 else marks
+    several = f"{small}: seeds {numbered(everyone)}, thick or large: their median"
+    marks = [several if len(everyone) > 1 else f"seed {numbered(everyone)}"]
     marks += [f"{text(model)} has seeds {numbered(found)} only" for model, found in seeds.items()
               if found != everyone]
     tests = numbered(np.concatenate([run["sequences"] for run in runs]).tolist())
