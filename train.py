@@ -143,7 +143,7 @@ def one_step(model, optimizer, config, generator):
         loss = loss_of(tokens, labels, at)
         optimizer.zero_grad()
         loss.backward()
-        clip(list(model.parameters()), CLIP)
+        clip([p for p in model.parameters() if p.requires_grad], CLIP)
         optimizer.step()
         return loss.detach()
 

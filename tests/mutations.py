@@ -128,7 +128,7 @@ GRID = [
 TRAIN = [
     ("min(STEPS_APART, steps // 20)", "1"),
     ("        optimizer.zero_grad()\n", ""),
-    ("        clip(list(model.parameters()), CLIP)\n", ""),
+    ("        clip([p for p in model.parameters() if p.requires_grad], CLIP)\n", ""),
     ("CLIP = 0.2", "CLIP = 0.25"),
     ("BETAS = (0.9, 0.98)", "BETAS = (0.9, 0.99)"),
     ("WARMUP = 400", "WARMUP = 40"),
