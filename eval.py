@@ -25,10 +25,10 @@ from runs import load_run, pick_device, read_result, remove, write_json
 
 TEST_SEQUENCES = 512 # in a test during training
 SEGMENT = 4096       # most tokens per call when a long context is read
-BATCH_ROWS = 512     # most contexts in a batch
-HELD_TOKENS = 2**20  # most tokens in a batch
-ON_CUDA = 16         # times as many of both on CUDA
-CALL_FLOATS = 2**22  # most tokens per call, times d: Mamba needs up to a kilobyte for each
+BATCH_ROWS = 512     # most contexts in a batch on a CPU
+HELD_TOKENS = 2**20  # most tokens in a batch on a CPU
+ON_CUDA = 16         # CUDA takes 16 times as many contexts and tokens
+CALL_FLOATS = 2**22  # most rows x tokens x d per call: Mamba needs a kilobyte for each, 4 GB in all
 MOST_LENGTHS = 768   # tested after training; up to L = 256 these are all lengths to 3L
 STRIDE = 8           # a group has every eighth length of a block
 
@@ -63,14 +63,18 @@ def share_right(model, tokens, labels, at):
 
 
 def rows_per_call(model, tokens):
-    """How many sequences of so many tokens fit into a call."""
-    return max(1, CALL_FLOATS // (model.embedding.embedding_dim * min(tokens, SEGMENT)))
+    """How many sequences of so many tokens fit into a call: a power of two.
+
+    So the parts of a test have the same shape, and a compiler meets one.
+    """
+    rows = CALL_FLOATS // (model.embedding.embedding_dim * tokens)
+    return 2 ** (max(1, rows).bit_length() - 1)
 
 
 def groups(lengths, tau):
     """Split lengths into groups that can share their contexts: lists of lengths, sorted.
 
-    In a group, the longest has at most twice as many positions for the query as the shortest.
+    In a group, the longest has at most about twice as many positions for the query as the shortest.
     Neighbours are in different groups, because lengths that share contexts also share their luck:
     in a single group, the mean of a curve would be as uncertain as one of its points. With eight
     groups for each factor of two, its standard deviation is below 0.004 for 1,024 sequences.
@@ -103,8 +107,8 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
         spread = torch.rand(n, dtype=torch.float64, generator=stream(seed, "evaluation"))
         i = ((torch.arange(n) + spread) / n * positions).long().clamp(max=positions - 1).to(device)
         correct, asked = torch.zeros(2, len(group), dtype=torch.int64, device=device)
-        rows = max(1, scale * min(BATCH_ROWS, HELD_TOKENS // longest))
-        for i_b in i.split(min(rows, rows_per_call(model, longest))):
+        rows = max(1, min(scale * BATCH_ROWS, scale * HELD_TOKENS // longest))
+        for i_b in i.split(min(rows, rows_per_call(model, min(longest, SEGMENT)))):
             tokens, labels = recall_batch(len(i_b), longest, K, M, tau, device, generator, i=i_b)
             states, start = None, 0
             for k, length in enumerate(group):

@@ -1,8 +1,8 @@
 """The selective scan for a GPU: all chunks at once, in kernels that torch.compile fuses.
 
-mamba.py has the recurrence, and a scan that takes one chunk after another. A GPU has
-room for all chunks, but each needs the state with which the one before it ends. The recurrence is
-linear, and that helps: `two_chunks` below is the whole idea. For many chunks:
+mamba.py has the recurrence, and a scan that takes one chunk after another. A GPU has room for all
+chunks, but each needs the last state of the one before. The recurrence is linear, and that helps:
+`two_chunks` below is the whole idea. For many chunks:
 
     1. run every chunk from a zero state, which gives its end               all at once
     2. start of the next chunk = exp(A sum of dt) start + end               one after another
@@ -285,10 +285,11 @@ def compiled_scan(on):
 def parallel_scan(x, dt, A, B, C, h=None):
     """mamba.selective_scan_ref: the same arguments and results. A and h at least float32.
 
-    torch.compile makes the kernels, half a minute per shape, if compiled_scan says so; outside of
-    it, on CUDA when gradients are wanted, as streaming meets many shapes.
+    Its kernels are compiled as compiled_scan says, or else on CUDA while gradients are enabled.
     """
-    compiled = x.is_cuda and torch.is_grad_enabled() if _compiled is None else _compiled
+    compiled = x.is_cuda and torch.is_grad_enabled()
+    if _compiled is not None:
+        compiled = _compiled
     check_shapes(x, dt, A, B, C, h)
     if x.numel() == 0:
         return x.clone(), A.new_zeros(x.shape[0], *A.shape) if h is None else h

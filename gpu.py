@@ -9,6 +9,8 @@ for the tests during training.
 
 import contextlib
 import importlib.util
+import os
+import shutil
 import time
 
 import torch
@@ -18,15 +20,17 @@ from fused_scan import compile_each_shape, compiled_scan
 from output import say
 from runs import shape_of
 
-TIMED_CALLS = 5        # three that are launched, the capture with a first replay, a second replay
+FIRST_CALLS = 5        # three that are launched, the capture with a first replay, a second replay
 COMPILE_SECONDS = {"training step": 40, "test": 15}     # guesses, until this process has timed one
 SPEEDUP = 2.5          # of compiling, a guess: from 2.6 (rope) to 9 (mamba) on an H100
 SMALL_D, SMALL_L = 16, 256
-compiled = {}          # (function, shape) -> seconds that this process took to compile it
+compile_seconds = {}   # (function, shape) -> what this process took to compile it
 
 
 def has_compiler():
-    return importlib.util.find_spec("triton") is not None
+    """Whether torch.compile can work: it needs Triton, and Triton a C compiler."""
+    found = any(map(shutil.which, [os.environ.get("CC", "cc"), "gcc", "clang"]))
+    return found and importlib.util.find_spec("triton") is not None
 
 
 def compile_small(function, config):
@@ -87,29 +91,30 @@ class Fast:
         small = config["d"] <= SMALL_D and config["L"] <= SMALL_L
         # Small models use attention's plain formula, because the compiler can fuse it.
         self.backends = [SDPBackend.MATH] if small else None
-        self.calls, self.replay, self.compiled, self.starting = 0, None, False, 0.0
+        self.calls, self.replay, self.compiled, self.first_seconds = 0, None, False, 0.0
         self.undecided = config["compile"] == "auto" and has_compiler()
-        if config["compile"] == "on" or (self.undecided and (self.name, self.shape) in compiled):
+        known = (self.name, self.shape) in compile_seconds
+        if config["compile"] == "on" or (self.undecided and known):
             self.compile()
 
     def __call__(self):
         if not self.on_cuda:
             return self.function(*self.parts)
         self.calls += 1
-        if self.calls > TIMED_CALLS:
+        if self.calls > FIRST_CALLS:
             return self.replay()
         # The first calls allocate the memory that the graph uses, and may compile; then comes the
         # capture; a first replay loads the graph, and the second tells how long a call takes.
         torch.cuda.synchronize()
         began = time.monotonic()
-        if self.calls == TIMED_CALLS - 1:
+        if self.calls == FIRST_CALLS - 1:
             self.replay = capture(self.launch, self.generator)
         result = self.replay() if self.replay else self.launch()
         torch.cuda.synchronize()
         self.seconds = time.monotonic() - began
-        self.starting += self.seconds
-        if self.compiled and self.calls == TIMED_CALLS:
-            compiled.setdefault((self.name, self.shape), self.starting)
+        self.first_seconds += self.seconds
+        if self.compiled and self.calls == FIRST_CALLS:
+            compile_seconds.setdefault((self.name, self.shape), self.first_seconds)
         return result
 
     def launch(self):
@@ -122,13 +127,13 @@ class Fast:
         """Replace the parts by compiled ones. The next calls compile, then capture again."""
         self.parts = [compile_small(part, self.config) for part in self.parts]
         self.calls, self.replay, self.compiled, self.undecided = 0, None, True, False
-        self.starting = 0.0
+        self.first_seconds = 0.0
 
     def compile_if_it_pays(self, calls_left):
         """Compile if so many more calls are then likely to end sooner."""
-        if not self.on_cuda or not self.undecided or self.calls < TIMED_CALLS:
+        if not self.on_cuda or not self.undecided or self.calls < FIRST_CALLS:
             return
-        known = [seconds for (name, _), seconds in compiled.items() if name == self.name]
+        known = [seconds for (name, _), seconds in compile_seconds.items() if name == self.name]
         cost = min(known, default=COMPILE_SECONDS[self.name])
         if calls_left * self.seconds * (1 - 1 / SPEEDUP) > cost:
             say(f"{1e3 * self.seconds:.2f} ms per {self.name}, captured; compiling it now, which "

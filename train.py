@@ -89,8 +89,8 @@ def parse(argv):
 def learning_rate(step, last, highest):
     """A linear rise, a plateau, and a linear fall to zero at the step `last`.
 
-    What is hard here is learned all at once, after a wait that is different in every run. A plateau
-    can wait; a schedule that falls from the start decides beforehand how long.
+    Recall is learned suddenly, after a wait that differs from run to run. A plateau allows any
+    wait; a schedule that falls from the start fixes it in advance.
     """
     fall = max(COOLDOWN_SHARE * last, min(COOLDOWN_STEPS, last / 4))
     return highest * min(1, (step + 1) / WARMUP, (last - step) / fall)
@@ -117,7 +117,7 @@ def last_step(curves, config):
 
 
 def make_optimizer(model, config, device):
-    """AdamW for the parameters that have gradients. Vectors and A_log have no weight decay."""
+    """AdamW for all parameters that have gradients. Vectors and A_log have no weight decay."""
     decayed, others = [], []
     for name, p in model.named_parameters():
         group = decayed if p.dim() > 1 and not name.endswith("A_log") else others
@@ -243,8 +243,8 @@ def main(argv=None, wait=True):
     parser, args = parse(argv)
     try:
         device = runs.pick_device(args.device)
-        if device.type == "cuda" and args.compile == "on" and not gpu.has_compiler():
-            raise ValueError("--compile is on, but the package triton is not installed")
+        if args.compile == "on" and not (device.type == "cuda" and gpu.has_compiler()):
+            raise ValueError("--compile is on, but needs a CUDA device, triton and a C compiler")
         configs = configs_of(args, device)
         prepare_folder(args.out)
     except ValueError as error:

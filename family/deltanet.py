@@ -88,7 +88,7 @@ class GatedDeltaNet(nn.Module):
         self.sizes = [n_heads * d_state, n_heads * d_state, channels]    # of q, k and v
         self.qkv = nn.Linear(d_model, sum(self.sizes), bias=False)
         self.b_proj = nn.Linear(d_model, n_heads, bias=False)
-        if conv is not None:
+        if self.taps > 1:
             self.conv1d = DepthwiseConv1d(sum(self.sizes), conv)
         if gated:
             self.a_proj = nn.Linear(d_model, n_heads, bias=False)
@@ -161,17 +161,18 @@ def unit(v, eps=1e-6):
 #         = beta_t v_t - beta_t exp(g_t) S_0 k_t
 #
 # The right-hand side has a part that is known, beta v, and one that waits for S_0. Solve for both
-# in all chunks at once; then only S_0 goes from chunk to chunk. Only g_t - g_s <= 0 enters exp:
-# nothing overflows.
+# in all chunks at once; then only S_0 goes from chunk to chunk. Every argument of exp, g_t and
+# g_t - g_s, is at most 0: nothing overflows.
 
 def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     """delta_rule_ref in chunks of at most T steps: same arguments, same results and gradients.
 
-    States and sums are at least float32; y has the dtype of v. T: None for 64 on a GPU, 16 on a
-    CPU.
+    States and sums have the dtype of v, or float32 if that is wider; y has that of v. T: None for
+    64 on a GPU, 16 on a CPU. There is no second derivative; delta_rule_ref has one.
     """
-    dtype, y_dtype = torch.promote_types(v.dtype, torch.float32), v.dtype
-    L, T = v.shape[1], T or (64 if v.is_cuda else 16)
+    dtype, y_dtype, L = torch.promote_types(v.dtype, torch.float32), v.dtype, v.shape[1]
+    if T is None:
+        T = 64 if v.is_cuda else 16
     q, k, v, beta, log_a = (u.to(dtype) for u in (q, k, v, beta, log_a))
     if L == 1:                                                           # there is nothing to cut
         y, S = delta_rule_ref(q, k, v, beta, log_a, None if S is None else S.to(dtype))
@@ -197,13 +198,13 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
 
     # 3. From chunk to chunk: corrections and the state at the end of the chunk.
     S = v.new_zeros(b, H, P, k.shape[-1]) if S is None else S.to(dtype)
-    whole = from_start[:, :, :, -1:]                                     # (c, b, H, 1, 1)
-    kept = to_end * k                                                    # (c, b, H, T, N)
+    all_decay = from_start[:, :, :, -1:]                                 # (c, b, H, 1, 1)
+    k_to_end = to_end * k                                                # (c, b, H, T, N)
     starts, corrections = [], []
-    for known_i, waiting_i, whole_i, kept_i in zip(known, waiting, whole, kept):
+    for known_i, waiting_i, decay_i, k_i in zip(known, waiting, all_decay, k_to_end):
         starts.append(S)
         corrections.append(known_i - waiting_i @ S.mT)                   # (b, H, T, P)
-        S = whole_i * S + corrections[-1].mT @ kept_i                    # (b, H, P, N)
+        S = decay_i * S + corrections[-1].mT @ k_i                       # (b, H, P, N)
 
     # 4. The outputs: from each chunk's first state, and from its corrections, by attention.
     y = from_start * (q @ torch.stack(starts).mT)                        # (c, b, H, T, P)
@@ -229,10 +230,12 @@ class TriangularSolve(torch.autograd.Function):
         return u
 
     @staticmethod
+    @torch.autograd.function.once_differentiable     # it takes the inverse for a constant
     def backward(ctx, du):
         inverse, u = ctx.saved_tensors
-        d_right = inverse.mT @ du
-        return -(d_right @ u.mT).tril(-1), d_right
+        with torch.autocast(du.device.type, enabled=False):
+            d_right = inverse.mT @ du
+            return -(d_right @ u.mT).tril(-1), d_right
 
 
 def unit_inverse(system):
@@ -247,7 +250,7 @@ def unit_inverse(system):
     """
     steps, T = system.shape[-1], 1
     while T < steps:
-        T *= 2
+        T *= 2                                                           # padded with unit rows
     system = F.pad(system, (0, T - steps, 0, T - steps))
     blocks = system.new_ones(*system.shape[:-1], 1, 1)                   # (..., T, 1, 1)
     while blocks.shape[-1] < T:

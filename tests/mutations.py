@@ -66,7 +66,7 @@ EVAL = [
      'generator, accuracy = stream(seed, "training", device)'),
     ('generator, accuracies = stream(seed, "evaluation", device)',
      'generator, accuracies = stream(seed, "test", device)'),
-    ("min(rows, rows_per_call(model, longest))", "rows"),
+    ("min(rows, rows_per_call(model, min(longest, SEGMENT)))", "rows"),
     ("n = -(-n // positions) * positions", "pass"),
     ("rows[n][1] <= sequences", "True"),
     ("if args.no_save or not os.path.exists", "if not os.path.exists"),

@@ -68,7 +68,7 @@ def test_costs_are_per_token(tiny, monkeypatch):
 def test_the_step_is_a_training_step():
     config = bench.config_for("rope")
     torch.manual_seed(0)
-    model, step = bench.training_step(config, torch.device("cpu"))
+    model, step = bench.model_and_step(config, torch.device("cpu"))
     trained = [p for p in model.parameters() if p.requires_grad]
     before = [p.clone() for p in trained]
     losses = [step().item() for _ in range(2)]

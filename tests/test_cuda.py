@@ -132,7 +132,7 @@ def test_compiling_in_the_middle_of_a_run():
 
 def test_a_run_compiles_when_that_pays(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "COMPILE_SECONDS", {"training step": 1e-9, "test": 1e-9})
-    monkeypatch.setattr(gpu, "compiled", {})
+    monkeypatch.setattr(gpu, "compile_seconds", {})
     said = []
     monkeypatch.setattr(gpu, "say", said.append)
     flags = ["--model", "nope", "--L", "8", "--steps", "200", "--device", "cuda"]
