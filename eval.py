@@ -1,6 +1,6 @@
 """Accuracy of a trained model against context length, up to a million tokens for Mamba.
 
-    python eval.py results/X.pt                         every length from tau + 1 to 3L
+    python eval.py results/X.pt                         lengths up to 3L: all if L is at most 256
     python eval.py results/X.pt --lengths 64 1024 65536
 
 The numbers are printed and added to the run's JSON, results/X.json.
@@ -138,16 +138,17 @@ def accuracy_now(model, config, generator, device):
 def evaluate(model, config, lengths, sequences, device, seed=0, bar=False):
     """Accuracy of a run's model at these lengths, on its own task: a list like `lengths`."""
     K, M, tau, task = (config[flag] for flag in ("K", "M", "tau", "task"))
-    model.extend_positions(max(lengths) + M + 1)
+    torch.manual_seed(seed)                                  # of positions that are not trained
+    model.extend_positions(max(lengths) + M + 1)             # copy ends with M marks, recall with q
     if task == "recall":
         return accuracy_by_length(model, lengths, K, M, tau, sequences, device, seed, bar)
     return accuracy_one_by_one(model, lengths, K, M, tau, sequences, device, seed, task, bar)
 
 
 def lengths_to_test(L, M=1, tau=1, task="recall"):
-    """Every length from the shortest to 3L, as the assignment asks, or MOST_LENGTHS of them.
+    """Every length from the shortest to 3L, or MOST_LENGTHS of them.
 
-    For tasks other than recall, lengths cannot share contexts: eight up to L and sixteen beyond it.
+    For tasks other than recall, lengths cannot share contexts: about eight up to L, sixteen beyond.
     """
     lengths = range(shortest(M, tau, task), 3 * L + 1)
     most = MOST_LENGTHS if task == "recall" else 24
@@ -194,7 +195,7 @@ def main(argv=None):
                     "run's JSON, unless it has numbers from more sequences."))
     parser.add_argument("checkpoints", nargs="*", metavar="RUN.pt", help="checkpoints of train.py")
     parser.add_argument("--lengths", nargs="+", default=[], metavar="N",
-                        help="context lengths (default: every length from tau + 1 to 3L)")
+                        help="context lengths (default: up to 3L, all if L is at most 256)")
     parser.add_argument("--sequences", type=int, default=1024, metavar="N",
                         help="least number of sequences per length (default: 1024)")
     parser.add_argument("--seed", type=int, default=0, help="of the test sequences (default: 0)")
@@ -239,7 +240,10 @@ def main(argv=None):
         say(path)
         print_table({"config": c, "eval": {"length": tested, "accuracy": accuracies}}, lengths)
         stem = os.path.splitext(path)[0]
-        if args.no_save or not os.path.exists(stem + ".json"):
+        if args.no_save:
+            continue
+        if not os.path.exists(stem + ".json"):
+            say(f"{stem}.json is not there, so the numbers are only printed")
             continue
         with wait_for(stem):                         # two processes must not overwrite each other
             result = read_result(stem + ".json")

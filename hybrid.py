@@ -8,8 +8,9 @@
 To add a layer, write a module and give it a word: `LAYERS["mean"] = RunningMean` if it is built as
 RunningMean(d), otherwise a case in `build_layer` and the word in WORDS. A layer maps x (B, L, d)
 and a state, None at the start of a sequence, to y (B, L, d) and the next state. It must be causal,
-and feeding a sequence in segments must give the same result as one call. Class attributes, False
-unless a layer sets them, tell the model how to treat the layer:
+and feeding a sequence in segments must give the same result as one call. On a GPU it is captured in
+a CUDA graph, so it must not ask for values (.item()). Class attributes, False unless a layer sets
+them, tell the model how to treat the layer:
 
     takes_bias        its norm has a bias, because the layer's input projection has none
     attends           in a model with such a layer, those biases start at random, otherwise at 0

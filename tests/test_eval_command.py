@@ -15,6 +15,7 @@ import output
 import train
 from conftest import tiny
 from hybrid import build_model
+from runs import load_run
 
 LEARNED, HYBRID = (f"{name}_M2_tau2_K16_d8_L8_batch-size4_steps2_seed0"
                    for name in ("learned", "hybrid-b"))
@@ -34,6 +35,17 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def folder(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "results")
+
+
+def test_positions_that_are_not_trained_are_the_same_every_time(folder):
+    def rows(seed):
+        model, config = load_run(str(folder / (LEARNED + ".pt")))
+        evaluation.evaluate(model, config, [60], 10, torch.device("cpu"), seed)
+        return model.layers[0].untrained
+
+    first = rows(0)
+    torch.rand(3)
+    assert len(first) > 30 and torch.equal(rows(0), first) and not torch.equal(rows(1), first)
 
 
 def result_of(folder, name=HYBRID):
