@@ -69,7 +69,7 @@ EVAL = [
     ("min(rows, rows_per_call(model, min(longest, SEGMENT)))", "rows"),
     ("n = -(-n // positions) * positions", "pass"),
     ("rows[n][1] <= sequences", "True"),
-    ("if args.no_save or not os.path.exists", "if not os.path.exists"),
+    ("if args.no_save:", "if False:"),
     ("if not path.endswith(\".resume.pt\")", "if path"),
     ("range(shortest(M, tau, task), 3 * L + 1)", "range(shortest(M, tau, task), 2 * L + 1)"),
     ("if len(lengths) <= most:", "if True:"),
