@@ -153,8 +153,8 @@ TRAIN = [
      "\"model\": model, \"optimizer\": optimizer,"),
     ("    runs.write_json(path + \".json\", result)\n    runs.remove(path + \".resume.pt\")\n",
      "    runs.remove(path + \".resume.pt\")\n    runs.write_json(path + \".json\", result)\n"),
-    ("F.cross_entropy(logits.flatten(0, -2), labels.flatten())",
-     "F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=1e-3)"),
+    ("cross_entropy(logits.flatten(0, -2), labels.flatten())",
+     "cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=1e-3)"),
 ]
 
 LINEAR_ATTENTION = [
