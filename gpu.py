@@ -33,7 +33,11 @@ def has_compiler():
     return found and importlib.util.find_spec("triton") is not None
 
 
-def compile_small(function, config):
+def is_small(config):
+    return config["d"] <= SMALL_D and config["L"] <= SMALL_L
+
+
+def compile_part(function, config):
     """torch.compile for a function that gets the same shapes at every step of a run.
 
     In small models, independent kernels are launched as one, and matmuls are written as sums, which
@@ -41,7 +45,7 @@ def compile_small(function, config):
     matmuls, which are many and wide (0.33 instead of 0.37 ms).
     """
     from torch._inductor import config as inductor       # here, because importing it takes a second
-    small = config["d"] <= SMALL_D and config["L"] <= SMALL_L
+    small = is_small(config)
     sums = {"decompose_mm_pass": {"min_first_dimension_decomposition": 1,
                                   "max_other_dimension_decomposition": 10**9}}
     # The pass reads its two numbers from the global setting alone, and once; whether it runs, from
@@ -88,9 +92,8 @@ class Fast:
         self.on_cuda = generator.device.type == "cuda"
         if not self.on_cuda:
             return
-        small = config["d"] <= SMALL_D and config["L"] <= SMALL_L
         # Small models use attention's plain formula, because the compiler can fuse it.
-        self.backends = [SDPBackend.MATH] if small else None
+        self.backends = [SDPBackend.MATH] if is_small(config) else None
         self.calls, self.replay, self.compiled, self.first_seconds = 0, None, False, 0.0
         self.undecided = config["compile"] == "auto" and has_compiler()
         known = (self.name, self.shape) in compile_seconds
@@ -125,7 +128,7 @@ class Fast:
 
     def compile(self):
         """Replace the parts by compiled ones. The next calls compile, then capture again."""
-        self.parts = [compile_small(part, self.config) for part in self.parts]
+        self.parts = [compile_part(part, self.config) for part in self.parts]
         self.calls, self.replay, self.compiled, self.undecided = 0, None, True, False
         self.first_seconds = 0.0
 
