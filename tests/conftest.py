@@ -35,6 +35,15 @@ def relative(a, b):
 
 
 def in_segments(layer, x, sizes, state=None):
+    """Feed x in segments of these sizes, then one token at a time -> y, the last state."""
+    y = []
+    for segment in x.split([*sizes, *[1] * (x.shape[1] - sum(sizes))], dim=1):
+        out, state = layer(segment, state)
+        y.append(out)
+    return torch.cat(y, dim=1), state
+
+
+def in_segments(layer, x, sizes, state=None):
     """Feed x (B, L, ...) in segments of these sizes, and the rest one token at a time."""
     sizes = [*sizes, *[1] * (x.shape[1] - sum(sizes))]
     y = []

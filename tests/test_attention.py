@@ -6,18 +6,10 @@ import pytest
 import torch
 
 from attention import Attention, KVCache, LearnedPosition, SlidingWindow, rotary
+from conftest import in_segments
 from hybrid import build_layer, build_model
 
 SEGMENTS = [[], [1, 4], [5], [3, 1, 2], [2, 2, 2, 2]]  # the rest goes one token at a time
-
-
-def in_segments(layer, x, sizes, state=None):
-    """Feed x in segments of these sizes, then one token at a time -> y, the last state."""
-    y = []
-    for segment in x.split([*sizes, *[1] * (x.shape[1] - sum(sizes))], dim=1):
-        out, state = layer(segment, state)
-        y.append(out)
-    return torch.cat(y, dim=1), state
 
 
 def layer_and_input(n_heads=2, position="none", L=11, d=8, **options):

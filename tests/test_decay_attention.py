@@ -4,22 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import in_segments, relative
 from family.decay_attention import DecayAttention
-
-
-def relative(a, b):
-    """How far a is from b, as a share of b's norm."""
-    a, b = a.detach().double(), b.detach().double()
-    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
-
-
-def in_segments(layer, x, sizes, state=None):
-    """Feed x in segments of these sizes, then one token at a time -> y, the last state."""
-    y = []
-    for segment in x.split([*sizes, *[1] * (x.shape[1] - sum(sizes))], dim=1):
-        out, state = layer(segment, state)
-        y.append(out)
-    return torch.cat(y, dim=1), state
 
 
 BOTH = pytest.mark.parametrize("decay", ["alibi", "forgetting"])

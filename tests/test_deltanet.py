@@ -6,23 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import in_segments, relative
 from family.deltanet import (GatedDeltaNet, TriangularSolve, delta_rule, delta_rule_ref, unit,
                              unit_inverse)
-
-
-def relative(a, b):
-    """How far a is from b, as a share of b's norm."""
-    a, b = a.detach().double(), b.detach().double()
-    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
-
-
-def in_segments(layer, x, sizes, state=None):
-    """Feed x in segments of these sizes, then one token at a time -> y, the last state."""
-    y = []
-    for segment in x.split([*sizes, *[1] * (x.shape[1] - sum(sizes))], dim=1):
-        out, state = layer(segment, state)
-        y.append(out)
-    return torch.cat(y, dim=1), state
 
 
 def operands(b=2, L=37, H=2, N=5, P=3, first=True, decay=1.0):

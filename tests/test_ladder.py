@@ -4,15 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import relative
 from family.ladder import LTI, RGLRU, RNN, Retention, ShortConv
 
 LAYERS = [ShortConv, RNN, LTI, Retention, RGLRU]
-
-
-def relative(a, b):
-    """How far a is from b, as a share of b's norm."""
-    a, b = a.detach().double(), b.detach().double()
-    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
 
 
 @pytest.fixture(autouse=True)

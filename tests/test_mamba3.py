@@ -6,22 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import in_segments, relative
 from family.mamba3 import Mamba3, trapezoid, trapezoid_ref
-
-
-def relative(a, b):
-    """How far a is from b, as a share of b's norm."""
-    a, b = a.detach().double(), b.detach().double()
-    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
-
-
-def in_segments(layer, x, sizes, state=None):
-    """Feed x in segments of these sizes, then one token at a time -> y, the last state."""
-    y = []
-    for segment in x.split([*sizes, *[1] * (x.shape[1] - sum(sizes))], dim=1):
-        out, state = layer(segment, state)
-        y.append(out)
-    return torch.cat(y, dim=1), state
 
 
 def operands(b=2, L=37, R=1, H=2, P=3, N=4, first=True, decay=1.0):
