@@ -157,6 +157,14 @@ TRAIN = [
      "cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=1e-3)"),
 ]
 
+GPU = [
+    ("self.calls == FIRST_CALLS - 1:", "self.calls == FIRST_CALLS - 2:"),
+    ("(1 - 1 / SPEEDUP)", "1"),
+    ("if self.calls > FIRST_CALLS:", "if self.calls > 99:"),
+    ("(self.undecided and known)", "False"),
+    ("min(step, last - step)", "step"),
+]
+
 LINEAR_ATTENTION = [
     ("2.0 ** (-5 - heads)", "2.0 ** (-4 - heads)"),
     ("self.delta, self.fixed = delta", "self.delta, self.fixed = True"),
@@ -299,6 +307,7 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "family/linear_attention.py": (LINEAR_ATTENTION, "test_linear_attention.py"),
     "family/deltanet.py": (DELTANET, "test_deltanet.py test_linear_attention.py"),
     "fused_scan.py": (FUSED, "test_mamba.py"),
+    "gpu.py": (GPU, "test_gpu.py"),
     "inside.py": (INSIDE, "test_inside.py"),
     "plot.py": (PLOT, "test_plot.py test_plot_options.py test_plot_layout.py"),
     "summary.py": (SUMMARY, "test_summary.py test_plot.py"),

@@ -1,0 +1,77 @@
+"""gpu.Fast without a GPU: when it launches, captures, replays and compiles. test_cuda.py has the
+rest."""
+
+import types
+
+import pytest
+import torch
+
+import gpu
+import runs
+
+CONFIG = {**runs.DEFAULTS, "model": "rope", "K": 16, "d": 8, "L": 64, "M": 1, "seed": 0}
+CUDA = types.SimpleNamespace(device=torch.device("cuda"))                # instead of a generator
+
+
+def test(part):                        # gpu.py knows a training step and a test by their names
+    return part(1)
+
+
+test.__test__ = False
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """fast(mode) -> a gpu.Fast of `test`; a call returns 2, or 102 if compiled."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu, "capture", lambda call, generator: lambda: ("replay", call()))
+    monkeypatch.setattr(gpu, "compile_part", lambda part, config: lambda n: part(n) + 100)
+    monkeypatch.setattr(gpu, "has_compiler", lambda: True)
+    monkeypatch.setattr(gpu, "compile_seconds", {})
+    monkeypatch.setattr(gpu, "say", lambda line: None)
+
+    def make(mode, generator=CUDA):
+        return gpu.Fast(test, [lambda n: n + 1], generator, {**CONFIG, "compile": mode})
+    return make
+
+
+def test_three_calls_are_launched_then_replayed(fast):
+    for mode, value in ("off", 2), ("auto", 2), ("on", 102):
+        call = fast(mode)
+        assert [call() for _ in range(7)] == [value] * 3 + [("replay", value)] * 4
+
+
+def test_waits_for_the_gpu_in_the_first_calls_alone(fast, monkeypatch):
+    call, waits = fast("off"), []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    for _ in range(20):
+        call()
+    assert len(waits) == 2 * gpu.FIRST_CALLS
+
+
+def test_compiles_when_that_pays(fast):
+    call, off = fast("auto"), fast("off")
+    call.compile_if_it_pays(10**9)
+    assert not call.compiled, "how long a call takes is not yet known"
+    for _ in range(gpu.FIRST_CALLS):
+        call(), off()
+    call.seconds = off.seconds = 1.0
+    enough = gpu.COMPILE_SECONDS["test"] / (1 - 1 / gpu.SPEEDUP)
+    call.compile_if_it_pays(0.9 * enough)
+    off.compile_if_it_pays(10**9)
+    assert not call.compiled and not off.compiled
+    call.compile_if_it_pays(1.1 * enough)
+    assert [call() for _ in range(5)] == [102] * 3 + [("replay", 102)] * 2
+    assert fast("auto").compiled, "the next run of a shape that has been compiled"
+
+
+def test_a_cpu_only_calls(fast):
+    call = fast("auto", torch.Generator())
+    call.compile_if_it_pays(10**9)
+    assert [call() for _ in range(7)] == [2] * 7
+
+
+def test_steps_left():
+    assert gpu.steps_left(100, 20000, 0) == 100                          # half over
+    assert gpu.steps_left(15000, 20000, 0) == 5000                       # at most these
+    assert gpu.steps_left(100, 20000, 3) == 100 + 3 * 200
