@@ -121,11 +121,6 @@ def official_ssd(x, dt, A, B, C):           # in Triton
     return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256)
 
 
-def delta_form(x, dt, A, B, C):             # keys and queries instead of B and C, the same state
-    k, q = (unit(v).expand(-1, -1, x.shape[2], -1) for v in (B, C))
-    return delta_rule(q, k, x, dt, dt * A)[0]
-
-
 def scan_rows(device, args):
     forms = {"ours": lambda *v: mamba.selective_scan(*v)[0], "mambapy": mambapy_scan}
     if device.type == "cuda":
@@ -137,16 +132,21 @@ def scan_rows(device, args):
 
 
 def ssd_rows(device, args):
-    forms = {"ours": lambda *v: ssd(*v)[0], "delta rule": delta_form}
+    shared = {"ours": lambda *v: ssd(*v)[0]}
+    each = {**shared, "delta rule": lambda x, dt, A, B, C: delta_rule(C, B, x, dt, dt * A)[0]}
     if device.type == "cuda":
         plain = {"post_grad_fusion_options": {}}             # the table step sets it globally
-        forms = {name: gpu.compile_each_shape(form, plain) for name, form in forms.items()}
-        forms["mamba_ssm"] = official_ssd
+        shared, each = ({name: gpu.compile_each_shape(form, plain) for name, form in forms.items()}
+                        for forms in (shared, each))
+        shared["mamba_ssm"] = official_ssd
         torch.set_float32_matmul_precision("high")           # TF32, which mamba_ssm always uses
     for b, L, H, P, N in SSD_SHAPES[device.type]:
         x, dt = torch.randn(b, L, H, P, device=device), torch.rand(b, L, H, device=device)
-        A, (B, C) = -torch.rand(H, device=device), torch.randn(2, b, L, 1, N, device=device)
-        yield from times("batch, L, H, P, N", (b, L, H, P, N), forms, (x, dt, A, B, C), args.dtype)
+        A = -torch.rand(H, device=device)
+        for G, forms in ((1, shared), (H, each)):            # one B and C for all heads, or each
+            B, C = unit(torch.randn(2, b, L, G, N, device=device))
+            yield from times("b, L, H, P, G, N", (b, L, H, P, G, N), forms, (x, dt, A, B, C),
+                             args.dtype)
     torch.set_float32_matmul_precision("highest")
 
 
@@ -254,7 +254,7 @@ def draw_lengths(path, out):
 TABLES = {  # name: title, rows; the step first, because torch reads some of gpu.py's options once
     "step": ("A training step, K 16, L 64, batch 64; first s: 5 steps; state: bytes", step_rows),
     "scan": ("Mamba's scan, forward and backward; first s: one call", scan_rows),
-    "ssd": ("Mamba-2's scan, and the delta rule with a state of the same size", ssd_rows),
+    "ssd": ("Mamba-2's scan, and the delta rule with the same operands", ssd_rows),
     "length": ("A longer context: d 64, one sequence", length_rows)}
 
 

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 
 from family.chunks import (at_least_float32, exp, set_nan_aside, show_agreement, show_steps,
                            widest)
+from family.triangular import UnitTriangularSolve
 from fused_scan import split
 from mamba import DepthwiseConv1d, causal_conv
 
@@ -189,87 +190,60 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     g = log_a.to(widest(v.device)).cumsum(-1)                            # (c, b, H, T)
     decay = exp(g[..., :, None] - g[..., None, :], dtype).tril()         # (c, b, H, T, T)
     from_start = exp(g, dtype)[..., None]                                # (c, b, H, T, 1)
-    to_end = exp(g[..., -1:] - g, dtype)[..., None]                      # (c, b, H, T, 1)
+    k_to_end = exp(g[..., -1:] - g, dtype)[..., None] * k                # (c, b, H, T, N)
 
     # 2. The triangular system: corrections u = known - waiting @ S_0^T.
-    system = (beta * decay * (k @ k.mT)).to(dtype)                       # (c, b, H, T, T)
-    right = torch.cat([beta * v, beta * from_start * k], dim=-1)         # (c, b, H, T, P + N)
-    known, waiting = TriangularSolve.apply(system, right).split([P, k.shape[-1]], dim=-1)
+    kk, qk = (torch.cat([k, q], dim=-2) @ k.mT).split(T, dim=-2)         # (c, b, H, T, T) each
+    system = beta * decay * kk
+    if c == 1 and S is None:                         # one chunk, from zero: nothing waits
+        corrections = UnitTriangularSolve.apply(system, beta * v)            # (c, b, H, T, P)
+        S, y = (corrections.mT @ k_to_end)[0], 0.0
+    else:
+        right = torch.cat([beta * v, beta * from_start * k], dim=-1)     # (c, b, H, T, P + N)
+        known, waiting = UnitTriangularSolve.apply(system, right).split([P, k.shape[-1]], dim=-1)
 
-    # 3. From chunk to chunk: corrections and the state at the end of the chunk.
-    S = v.new_zeros(b, H, P, k.shape[-1]) if S is None else S.to(dtype)
-    all_decay = from_start[:, :, :, -1:]                                 # (c, b, H, 1, 1)
-    k_to_end = to_end * k                                                # (c, b, H, T, N)
-    starts, corrections = [], []
-    for known_i, waiting_i, decay_i, k_i in zip(known, waiting, all_decay, k_to_end):
-        starts.append(S)
-        corrections.append(known_i - waiting_i @ S.mT)                   # (b, H, T, P)
-        S = decay_i * S + corrections[-1].mT @ k_i                       # (b, H, P, N)
+        # 3. From chunk to chunk: the state before each, its corrections, and the last state.
+        S = v.new_zeros(b, H, P, k.shape[-1]) if S is None else S.to(dtype)
+        starts, corrections, S = AcrossChunks.apply(
+            known, waiting, from_start[:, :, :, -1:], k_to_end, S)
+        y = from_start * (q @ starts.mT)                                 # (c, b, H, T, P)
 
     # 4. The outputs: from each chunk's first state, and from its corrections, by attention.
-    y = from_start * (q @ torch.stack(starts).mT)                        # (c, b, H, T, P)
-    y = y + (decay * (q @ k.mT)) @ torch.stack(corrections)
+    y = y + (decay * qk) @ corrections                                   # (c, b, H, T, P)
     y = y.transpose(2, 3).transpose(0, 1).flatten(1, 2)[:, :L] + nan.cumsum(1)[..., None, None]
     return y.to(y_dtype), S + nan.sum(1)[:, None, None, None]
 
 
-class TriangularSolve(torch.autograd.Function):
-    """system (..., T, T), right (..., T, R) -> u: u_t + sum over s < t of system_ts u_s = right_t.
+class AcrossChunks(torch.autograd.Function):
+    """Step 3 of delta_rule. Its gradient is a recurrence too; only dS goes from chunk to chunk.
 
-    torch.linalg.solve_triangular does the same, but a GPU is faster with the inverse and matmuls: a
-    scan at (64, 256, 2, 64, 16) takes 0.46 ms instead of 0.57 on an H100. With u = inverse right,
-    the gradient of `right` is inverse^T du, and that of `system` is minus its product with u^T.
+    known (c, b, H, T, P), waiting and k (c, b, H, T, N), decay (c, b, H, 1, 1), S (b, H, P, N)
+    -> starts (c, b, H, P, N), corrections (c, b, H, T, P), the last state (b, H, P, N).
     """
 
     @staticmethod
-    def forward(ctx, system, right):
-        with torch.autocast(system.device.type, enabled=False):
-            inverse = unit_inverse(system)
-            u = inverse @ right
-        ctx.save_for_backward(inverse, u)
-        return u
+    def forward(ctx, known, waiting, decay, k, S):
+        starts, corrections = [], []
+        for known_i, waiting_i, decay_i, k_i in zip(known, waiting, decay, k):
+            starts.append(S)
+            corrections.append(known_i - waiting_i @ S.mT)               # (b, H, T, P)
+            S = decay_i * S + corrections[-1].mT @ k_i                   # (b, H, P, N)
+        starts, corrections = torch.stack(starts), torch.stack(corrections)
+        ctx.save_for_backward(waiting, decay, k, starts, corrections)
+        return starts, corrections, S
 
     @staticmethod
-    @torch.autograd.function.once_differentiable     # it takes the inverse for a constant
-    def backward(ctx, du):
-        inverse, u = ctx.saved_tensors
-        with torch.autocast(du.device.type, enabled=False):
-            d_right = inverse.mT @ du
-            return -(d_right @ u.mT).tril(-1), d_right
-
-
-def unit_inverse(system):
-    """The inverse of a triangular matrix (..., T, T), read below its diagonal, which counts as 1.
-
-    Two blocks on the diagonal, with inverses P and Q, and the block B below the first of them:
-
-        ( P^-1   0  )^-1     (   P     0 )
-        (  B   Q^-1 )     =  ( -Q B P  Q )
-
-    So start from blocks of one step, and double their size until one is left.
-    """
-    steps, T = system.shape[-1], 1
-    while T < steps:
-        T *= 2                                                           # padded with unit rows
-    system = F.pad(system, (0, T - steps, 0, T - steps))
-    blocks = system.new_ones(*system.shape[:-1], 1, 1)                   # (..., T, 1, 1)
-    while blocks.shape[-1] < T:
-        s = blocks.shape[-1]
-        pairs = T // (2 * s)
-        P, Q = blocks.unflatten(-3, (pairs, 2)).unbind(-3)               # (..., pairs, s, s)
-        B = system.unflatten(-1, (pairs, 2 * s)).unflatten(-3, (pairs, 2 * s))
-        B = B.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)[..., s:, :s]    # (..., pairs, s, s)
-        corner = -product(Q, product(B, P))
-        first = torch.cat([P, torch.zeros_like(P)], dim=-1)
-        blocks = torch.cat([first, torch.cat([corner, Q], dim=-1)], dim=-2)
-    return blocks[..., 0, :steps, :steps]
-
-
-def product(A, B):
-    """A @ B; products of small matrices are written as sums, which a compiler can fuse."""
-    if A.shape[-1] > 8:
-        return A @ B
-    return (A[..., :, :, None] * B[..., None, :, :]).sum(-2)
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_starts, d_corrections, dS):
+        waiting, decay, k, starts, corrections = ctx.saved_tensors
+        d_ends, du = [], []
+        for i in reversed(range(len(k))):
+            d_ends.append(dS)                # the gradient of the state after chunk i
+            du.append(d_corrections[i] + k[i] @ dS.mT)
+            dS = d_starts[i] + decay[i] * dS - du[-1].mT @ waiting[i]
+        d_ends, du = torch.stack(d_ends[::-1]), torch.stack(du[::-1])
+        d_decay = (d_ends * starts).sum((-2, -1), keepdim=True)
+        return du, -du @ starts, d_decay, corrections @ d_ends, dS
 
 
 @torch.no_grad()

@@ -177,6 +177,38 @@ LINEAR_ATTENTION = [
 ]
 
 DELTANET = [
+    ("beta * decay * kk", "decay * kk"),
+    ("known_i - waiting_i @ S.mT", "known_i"),
+    ("exp(g[..., -1:] - g, dtype)", "exp(g, dtype)"),
+    ("from_start * (q @", "(q @"),
+    ("c == 1 and S is None:", "c == 1:"),
+    ("d_corrections[i] + k[i]", "k[i]"),
+    ("d_starts[i] + decay[i] * dS", "decay[i] * dS"),
+    ("(d_ends * starts)", "(d_starts * starts)"),
+    ("torch.sigmoid(self.b_proj(x))", "self.b_proj(x)"),
+    ("-torch.exp(self.A_log) * self.step_size(x)", "-self.step_size(x)"),
+    ("y = F.rms_norm(y, (self.headdim,), self.o_norm, eps=1e-5)", "y = y * self.o_norm"),
+]
+
+TRIANGULAR = [
+    ("return -(d_right @ u.mT)", "return (d_right @ u.mT)"),
+    ("corner = -product(Q, product(B, P))", "corner = -product(product(B, P), Q)"),
+    ("[..., s:, :s]", "[..., :s, s:]"),
+    ("unitriangular=True", "unitriangular=False"),
+]
+
+ATTENTION = [
+    ("2.0 ** (-5 - heads)", "2.0 ** (-4 - heads)"),
+    ("self.delta, self.fixed = delta", "self.delta, self.fixed = True"),
+    ("math.pi * torch.tanh", "torch.tanh"),
+    ("turn * self.step_size(x)[..., None]", "turn"),
+    ("angles = angles + angle[:, None]", "angles = angles"),
+    ("k = rotate(k, ", "k = rotate(k, 0 * "),
+    ("before=torch.zeros_like(beta), now=beta", "before=beta, now=beta"),
+    ("q / self.d_state**0.5", "q"),
+]
+
+DELTANET = [
     ("beta * decay * (k @ k.mT)", "decay * (k @ k.mT)"),
     ("known_i - waiting_i @ S.mT", "known_i"),
     ("exp(g[..., -1:] - g, dtype)", "exp(g, dtype)"),
@@ -306,6 +338,7 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "family/experts.py": (EXPERTS, "test_blocks.py"),
     "family/linear_attention.py": (LINEAR_ATTENTION, "test_linear_attention.py"),
     "family/deltanet.py": (DELTANET, "test_deltanet.py test_linear_attention.py"),
+    "family/triangular.py": (TRIANGULAR, "test_deltanet.py"),
     "fused_scan.py": (FUSED, "test_mamba.py"),
     "gpu.py": (GPU, "test_gpu.py"),
     "inside.py": (INSIDE, "test_inside.py"),

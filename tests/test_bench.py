@@ -25,12 +25,14 @@ def test_tables(tiny, tmp_path, capsys):
     assert [row["model"] for row in step] == ["rope", "mamba"]
     assert [row["params"] for row in step] == [728, 2760]
     assert [row["state 64"] for row in step] == [8192, 2432]
-    for row in (scan[0], ssd[0]):
+    assert [row["form"] for row in ssd] == ["ours", "ours", "delta rule"]
+    for row in (scan[0], ssd[0], ssd[1]):
         assert row["form"] == "ours" and row["of ours"] == 1.0
     assert [row["length"] for row in length] == [16, 32, 16, 32]
     assert all(row["ms"] > 0 for row in step + scan + ssd)
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("rope", "mamba", "ours", "2 5 4 3", "2 5 2 4 3"))
+    assert all(name in printed for name in ("rope", "mamba", "ours", "2 5 4 3", "2 5 2 4 1 3",
+                                           "2 5 2 4 2 3"))
 
 
 def test_a_form_is_compared_with_ours(monkeypatch):

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from conftest import in_segments, relative
-from family.deltanet import (GatedDeltaNet, TriangularSolve, delta_rule, delta_rule_ref, unit,
-                             unit_inverse)
+from family.deltanet import GatedDeltaNet, delta_rule, delta_rule_ref, unit
+from family.triangular import UnitTriangularSolve, unit_inverse, unit_inverse_by_blocks
 
 
 def operands(b=2, L=37, H=2, N=5, P=3, first=True, decay=1.0):
@@ -71,16 +71,25 @@ def test_gradients_where_strong_and_weak_steps_mix():
         assert relative(v, right) < 2e-6
 
 
+@pytest.mark.parametrize("inverse", [unit_inverse, unit_inverse_by_blocks])
 @pytest.mark.parametrize("T", [1, 2, 11, 16, 50])
-def test_inverse_of_a_unit_triangular_matrix(T):
-    """Above the diagonal, the matrix is not read. Equal keys are the hardest case: powers of the
-    matrix of ones grow to 10^13, while its inverse has ones and minus ones alone."""
-    ones = unit_inverse(torch.ones(3, T, T))
+def test_inverse_of_a_unit_triangular_matrix(inverse, T):
+    """On and above the diagonal, the matrix is not read. Equal keys are the hardest case: powers of
+    the matrix of ones grow to 10^13, while its inverse has ones and minus ones alone."""
+    ones = inverse(torch.ones(3, T, T))
     assert torch.equal(ones, (torch.eye(T) - torch.diag(torch.ones(T - 1), -1)).expand(3, T, T))
+    torch.manual_seed(0)
+    system = torch.rand(2, T, T).double() / 2
+    whole = system.tril(-1) + torch.eye(T).double()
+    assert relative(inverse(system) @ whole, torch.eye(T).double().expand(2, T, T)) < 1e-12
+
+
+@pytest.mark.parametrize("T", [1, 2, 11, 16, 50])
+def test_triangular_systems_and_their_gradients(T):
     torch.manual_seed(0)
     system, right = torch.rand(2, T, T).double() / 2, torch.randn(2, T, 3).double()
     operands = [v.requires_grad_() for v in (system, right)]
-    u = TriangularSolve.apply(*operands)
+    u = UnitTriangularSolve.apply(*operands)
     exact = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     assert relative(u, exact) < 1e-10
     found, expected = (torch.autograd.grad(y.sin().sum(), operands) for y in (u, exact))

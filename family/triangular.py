@@ -1,0 +1,77 @@
+"""Systems of linear equations with a triangular matrix, one for each chunk of the delta rule.
+
+torch.linalg.solve_triangular takes them one row after another. A GPU is faster with the inverse, by
+blocks of growing size, and matmuls: at (b, L, H, P, N) = (64, 256, 2, 64, 16) the delta rule takes
+0.46 instead of 0.57 ms on an H100.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+class UnitTriangularSolve(torch.autograd.Function):
+    """system (..., T, T), right (..., T, R) -> u: u_t + sum over s < t of system_ts u_s = right_t.
+
+    Of `system` only what is below the diagonal is read. With u = inverse right, the gradient of
+    `right` is inverse^T du, and that of `system` is minus its product with u^T.
+    """
+
+    @staticmethod
+    def forward(ctx, system, right):
+        with torch.autocast(system.device.type, enabled=False):
+            inverse = unit_inverse(system)
+            u = inverse @ right
+        ctx.save_for_backward(inverse, u)
+        return u
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable     # it takes the inverse for a constant
+    def backward(ctx, du):
+        inverse, u = ctx.saved_tensors
+        with torch.autocast(du.device.type, enabled=False):
+            d_right = inverse.mT @ du
+            return -(d_right @ u.mT).tril(-1), d_right
+
+
+def unit_inverse(system):
+    """The inverse of a triangular matrix (..., T, T), read below its diagonal, which counts as 1.
+
+    On a CPU, LAPACK's; otherwise `unit_inverse_by_blocks`.
+    """
+    if system.is_cuda:
+        return unit_inverse_by_blocks(system)
+    eye = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
+    return torch.linalg.solve_triangular(system, eye.expand_as(system), upper=False,
+                                         unitriangular=True)
+
+
+def unit_inverse_by_blocks(system):
+    """Two blocks on the diagonal, with inverses P and Q, and the block B below the first of them:
+
+        ( P^-1   0  )^-1     (   P     0 )
+        (  B   Q^-1 )     =  ( -Q B P  Q )
+
+    So start from blocks of one step, and double their size until one is left.
+    """
+    steps, T = system.shape[-1], 1
+    while T < steps:
+        T *= 2                                                           # padded with unit rows
+    system = F.pad(system, (0, T - steps, 0, T - steps))
+    blocks = system.new_ones(*system.shape[:-1], 1, 1)                   # (..., T, 1, 1)
+    while blocks.shape[-1] < T:
+        s = blocks.shape[-1]
+        pairs = T // (2 * s)
+        P, Q = blocks.unflatten(-3, (pairs, 2)).unbind(-3)               # (..., pairs, s, s)
+        B = system.unflatten(-1, (pairs, 2 * s)).unflatten(-3, (pairs, 2 * s))
+        B = B.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)[..., s:, :s]    # (..., pairs, s, s)
+        corner = -product(Q, product(B, P))
+        first = torch.cat([P, torch.zeros_like(P)], dim=-1)
+        blocks = torch.cat([first, torch.cat([corner, Q], dim=-1)], dim=-2)
+    return blocks[..., 0, :steps, :steps]
+
+
+def product(A, B):
+    """A @ B; products of small matrices are written as sums, which a compiler can fuse."""
+    if A.shape[-1] > 8:
+        return A @ B
+    return (A[..., :, :, None] * B[..., None, :, :]).sum(-2)
