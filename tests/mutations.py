@@ -198,30 +198,6 @@ TRIANGULAR = [
 ]
 
 ATTENTION = [
-    ("2.0 ** (-5 - heads)", "2.0 ** (-4 - heads)"),
-    ("self.delta, self.fixed = delta", "self.delta, self.fixed = True"),
-    ("math.pi * torch.tanh", "torch.tanh"),
-    ("turn * self.step_size(x)[..., None]", "turn"),
-    ("angles = angles + angle[:, None]", "angles = angles"),
-    ("k = rotate(k, ", "k = rotate(k, 0 * "),
-    ("before=torch.zeros_like(beta), now=beta", "before=beta, now=beta"),
-    ("q / self.d_state**0.5", "q"),
-]
-
-DELTANET = [
-    ("beta * decay * (k @ k.mT)", "decay * (k @ k.mT)"),
-    ("known_i - waiting_i @ S.mT", "known_i"),
-    ("exp(g[..., -1:] - g, dtype)", "exp(g, dtype)"),
-    ("from_start * (q @", "(q @"),
-    ("return -(d_right @ u.mT)", "return (d_right @ u.mT)"),
-    ("corner = -product(Q, product(B, P))", "corner = -product(product(B, P), Q)"),
-    ("[..., s:, :s]", "[..., :s, s:]"),
-    ("torch.sigmoid(self.b_proj(x))", "self.b_proj(x)"),
-    ("-torch.exp(self.A_log) * self.step_size(x)", "-self.step_size(x)"),
-    ("y = F.rms_norm(y, (self.headdim,), self.o_norm, eps=1e-5)", "y = y * self.o_norm"),
-]
-
-ATTENTION = [
     ("int(rotated * x.shape[-1] / 2)", "int(x.shape[-1] / 2)"),
     ("frequency = base **", "frequency = 10000.0 **"),
     ("nn.init.constant_(self.qkv.bias[:d_model + kv_heads * P], recency)", "pass"),
