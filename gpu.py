@@ -27,6 +27,19 @@ SMALL_D, SMALL_L = 16, 256
 compile_seconds = {}   # (function, shape) -> what this process took to compile it
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's optimizer, used outside of torch.compile, without importing torch.compile.
+
+    torch marks these methods as not to be compiled when they are first called, and imports the
+    compiler to do so. A run that does not compile starts 1.2 s sooner on a CPU without the marks.
+    """
+
+
+for _name in ("add_param_group", "zero_grad", "step", "state_dict", "load_state_dict"):
+    _marked = getattr(torch.optim.AdamW, _name)
+    setattr(AdamW, _name, torch.no_grad()(getattr(_marked, "__wrapped__", _marked)))
+
+
 def has_compiler():
     """Whether torch.compile can work: it needs Triton, and Triton a C compiler."""
     found = any(map(shutil.which, [os.environ.get("CC", "cc"), "gcc", "clang"]))

@@ -30,7 +30,6 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_scan import check_shapes, parallel_scan
@@ -248,109 +247,85 @@ def _recur(a, w, h):
     return h
 
 
-# Both passes are operators: torch.compile and torch.export call them and do not unroll their loops.
+class ChunkedScan(torch.autograd.Function):
 
-@torch.library.custom_op("mamba::chunked_scan", mutates_args=())
-def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
-             T: int) -> tuple[Tensor, Tensor, Tensor]:
-    """-> y, the last state, and the state before each chunk (chunks, N, b, D), for the gradient."""
-    x, dt, A, B, C = _broadcast(x, dt, A, B, C)
-    u = dt * x
-    y = torch.empty_like(x[:, 0])
-    # exp of -87 to -103 is denormal in float32, below 1.2e-38, and CPUs are 10 to 50 times slower
-    # with such numbers. So dt A is clamped at -80, with a margin: a decay of 2e-35, effectively 0.
-    # A trained model runs twice as fast. A GPU has no such penalty, and bool() would make it wait.
-    clamp = x.device.type == "cpu" and bool(dt.max() * A.min() < -80)
-    # All chunks share two buffers: fresh memory for each chunk would cost time in page faults.
-    a, hs = x.new_empty(2, T, *A.shape)                                  # (T, N, b, D) each
-    # They are cut into single steps once, not per chunk: this takes a tenth of a short scan.
-    a_steps, h_steps = a.unbind(), hs.unbind()
-    starts = []
-    for dt_k, u_k, B_k, C_k, y_k in zip(*(v.split(T) for v in (dt, u, B, C, y))):
-        starts.append(h)
-        steps = len(dt_k)                                                # T, or fewer in the last
-        a_k, h_k = a[:steps], hs[:steps]                                 # (T, N, b, D) each
-        torch.mul(dt_k, A, out=a_k)
-        if clamp:
-            a_k.clamp_(min=-80)
-        a_k.exp_()
-        torch.mul(u_k, B_k, out=h_k)                                     # u_t B_t, until _recur
-        h = _recur(a_steps, h_steps[:steps], h).clone()   # (N, b, D); the next chunk overwrites hs
-        torch.mul(h_k, C_k, out=a_k)                                     # a is no longer needed
-        torch.sum(a_k, 1, out=y_k)                                       # (T, b, D)
-    return y, h, torch.stack(starts)
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, h, T):
+        """-> y (L, b, D) and the last state (N, b, D)."""
+        ctx.T, arguments = T, (x, dt, A, B, C)
+        x, dt, A, B, C = _broadcast(*arguments)
+        u = dt * x
+        y = torch.empty_like(x[:, 0])
+        # exp of -87 to -103 is denormal in float32, below 1.2e-38, and CPUs are 10 to 50 times
+        # slower with such numbers. So dt A is clamped at -80, with a margin: a decay of 2e-35,
+        # effectively 0. A trained model runs twice as fast. A GPU has no such penalty, and bool()
+        # would make it wait.
+        clamp = x.device.type == "cpu" and bool(dt.max() * A.min() < -80)
+        # All chunks share two buffers: fresh memory for each would cost time in page faults.
+        a, hs = x.new_empty(2, T, *A.shape)                              # (T, N, b, D) each
+        # They are cut into single steps once, not per chunk: this takes a tenth of a short scan.
+        a_steps, h_steps = a.unbind(), hs.unbind()
+        starts = []                                      # the state before each chunk (N, b, D)
+        for dt_k, u_k, B_k, C_k, y_k in zip(*(v.split(T) for v in (dt, u, B, C, y))):
+            starts.append(h)
+            steps = len(dt_k)                                            # T, or fewer in the last
+            a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
+            torch.mul(dt_k, A, out=a_k)
+            if clamp:
+                a_k.clamp_(min=-80)
+            a_k.exp_()
+            torch.mul(u_k, B_k, out=h_k)                                 # u_t B_t, until _recur
+            h = _recur(a_steps, h_steps[:steps], h).clone()              # the next chunk needs hs
+            torch.mul(h_k, C_k, out=a_k)                                 # a is no longer needed
+            torch.sum(a_k, 1, out=y_k)                                   # (T, b, D)
+        ctx.set_materialize_grads(False)         # None, not zeros, where a result has no gradient
+        ctx.save_for_backward(*arguments, torch.stack(starts))
+        return y, h
 
-
-@torch.library.custom_op("mamba::chunked_scan_backward", mutates_args=())
-def _backward(
-        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, T: int,
-        dy: Tensor, dh: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> the gradients of x, dt, A, B, C and h."""
-    x, dt, A, B, C = _broadcast(x, dt, A, B, C)
-    u = dt * x
-    dy = dy.contiguous()[:, None]                                        # (L, 1, b, D)
-    du, ddt = torch.empty_like(x[:, 0]), torch.empty_like(x[:, 0])       # (L, b, D)
-    dB, dC = torch.empty_like(B[..., 0]), torch.empty_like(C[..., 0])    # (L, N, b)
-    dA = x.new_zeros(T, *A.shape)                    # (T, N, b, D), summed over T and b at the end
-    # a_{t+1} g_{t+1} (N, b, D), the gradient from later chunks:
-    later = torch.zeros_like(starts[0]) if dh is None else dh.contiguous()
-    a, g = x.new_empty(2, T, *A.shape)
-    hs = x.new_empty(T + 1, *A.shape)                    # row 0: the state before the chunk
-    a_steps, g_steps, h_steps = a.unbind(), g.unbind(), hs[1:].unbind()
-    chunks = list(zip(starts, *(v.split(T) for v in (dt, u, B, C, dy, du, ddt, dB, dC))))
-    for start, dt_k, u_k, B_k, C_k, dy_k, du_k, ddt_k, dB_k, dC_k in reversed(chunks):
-        steps = len(dt_k)
-        a_k, g_k = a[:steps], g[:steps]                                  # (T, N, b, D) each
-        h_k, h_before = hs[1:steps + 1], hs[:steps]                      # h_t, h_{t-1}
-        # Not clamped, though slower: a_t is a factor of dA. Where every decay underflows to 0, dA
-        # is exactly 0; with a clamped 2e-35 it would be tiny, and Adam scales tiny gradients up.
-        torch.mul(dt_k, A, out=a_k).exp_()
-        torch.mul(u_k, B_k, out=h_k)
-        hs[0] = start
-        _recur(a_steps, h_steps[:steps], start)
-        torch.mul(C_k, dy_k, out=g_k)
-        g_k[-1] += later
-        # g_t, which holds C_t dy_t, += a_{t+1} g_{t+1}, from the last step but one to the first
-        _recur(a_steps[1:steps][::-1], g_steps[:steps - 1][::-1], g_k[-1])
-        later = a_k[0] * g_k[0]
-        # From here on, results overwrite buffers that are no longer needed.
-        d_dtA = a_k.mul_(g_k).mul_(h_before)                             # a_t g_t h_{t-1}
-        dA[:steps].addcmul_(d_dtA, dt_k)
-        torch.sum(d_dtA.mul_(A), 1, out=ddt_k)
-        torch.sum(h_k.mul_(dy_k), 3, out=dC_k)
-        torch.sum(torch.mul(g_k, u_k, out=h_k), 3, out=dB_k)
-        torch.sum(g_k.mul_(B_k), 1, out=du_k)
-    ddt.addcmul_(du, x[:, 0])
-    dx = du.mul_(dt[:, 0])
-    return dx, ddt, dA.sum((0, 2)).t(), dB.mT, dC.mT, later
-
-
-@_forward.register_fake
-def _(x, dt, A, B, C, h, T):
-    chunks = -(-x.shape[0] // T)
-    return x.new_empty(x.shape), h.new_empty(h.shape), h.new_empty(chunks, *h.shape)
-
-
-@_backward.register_fake
-def _(x, dt, A, B, C, starts, T, dy, dh):
-    dA, dh = A.new_empty(A.mT.shape).mT, starts.new_empty(starts.shape[1:])
-    return *(v.new_empty(v.shape) for v in (x, dt)), dA, *(v.new_empty(v.shape) for v in (B, C)), dh
-
-
-def _save(ctx, inputs, output):
-    x, dt, A, B, C, h, ctx.T = inputs
-    ctx.set_materialize_grads(False)           # None, not zeros, where a result has no gradient
-    ctx.save_for_backward(x, dt, A, B, C, output[2])
-
-
-def _gradients(ctx, dy, dh, d_starts):
-    if torch.is_grad_enabled():      # create_graph=True: the second derivative would lack terms
-        raise RuntimeError("the chunked scan has no second derivative; selective_scan_ref has one")
-    dy = torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy
-    return *_backward(*ctx.saved_tensors, ctx.T, dy, dh), None
-
-
-_forward.register_autograd(_gradients, setup_context=_save)
+    @staticmethod
+    def backward(ctx, dy, dh):
+        """-> the gradients of x, dt, A, B, C and h."""
+        if torch.is_grad_enabled():  # create_graph=True: the second derivative would lack terms
+            raise RuntimeError("chunked_scan has no second derivative; selective_scan_ref has one")
+        x, dt, A, B, C, starts = ctx.saved_tensors
+        dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+        x, dt, A, B, C = _broadcast(x, dt, A, B, C)
+        u, dy, T = dt * x, dy[:, None], ctx.T                            # (L, 1, b, D)
+        du, ddt = torch.empty_like(x[:, 0]), torch.empty_like(x[:, 0])   # (L, b, D)
+        dB, dC = torch.empty_like(B[..., 0]), torch.empty_like(C[..., 0])    # (L, N, b)
+        dA = x.new_zeros(T, *A.shape)            # (T, N, b, D), summed over T and b at the end
+        # a_{t+1} g_{t+1} (N, b, D), the gradient from later chunks:
+        later = torch.zeros_like(starts[0]) if dh is None else dh.contiguous()
+        a, g = x.new_empty(2, T, *A.shape)
+        hs = x.new_empty(T + 1, *A.shape)                # row 0: the state before the chunk
+        a_steps, g_steps, h_steps = a.unbind(), g.unbind(), hs[1:].unbind()
+        chunks = list(zip(starts, *(v.split(T) for v in (dt, u, B, C, dy, du, ddt, dB, dC))))
+        for start, dt_k, u_k, B_k, C_k, dy_k, du_k, ddt_k, dB_k, dC_k in reversed(chunks):
+            steps = len(dt_k)
+            a_k, g_k = a[:steps], g[:steps]                              # (T, N, b, D) each
+            h_k, h_before = hs[1:steps + 1], hs[:steps]                  # h_t, h_{t-1}
+            # Not clamped, though slower: a_t is a factor of dA. Where every decay underflows to 0,
+            # dA is exactly 0; with a clamped 2e-35 it would be tiny, and Adam scales tiny
+            # gradients up.
+            torch.mul(dt_k, A, out=a_k).exp_()
+            torch.mul(u_k, B_k, out=h_k)
+            hs[0] = start
+            _recur(a_steps, h_steps[:steps], start)
+            torch.mul(C_k, dy_k, out=g_k)
+            g_k[-1] += later
+            # g_t, which holds C_t dy_t, += a_{t+1} g_{t+1}, from the last step but one to the first
+            _recur(a_steps[1:steps][::-1], g_steps[:steps - 1][::-1], g_k[-1])
+            later = a_k[0] * g_k[0]
+            # From here on, results overwrite buffers that are no longer needed.
+            d_dtA = a_k.mul_(g_k).mul_(h_before)                         # a_t g_t h_{t-1}
+            dA[:steps].addcmul_(d_dtA, dt_k)
+            torch.sum(d_dtA.mul_(A), 1, out=ddt_k)
+            torch.sum(h_k.mul_(dy_k), 3, out=dC_k)
+            torch.sum(torch.mul(g_k, u_k, out=h_k), 3, out=dB_k)
+            torch.sum(g_k.mul_(B_k), 1, out=du_k)
+        ddt.addcmul_(du, x[:, 0])
+        dx = du.mul_(dt[:, 0])
+        return dx, ddt, dA.sum((0, 2)).t(), dB.mT, dC.mT, later, None
 
 
 def chunked_scan(x, dt, A, B, C, h=None):
@@ -365,7 +340,7 @@ def chunked_scan(x, dt, A, B, C, h=None):
         return x.clone(), h
     T = min(L, max(8, CHUNK_ELEMENTS // (b * A.numel())))                # steps in a chunk
     x, dt, B, C = (v.transpose(0, 1).contiguous() for v in (x, dt, B, C))
-    y, h, _ = _forward(x, dt, A, B, C, h.permute(2, 0, 1).contiguous(), T)
+    y, h = ChunkedScan.apply(x, dt, A, B, C, h.permute(2, 0, 1).contiguous(), T)
     return y.transpose(0, 1).contiguous(), h.permute(1, 2, 0).contiguous()
 
 
@@ -373,6 +348,7 @@ def chunked_scan(x, dt, A, B, C, h=None):
 #
 #     CPU, MPS             chunked_scan: one chunk at a time fits into the cache
 #     CUDA                 parallel_scan, fused_scan.py: a GPU has room for all chunks at once
+#     torch.compile        parallel_scan, on any device: an operator, whose loops are not unrolled
 #     one step or none     selective_scan_ref, on any device: there is nothing to cut
 #     torch.func           selective_scan_ref: the other forms have no such derivatives
 
@@ -391,7 +367,7 @@ def selective_scan(x, dt, A, B, C, h=None):
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if x.shape[1] == 1 or x.numel() == 0 or transformed:
         scan = selective_scan_ref
-    elif x.is_cuda:
+    elif x.is_cuda or torch.compiler.is_compiling():
         return parallel_scan(x, dt, A, B, C, h)      # its kernels convert to A's dtype themselves
     else:
         scan = chunked_scan

@@ -125,8 +125,7 @@ def make_optimizer(model, config, device):
     lr = torch.tensor(config["lr"], device=device)       # a CUDA graph reads it from memory
     groups = [{"params": decayed, "lr": lr, "weight_decay": config["weight_decay"]},
               {"params": others, "lr": lr, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True,
-                             capturable=device.type == "cuda")
+    return gpu.AdamW(groups, lr=lr, betas=BETAS, fused=True, capturable=device.type == "cuda")
 
 
 def one_step(model, optimizer, config, generator):

@@ -25,8 +25,9 @@ class UnitTriangularSolve(torch.autograd.Function):
         return u
 
     @staticmethod
-    @torch.autograd.function.once_differentiable     # it takes the inverse for a constant
     def backward(ctx, du):
+        if torch.is_grad_enabled():  # create_graph=True: the inverse would count as a constant
+            raise RuntimeError("UnitTriangularSolve has no second derivative")
         inverse, u = ctx.saved_tensors
         with torch.autocast(du.device.type, enabled=False):
             d_right = inverse.mT @ du

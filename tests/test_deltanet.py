@@ -102,6 +102,23 @@ def test_gradients_against_differences():
     assert torch.autograd.gradcheck(lambda *v: delta_rule(*v, T=2), inputs)
 
 
+@pytest.mark.parametrize("L", [5, 40])                               # one chunk, and several
+@pytest.mark.parametrize("which", range(1, 5))
+def test_refuses_a_second_derivative(L, which):
+    """It would lack terms."""
+    inputs = operands(L=L, first=False)
+    inputs[which].requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(delta_rule(*inputs)[1].sum(), inputs[which], create_graph=True)
+
+
+def test_compiled_in_one_graph():
+    inputs = operands(L=40)
+    compiled = torch.compile(delta_rule, backend="aot_eager", fullgraph=True)
+    for found, exact in zip(everything(compiled, inputs), everything(delta_rule, inputs)):
+        assert relative(found, exact) < 1e-12
+
+
 def test_a_full_correction_recalls_the_last_value():
     """beta = 1 and no decay: what is read under a key is the value last written there."""
     torch.manual_seed(0)

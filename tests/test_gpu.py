@@ -1,6 +1,9 @@
 """gpu.Fast without a GPU: when it launches, captures, replays and compiles. test_cuda.py has the
 rest."""
 
+import os
+import subprocess
+import sys
 import types
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 import gpu
 import runs
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG = {**runs.DEFAULTS, "model": "rope", "K": 16, "d": 8, "L": 64, "M": 1, "seed": 0}
 CUDA = types.SimpleNamespace(device=torch.device("cuda"))                # instead of a generator
 
@@ -75,3 +79,34 @@ def test_steps_left():
     assert gpu.steps_left(100, 20000, 0) == 100                          # half over
     assert gpu.steps_left(15000, 20000, 0) == 5000                       # at most these
     assert gpu.steps_left(100, 20000, 3) == 100 + 3 * 200
+
+
+def test_the_optimizer_is_torchs():
+    """The same steps, and states that each can load from the other."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(5, 3), torch.randn(6, 5, 3)
+    results = []
+    for first, then in ((gpu.AdamW, torch.optim.AdamW), (torch.optim.AdamW, gpu.AdamW)):
+        p = torch.nn.Parameter(start.clone())
+        options = dict(lr=torch.tensor(0.1), betas=(0.9, 0.98), fused=True, weight_decay=0.5)
+        optimizer = first([p], **options)
+        for k, gradient in enumerate(gradients):
+            if k == 3:
+                state = optimizer.state_dict()
+                optimizer = then([p], **options)
+                optimizer.load_state_dict(state)
+            p.grad = gradient.clone()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert p.grad is None
+        results.append(p.detach())
+    assert torch.equal(*results) and (results[0] - start).abs().min() > 0.01
+
+
+@pytest.mark.parametrize("model", ["rope", "mamba"])
+def test_a_run_on_a_cpu_does_not_import_the_compiler(model, tmp_path):
+    """Importing it takes longer than many a run."""
+    argv = ["--model", model, "--steps", "3", "--L", "8", "--device", "cpu", "--out", str(tmp_path)]
+    program = f"import sys, train; train.main({argv}); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False", done.stdout + done.stderr

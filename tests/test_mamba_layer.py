@@ -4,11 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
 
-import mamba as chunked_module
 import fused_scan
 from conftest import in_segments
 from mamba import DepthwiseConv1d, Mamba, causal_conv, compare_forms, selective_scan_ref
@@ -193,15 +191,12 @@ def test_export():
     assert torch.allclose(exported(x)[0], layer(x)[0])
 
 
-def test_meta_and_fake_tensors():
-    y, state = Mamba(6, d_state=5).to("meta")(torch.empty(2, 20, 6, device="meta"))
+def test_meta_tensors():
+    layer = Mamba(6, d_state=5).to("meta")
+    y, state = layer(torch.empty(2, 20, 6, device="meta"))
+    y.sum().backward()
     assert y.shape == (2, 20, 6) and state.h.shape == (2, 12, 5)
-    with FakeTensorMode():
-        layer = Mamba(6, d_state=5)
-        y, state = layer(torch.randn(2, 20, 6))
-        y.sum().backward()
-        assert y.shape == (2, 20, 6) and state.h.shape == (2, 12, 5)
-        assert layer.A_log.grad.shape == (12, 5)
+    assert layer.A_log.grad.shape == (12, 5)
 
 
 def test_gradients_per_sample():
@@ -244,12 +239,6 @@ def test_operators_are_what_they_are_declared_to_be(b, L, transposed, small_chun
     torch.library.opcheck(
         fused_scan._scan_backward, (x_k, dt_k, A, B_k, C_k, *saved, y, last, False))
     assert last.untyped_storage().nbytes() == last.nbytes, "the last state keeps others alive"
-
-    x, dt, B, C = (v.transpose(0, 1).contiguous() for v in (x, dt, B, C))
-    h = h.permute(2, 0, 1).contiguous()
-    torch.library.opcheck(chunked_module._forward, (x, dt, A, B, C, h, CHUNK))
-    y, last, starts = chunked_module._forward(x, dt, A, B, C, h, CHUNK)
-    torch.library.opcheck(chunked_module._backward, (x, dt, A, B, C, starts, CHUNK, y, last))
 
 
 def test_kernels_are_compiled_only_for_training_on_cuda(monkeypatch):
