@@ -296,6 +296,13 @@ BETWEEN = [
     ("F.softplus(dt + self.dt_bias)", "F.softplus(dt)"),
 ]
 
+PROBE = [
+    ("some[:, :-1]", "some"),
+    ("h[cut:] @ weight", "h[cut:] @ weight.flip(0)"),
+    ("(h.std(0) + 1e-8)", "1.0"),
+    ("answers.append(model(some).argmax(-1))", "answers.append(model(some).argmin(-1))"),
+]
+
 MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "data.py": (DATA, "test_data.py"),
     "hybrid.py": (HYBRID, "test_hybrid.py"),
@@ -321,6 +328,7 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "plot.py": (PLOT, "test_plot.py test_plot_options.py test_plot_layout.py"),
     "summary.py": (SUMMARY, "test_summary.py test_plot.py"),
     "bench.py": (BENCH, "test_bench.py"),
+    "report/probe.py": (PROBE, "test_probe.py"),
 }
 
 

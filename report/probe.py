@@ -1,0 +1,134 @@
+"""Which queries a trained Mamba keeps in mind, and in which layer.
+
+    python report/probe.py report/probe/mamba_M16*.pt                a table, a minute per run
+    python report/probe.py report/probe/mamba_M16*.pt --out figures  and a figure, probe.png
+
+A model reads contexts without their final query, and for each query `q` a linear classifier, the
+probe, is trained to tell the value from the state of one layer. If it can, the layer has stored the
+value of that query. If no layer has, the model cannot answer, whatever it does afterwards.
+
+Works for layers whose state has an `h`: Mamba and Mamba-2.
+"""
+
+import argparse
+import os
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+from data import recall_batch
+from output import short_errors, text, write_figure
+from plot import LOOK
+from runs import load_run
+
+AT_ONCE = 1000        # contexts per call of the model
+
+
+@torch.no_grad()
+def read(model, config, contexts):
+    """Let the model read so many contexts -> q, v (n,), its answers (n,), and a dict that has for
+    each layer with a state h, counted from 1, that state after the context (n, D N)."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, v = recall_batch(contexts, config["L"], config["K"], config["M"], config["tau"],
+                             generator=generator)
+    answers, parts = [], []
+    for some in tokens.split(AT_ONCE):
+        answers.append(model(some).argmax(-1))
+        _, states = model.run_layers(some[:, :-1])
+        parts.append({i: state.h.flatten(1) for i, state in enumerate(states, 1)
+                      if hasattr(state, "h")})
+    if not parts[0]:
+        raise ValueError(f"--model is {config['model']!r}, but none of its layers has a state h")
+    states = {i: torch.cat([part[i] for part in parts]) for i in parts[0]}
+    return tokens[:, -1], v, torch.cat(answers), states
+
+
+def probe(h, v, K):
+    """How well a linear map of h (n, features) gives v (n,), from 0 to 1: multinomial logistic
+    regression, trained on three quarters of the rows and tested on the others."""
+    h = (h - h.mean(0)) / (h.std(0) + 1e-8)
+    cut = len(h) * 3 // 4
+    weight = torch.zeros(h.shape[1], K, requires_grad=True)
+    bias = torch.zeros(K, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(h[:cut] @ weight + bias, v[:cut]) + 1e-4 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(loss)
+    answers = (h[cut:] @ weight + bias).argmax(-1)
+    return (answers == v[cut:]).double().mean().item()
+
+
+def rows_of(path, sequences):
+    """A trained run -> its config, and rows {name: [share right for q = 0, ..., M - 1]}: what the
+    model answers, and the probes of its layers."""
+    model, config = load_run(path)
+    q, v, answers, states = read(model, config, sequences * config["M"])
+    queries = [q == k for k in range(config["M"])]
+    rows = {"answers": [(answers == v)[some].double().mean().item() for some in queries]}
+    for i, h in states.items():
+        rows[f"layer {i}"] = [probe(h[some], v[some], config["K"]) for some in queries]
+    return config, rows
+
+
+def draw(found, title):
+    """A figure: for each run a strip with a row for the answers and for each layer."""
+    fig = Figure(figsize=(8, 0.9 + 1.1 * len(found)), layout="constrained")
+    for ax, (config, rows) in zip(fig.subplots(len(found), 1, squeeze=False)[:, 0], found):
+        image = ax.imshow(list(rows.values()), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        ax.set_yticks(range(len(rows)), rows)
+        ax.set_xticks(range(config["M"]))
+        ax.set_ylabel(f"seed {config['seed']}", rotation=0, ha="right", va="center")
+        ax.spines[:].set_visible(False)
+    ax.set_xlabel("query")
+    fig.colorbar(image, ax=fig.axes, label="share right")
+    fig.suptitle(title, fontsize=11)
+    model, M, d = (config[flag] for flag in ("model", "M", "d"))
+    fig.supxlabel(f"{text(model)}, M = {M}, d = {d}: what the model answers, and what a probe of "
+                  "each layer's state answers", fontsize=9)
+    return fig
+
+
+def main(argv=None):
+    """Print a table for each checkpoint in argv; with --out, draw them -> list of config, rows."""
+    parser = short_errors(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
+    parser.add_argument("checkpoints", nargs="+", metavar="RUN.pt", help="models of train.py")
+    parser.add_argument("--sequences", type=int, default=8000, metavar="N",
+                        help="contexts per query (default: 8000)")
+    parser.add_argument("--out", metavar="DIR", help="also draw them: DIR/probe.png")
+    parser.add_argument("--title", default="Which values a layer's state holds", metavar="TEXT")
+    args = parser.parse_args(argv)
+    if args.sequences < 100:
+        parser.error(f"--sequences is {args.sequences}, but a probe needs 100 or more")
+    found = []
+    for path in args.checkpoints:
+        try:
+            config, rows = rows_of(path, args.sequences)
+        except ValueError as error:
+            parser.error(str(error))
+        found.append((config, rows))
+        print(f"{os.path.basename(path)}: % right for each query")
+        print("query    " + "".join(f"{k:4}" for k in range(config["M"])))
+        for name, shares in rows.items():
+            print(f"{name:9}" + "".join(f"{100 * share:4.0f}" for share in shares), flush=True)
+    if args.out:
+        os.makedirs(args.out, exist_ok=True)
+        with matplotlib.rc_context(LOOK):
+            write_figure(os.path.join(args.out, "probe.png"), draw(found, args.title))
+        print(os.path.join(args.out, "probe.png"))
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)      # operations are small: more threads are slower on a busy machine
+    main()
