@@ -28,16 +28,19 @@ compile_seconds = {}   # (function, shape) -> what this process took to compile 
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's optimizer, used outside of torch.compile, without importing torch.compile.
+    """torch.optim.AdamW without the wrappers that import torch's compiler, 1.2 s on a CPU.
 
-    torch marks these methods as not to be compiled when they are first called, and imports the
-    compiler to do so. A run that does not compile starts 1.2 s sooner on a CPU without the marks.
+    The wrapper of `step` also turns gradients off; here no_grad does. Not for use inside
+    torch.compile, nor with differentiable=True.
     """
 
+    def _unwrapped(name):
+        method = getattr(torch.optim.AdamW, name)
+        return getattr(method, "__wrapped__", method)
 
-for _name in ("add_param_group", "zero_grad", "step", "state_dict", "load_state_dict"):
-    _marked = getattr(torch.optim.AdamW, _name)
-    setattr(AdamW, _name, torch.no_grad()(getattr(_marked, "__wrapped__", _marked)))
+    add_param_group, zero_grad = _unwrapped("add_param_group"), _unwrapped("zero_grad")
+    state_dict, load_state_dict = _unwrapped("state_dict"), _unwrapped("load_state_dict")
+    step = torch.no_grad()(_unwrapped("step"))
 
 
 def has_compiler():

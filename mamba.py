@@ -224,15 +224,15 @@ class Mamba(nn.Module):
 # form with running products of the decays divides by them, and they underflow.)
 #
 # In the code, _k is a chunk and _t a step. Inside both passes time comes first, so that one step is
-# contiguous, and b and D come last, so that the innermost loops are long: x, dt, y (L, b, D); B, C
-# (L, b, N); states and A (N, b, D).
+# contiguous, and b and D come last, so that the innermost loops are long: arguments are x, dt, y
+# (L, b, D); B, C (L, b, N); A (D, N), and _broadcast prepares them for states (N, b, D).
 
 CHUNK_ELEMENTS = 2**18   # of (T, N, b, D): 1 MiB in float32; 2^17 and 2^19 are equally fast
 
 
 def _broadcast(x, dt, A, B, C):
-    """Insert axes so that products broadcast to (L, N, b, D): x, dt as (L, 1, b, D), A as
-    (N, b, D), B, C as (L, N, b, 1)."""
+    """x, dt (L, b, D); A (D, N); B, C (L, b, N) -> views of shapes (L, 1, b, D); (N, b, D), copied;
+    (L, N, b, 1), so that products broadcast to (L, N, b, D)."""
     A = A.t()[:, None].expand(-1, x.shape[1], -1).contiguous()
     return x[:, None], dt[:, None], A, B.mT[..., None], C.mT[..., None]
 

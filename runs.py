@@ -118,15 +118,16 @@ def check_memory(config):
     """Raise a ValueError if a lower bound of the bytes needed exceeds the memory."""
     available = memory(config.get("device"))
     what = "--K {K}, --d {d}, --L {L}, --d-state {d_state}, --batch-size {batch_size}"
-    bound = 8 * config["K"] * config["d"]                    # the embedding table
-    # Tensors on "meta" take no memory, but computing with them imports torch's compiler, which takes
-    # a second. So small models are built for real.
-    widest = max(config[flag] or 1 for flag in ("K", "d", "d_state"))
+    bound = 8 * config["K"] * config["d"]                    # the embedding table, drawn in float64
+    # Tensors on "meta" take no memory, but computing with them imports torch's compiler, which
+    # takes a second. So small models are built for real.
+    widest = max(config[flag] for flag in ("K", "d", "L", "d_state"))
     if bound < available:
         try:
             with torch.device("cpu" if config["d"] * widest <= 2**16 else "meta"):
                 model = model_from(config)
             bound += 16 * model.n_params()                   # weights, gradients, two moments
+            # At least eight float32 activations per token, channel and layer.
             bound += 32 * config["batch_size"] * config["L"] * config["d"] * len(model.layers)
         except (RuntimeError, MemoryError, OverflowError):
             bound = available

@@ -151,8 +151,9 @@ def unit(v, eps=1e-6):
 
 # ---- Chunks --------------------------------------------------------------------------------------
 #
-# Write u_t = beta_t (v_t - a_t S_{t-1} k_t) for the correction at step t, and g_t for the sum of
-# log a up to it. Then S_t = a_t S_{t-1} + u_t k_t^T is a decayed sum of corrections,
+# Let S_0 be the state before a chunk, and count its steps from 1 to T. Write u_t for the correction
+# at step t, beta_t (v_t - a_t S_{t-1} k_t), and g_t for the sum of log a over steps 1 to t. Then
+# S_t = a_t S_{t-1} + u_t k_t^T is a decayed sum of corrections,
 #
 #     S_t = exp(g_t) S_0 + sum over s <= t of exp(g_t - g_s) u_s k_s^T
 #
@@ -169,7 +170,7 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     """delta_rule_ref in chunks of at most T steps: same arguments, same results and gradients.
 
     States and sums have the dtype of v, or float32 if that is wider; y has that of v. T: None for
-    64 on a GPU, 16 on a CPU. There is no second derivative; delta_rule_ref has one.
+    64 on CUDA, 16 elsewhere. There is no second derivative; delta_rule_ref has one.
     """
     dtype, y_dtype, L = torch.promote_types(v.dtype, torch.float32), v.dtype, v.shape[1]
     if T is None:
@@ -192,7 +193,8 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     from_start = exp(g, dtype)[..., None]                                # (c, b, H, T, 1)
     k_to_end = exp(g[..., -1:] - g, dtype)[..., None] * k                # (c, b, H, T, N)
 
-    # 2. The triangular system: corrections u = known - waiting @ S_0^T.
+    # 2. The triangular system: corrections u = known - waiting @ S_0^T, where known solves for
+    # beta v and waiting for beta exp(g) k.
     kk, qk = (torch.cat([k, q], dim=-2) @ k.mT).split(T, dim=-2)         # (c, b, H, T, T) each
     system = beta * decay * kk
     if c == 1 and S is None:                         # one chunk, from zero: nothing waits
@@ -215,10 +217,14 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
 
 
 class AcrossChunks(torch.autograd.Function):
-    """Step 3 of delta_rule. Its gradient is a recurrence too; only dS goes from chunk to chunk.
+    """Step 3 of delta_rule: in each chunk
 
-    known (c, b, H, T, P), waiting and k (c, b, H, T, N), decay (c, b, H, 1, 1), S (b, H, P, N)
-    -> starts (c, b, H, P, N), corrections (c, b, H, T, P), the last state (b, H, P, N).
+        u = known - waiting S^T          S <- decay S + u^T k
+
+    Its gradient is a recurrence too, in which only dS goes from chunk to chunk. known (c, b, H, T,
+    P); waiting (c, b, H, T, N); decay of a whole chunk (c, b, H, 1, 1); k, decayed to the chunk's
+    end (c, b, H, T, N); S (b, H, P, N) -> starts (c, b, H, P, N), corrections u (c, b, H, T, P),
+    the last state (b, H, P, N).
     """
 
     @staticmethod

@@ -1,11 +1,12 @@
-"""Which queries a trained Mamba keeps in mind, and in which layer.
+"""Of which queries a trained Mamba has stored the value, and in which layer.
 
     python report/probe.py report/probe/mamba_M16*.pt                a table, a minute per run
     python report/probe.py report/probe/mamba_M16*.pt --out figures  and a figure, probe.png
 
 A model reads contexts without their final query, and for each query `q` a linear classifier, the
 probe, is trained to tell the value from the state of one layer. If it can, the layer has stored the
-value of that query. If no layer has, the model cannot answer, whatever it does afterwards.
+value of that query. If it cannot, the state may still hold the value in a form that is not linear;
+the model's own answers tell.
 
 Works for layers whose state has an `h`: Mamba and Mamba-2.
 """
@@ -27,30 +28,30 @@ from output import short_errors, text, write_figure
 from plot import LOOK
 from runs import load_run
 
-AT_ONCE = 1000        # contexts per call of the model
+BATCH = 1000        # contexts per call of the model
 
 
 @torch.no_grad()
-def read(model, config, contexts):
-    """Let the model read so many contexts -> q, v (n,), its answers (n,), and a dict that has for
-    each layer with a state h, counted from 1, that state after the context (n, D N)."""
+def read(model, config, n):
+    """Run the model on n contexts -> q, v (n,), its answers (n,), and a dict that has for each
+    layer with a state h, counted from 1, that state after the context (n, D N)."""
     generator = torch.Generator().manual_seed(0)
-    tokens, v = recall_batch(contexts, config["L"], config["K"], config["M"], config["tau"],
+    tokens, v = recall_batch(n, config["L"], config["K"], config["M"], config["tau"],
                              generator=generator)
-    answers, parts = [], []
-    for some in tokens.split(AT_ONCE):
-        answers.append(model(some).argmax(-1))
-        _, states = model.run_layers(some[:, :-1])
-        parts.append({i: state.h.flatten(1) for i, state in enumerate(states, 1)
-                      if hasattr(state, "h")})
-    if not parts[0]:
+    answers, by_batch = [], []
+    for batch in tokens.split(BATCH):
+        answers.append(model(batch).argmax(-1))
+        _, states = model.run_layers(batch[:, :-1])
+        by_batch.append({i: state.h.flatten(1) for i, state in enumerate(states, 1)
+                         if hasattr(state, "h")})
+    if not by_batch[0]:
         raise ValueError(f"--model is {config['model']!r}, but none of its layers has a state h")
-    states = {i: torch.cat([part[i] for part in parts]) for i in parts[0]}
+    states = {i: torch.cat([hs[i] for hs in by_batch]) for i in by_batch[0]}
     return tokens[:, -1], v, torch.cat(answers), states
 
 
 def probe(h, v, K):
-    """How well a linear map of h (n, features) gives v (n,), from 0 to 1: multinomial logistic
+    """The accuracy with which a linear classifier tells v (n,) from h (n, features): logistic
     regression, trained on three quarters of the rows and tested on the others."""
     h = (h - h.mean(0)) / (h.std(0) + 1e-8)
     cut = len(h) * 3 // 4
@@ -70,19 +71,20 @@ def probe(h, v, K):
 
 
 def rows_of(path, sequences):
-    """A trained run -> its config, and rows {name: [share right for q = 0, ..., M - 1]}: what the
-    model answers, and the probes of its layers."""
+    """A trained run -> its config, and rows {name: [accuracy for q = 0, ..., M - 1]}: the answers
+    of the model, and the probes of its layers. sequences: contexts per query, on average."""
     model, config = load_run(path)
     q, v, answers, states = read(model, config, sequences * config["M"])
     queries = [q == k for k in range(config["M"])]
-    rows = {"answers": [(answers == v)[some].double().mean().item() for some in queries]}
+    rows = {"answers": [(answers == v)[mask].double().mean().item() for mask in queries]}
     for i, h in states.items():
-        rows[f"layer {i}"] = [probe(h[some], v[some], config["K"]) for some in queries]
+        rows[f"layer {i}"] = [probe(h[mask], v[mask], config["K"]) for mask in queries]
     return config, rows
 
 
 def draw(found, title):
-    """A figure: for each run a strip with a row for the answers and for each layer."""
+    """A figure: for each run a strip with a row for the answers and for each layer. All runs must
+    be of one model, M and d."""
     fig = Figure(figsize=(8, 0.9 + 1.1 * len(found)), layout="constrained")
     for ax, (config, rows) in zip(fig.subplots(len(found), 1, squeeze=False)[:, 0], found):
         image = ax.imshow(list(rows.values()), cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -91,7 +93,7 @@ def draw(found, title):
         ax.set_ylabel(f"seed {config['seed']}", rotation=0, ha="right", va="center")
         ax.spines[:].set_visible(False)
     ax.set_xlabel("query")
-    fig.colorbar(image, ax=fig.axes, label="share right")
+    fig.colorbar(image, ax=fig.axes, label=f"accuracy; chance is {1 / (config['K'] - 1):.2f}")
     fig.suptitle(title, fontsize=11)
     model, M, d = (config[flag] for flag in ("model", "M", "d"))
     fig.supxlabel(f"{text(model)}, M = {M}, d = {d}: what the model answers, and what a probe of "
@@ -104,7 +106,7 @@ def main(argv=None):
     parser = short_errors(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
     parser.add_argument("checkpoints", nargs="+", metavar="RUN.pt", help="models of train.py")
     parser.add_argument("--sequences", type=int, default=8000, metavar="N",
-                        help="contexts per query (default: 8000)")
+                        help="contexts per query, on average (default: 8000)")
     parser.add_argument("--out", metavar="DIR", help="also draw them: DIR/probe.png")
     parser.add_argument("--title", default="Which values a layer's state holds", metavar="TEXT")
     args = parser.parse_args(argv)
@@ -117,10 +119,12 @@ def main(argv=None):
         except ValueError as error:
             parser.error(str(error))
         found.append((config, rows))
-        print(f"{os.path.basename(path)}: % right for each query")
+        print(f"{os.path.basename(path)}: accuracy for each query, %")
         print("query    " + "".join(f"{k:4}" for k in range(config["M"])))
         for name, shares in rows.items():
             print(f"{name:9}" + "".join(f"{100 * share:4.0f}" for share in shares), flush=True)
+    if args.out and len({(c["model"], c["M"], c["d"]) for c, _ in found}) > 1:
+        parser.error("--out draws runs of one model, M and d")
     if args.out:
         os.makedirs(args.out, exist_ok=True)
         with matplotlib.rc_context(LOOK):

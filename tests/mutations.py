@@ -192,7 +192,7 @@ DELTANET = [
 
 TRIANGULAR = [
     ("return -(d_right @ u.mT)", "return (d_right @ u.mT)"),
-    ("corner = -product(Q, product(B, P))", "corner = -product(product(B, P), Q)"),
+    ("corner = -product(Y, product(B, X))", "corner = -product(product(B, X), Y)"),
     ("[..., s:, :s]", "[..., :s, s:]"),
     ("unitriangular=True", "unitriangular=False"),
 ]
@@ -297,10 +297,10 @@ BETWEEN = [
 ]
 
 PROBE = [
-    ("some[:, :-1]", "some"),
+    ("batch[:, :-1]", "batch"),
     ("h[cut:] @ weight", "h[cut:] @ weight.flip(0)"),
     ("(h.std(0) + 1e-8)", "1.0"),
-    ("answers.append(model(some).argmax(-1))", "answers.append(model(some).argmin(-1))"),
+    ("answers.append(model(batch).argmax(-1))", "answers.append(model(batch).argmin(-1))"),
 ]
 
 MUTATIONS = {  # file -> its mutations, and the tests that should fail
