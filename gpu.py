@@ -41,6 +41,7 @@ class AdamW(torch.optim.AdamW):
     add_param_group, zero_grad = _unwrapped("add_param_group"), _unwrapped("zero_grad")
     state_dict, load_state_dict = _unwrapped("state_dict"), _unwrapped("load_state_dict")
     step = torch.no_grad()(_unwrapped("step"))
+    del _unwrapped
 
 
 def has_compiler():
