@@ -167,6 +167,9 @@ EXPERIMENTS = {
             "{}/four/* --against model --name four":
                 "Mixed training lengths: all 30 seeds of Mamba learn four queries and stay above "
                 "0.9"}},
+    "mixed": {                                               # beside M = 4 of problem2
+        "train": ["--M 4 --train-lengths uniform --model rope hybrid-a hybrid-b"],
+        "draw": {}},
     "uniform": {
         "train": [f"--train-lengths uniform --model {SIX}"],
         "draw": {
