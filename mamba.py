@@ -248,6 +248,7 @@ def _recur(a, w, h):
 
 
 class ChunkedScan(torch.autograd.Function):
+    """Both passes of chunked_scan, for arguments with time first, in chunks of T steps."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, h, T):
