@@ -70,16 +70,15 @@ def probe(h, v, K):
     return (answers == v[cut:]).double().mean().item()
 
 
-def rows_of(path, sequences):
-    """A trained run -> its config, and rows {name: [accuracy for q = 0, ..., M - 1]}: the answers
-    of the model, and the probes of its layers. sequences: contexts per query, on average."""
-    model, config = load_run(path)
+def rows_of(model, config, sequences):
+    """Rows {name: [accuracy for q = 0, ..., M - 1]} of a trained run: the answers of the model, and
+    the probes of its layers. sequences: contexts per query, on average."""
     q, v, answers, states = read(model, config, sequences * config["M"])
     queries = [q == k for k in range(config["M"])]
     rows = {"answers": [(answers == v)[mask].double().mean().item() for mask in queries]}
     for i, h in states.items():
         rows[f"layer {i}"] = [probe(h[mask], v[mask], config["K"]) for mask in queries]
-    return config, rows
+    return rows
 
 
 def draw(found, title):
@@ -113,9 +112,15 @@ def main(argv=None):
     if args.sequences < 100:
         parser.error(f"--sequences is {args.sequences}, but a probe needs 100 or more")
     found = []
-    for path in args.checkpoints:
+    try:
+        loaded = [load_run(path) for path in args.checkpoints]
+    except ValueError as error:
+        parser.error(str(error))
+    if args.out and len({(c["model"], c["M"], c["d"]) for _, c in loaded}) > 1:
+        parser.error("--out draws runs of one model, M and d")
+    for path, (model, config) in zip(args.checkpoints, loaded):
         try:
-            config, rows = rows_of(path, args.sequences)
+            rows = rows_of(model, config, args.sequences)
         except ValueError as error:
             parser.error(str(error))
         found.append((config, rows))
@@ -123,8 +128,6 @@ def main(argv=None):
         print("query    " + "".join(f"{k:4}" for k in range(config["M"])))
         for name, shares in rows.items():
             print(f"{name:9}" + "".join(f"{100 * share:4.0f}" for share in shares), flush=True)
-    if args.out and len({(c["model"], c["M"], c["d"]) for c, _ in found}) > 1:
-        parser.error("--out draws runs of one model, M and d")
     if args.out:
         os.makedirs(args.out, exist_ok=True)
         with matplotlib.rc_context(LOOK):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
 
@@ -191,12 +192,15 @@ def test_export():
     assert torch.allclose(exported(x)[0], layer(x)[0])
 
 
-def test_meta_tensors():
-    layer = Mamba(6, d_state=5).to("meta")
-    y, state = layer(torch.empty(2, 20, 6, device="meta"))
-    y.sum().backward()
-    assert y.shape == (2, 20, 6) and state.h.shape == (2, 12, 5)
-    assert layer.A_log.grad.shape == (12, 5)
+def test_meta_and_fake_tensors():
+    def check(layer, x):
+        y, state = layer(x)
+        y.sum().backward()
+        assert y.shape == (2, 20, 6) and state.h.shape == (2, 12, 5)
+        assert layer.A_log.grad.shape == (12, 5)
+    check(Mamba(6, d_state=5).to("meta"), torch.empty(2, 20, 6, device="meta"))
+    with FakeTensorMode():
+        check(Mamba(6, d_state=5), torch.randn(2, 20, 6))
 
 
 def test_gradients_per_sample():

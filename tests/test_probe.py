@@ -56,8 +56,13 @@ def test_command(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, message", [
     (["--sequences", "9"], "--sequences is 9, but a probe needs 100 or more"),
-    ([], "--model is 'rope', but none of its layers has a state h")])
+    ([], "--model is 'rope', but none of its layers has a state h"),
+    (["mamba+attention", "--out", "x"], "--out draws runs of one model, M and d"),
+    (["nothing"], "nothing_M2_tau1_K16_d8_L6_steps1_seed0.pt is not there")])
 def test_wrong_commands(run, argv, message, capsys):
+    """Also those that name several runs are refused before the first is probed."""
+    if argv and not argv[0].startswith("--"):
+        argv = [run(argv[0]), *argv[1:]]
     with pytest.raises(SystemExit) as stopped:
         probe.main([run("rope"), *argv])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
