@@ -43,7 +43,7 @@ class Attention(nn.Module):
     d_model: width of x and y; n_heads must divide it, and rope needs heads of even size.
     recency: initial value of the biases of q and k, None for torch's own. With rope, two equal
         biases add a score that is highest at distance 0: the head first looks at recent tokens.
-    base, rotated: of rope, see `rotary`.
+    base, rotated: of rope, see `rotary`. `scale`, of positions, is set after training, if at all.
     kv_heads: G, which must divide n_heads; each key and value head serves H / G query heads
         (grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245). None for n_heads.
 
@@ -62,7 +62,7 @@ class Attention(nn.Module):
         check_heads(d_model, n_heads, kv_heads, position)
         P = d_model // n_heads
         self.n_heads, self.kv_heads, self.position = n_heads, kv_heads, position
-        self.base, self.rotated = base, rotated
+        self.base, self.rotated, self.scale = base, rotated, 1.0
         self.sizes = [d_model, kv_heads * P, kv_heads * P]               # of q, k and v
         self.qkv = nn.Linear(d_model, sum(self.sizes))
         self.out_proj = nn.Linear(d_model, d_model)
@@ -77,6 +77,10 @@ class Attention(nn.Module):
         v = v.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)         # (B, G, L, P)
         return q, k, v
 
+    def rotate(self, x, start):
+        """x (B, heads, L, P), its first token at position `start` -> x with rotary positions."""
+        return rotary(x, start, self.base, self.rotated, self.scale)
+
     def forward(self, x, state=None, last_only=False):
         """Run a segment of a sequence, continuing from `state`: a KVCache, None at the start.
 
@@ -88,8 +92,7 @@ class Attention(nn.Module):
         q, k, v = self.heads(x)
         S = 0 if state is None else state.k.shape[2]
         if self.position == "rope":
-            q = rotary(q, S, self.base, self.rotated)
-            k = rotary(k, S, self.base, self.rotated)
+            q, k = self.rotate(q, S), self.rotate(k, S)
         cache = extend(state, k, v)
         if last_only:
             q = q[:, :, -1:]                                             # (B, H, 1, P)
@@ -133,12 +136,14 @@ def extend(state, k, v):
     return KVCache(k.clone(), v.clone())
 
 
-def rotary(x, start, base=10000.0, rotated=1.0):
+def rotary(x, start, base=10000.0, rotated=1.0, scale=1.0):
     """Rotate the channels of each head by their token's position (RoFormer, Su et al. 2021, 3.4.2).
 
     Channels j and j + P/2 are the coordinates of a point; at position t it turns by the angle
     t base^(-2j/P). The product of a query at t and a key at s then depends on t - s, not on t.
-    rotated: the share of the channels that turn; the others know no position.
+    rotated: the share of the channels that turn; the others know no position. scale: positions are
+    multiplied by it; below 1, a longer context has the angles of a shorter one (position
+    interpolation, Chen et al. 2023, arXiv 2306.15595).
 
     x (..., L, P), the first token at position `start` (from 0) -> the same shape. Angles are
     float64: at 10^6 those of float32 are wrong by up to 0.03, above 2^24 neighbours coincide.
@@ -146,11 +151,11 @@ def rotary(x, start, base=10000.0, rotated=1.0):
     L, P = x.shape[-2], 2 * int(rotated * x.shape[-1] / 2)
     if P < x.shape[-1]:
         turned, still = x.split([P, x.shape[-1] - P], dim=-1)
-        return torch.cat([rotary(turned, start, base), still], dim=-1)
+        return torch.cat([rotary(turned, start, base, scale=scale), still], dim=-1)
     wide = torch.float32 if x.device.type == "mps" else torch.float64    # Apple's GPUs have none
     t = torch.arange(start, start + L, device=x.device, dtype=wide)
     frequency = base ** (-torch.arange(0, P, 2, device=x.device, dtype=wide) / P)
-    angle = t[:, None] * frequency                                       # (L, P/2)
+    angle = scale * t[:, None] * frequency                               # (L, P/2)
     cos = angle.cos().to(x.dtype)
     sin = angle.sin().to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)                                          # (..., L, P/2) each
@@ -194,8 +199,7 @@ class SlidingWindow(Attention):
         first = max(0, length - self.window + 1)
         cache = KVCache(k[:, :, first:].clone(), v[:, :, first:].clone())
         if self.position == "rope":
-            q = rotary(q, start=length - x.shape[1])
-            k = rotary(k, start=0)
+            q, k = self.rotate(q, length - x.shape[1]), self.rotate(k, 0)
         if last_only:
             q = q[:, :, -1:]
         mask = visible(q.shape[2], length, x.device, self.window)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from attention import Attention, rotary
+from attention import Attention
 from data import recall_batch
 from mamba import Mamba
 from output import end_with, say, short_errors, text, write_figure
@@ -69,7 +69,7 @@ def attention_maps(layer, qkv):
     q = q.view(L, layer.n_heads, -1).transpose(0, 1)                        # (H, L, P)
     k = k.view(L, layer.kv_heads, -1).transpose(0, 1)                       # (G, L, P)
     if layer.position == "rope":
-        q, k = rotary(q, 0), rotary(k, 0)
+        q, k = layer.rotate(q, 0), layer.rotate(k, 0)
     k = k.repeat_interleave(layer.n_heads // layer.kv_heads, 0)             # (H, L, P)
     scores = q @ k.mT / q.shape[-1]**0.5                                    # (H, L, L)
     hidden = torch.ones(L, L, dtype=torch.bool, device=qkv.device).triu(1)

@@ -265,7 +265,7 @@ def test_angles_of_the_rotary_words(word, base, turned):
     """Each pair of channels turns by t base^(-2j/P), written out; the other channels stay."""
     layer = build_layer(word, 8, 64, 1, 16, [])
     x = torch.randn(1, 1, 5, 8, dtype=torch.float64)
-    y = rotary(x, 3, layer.base, layer.rotated)
+    y = layer.rotate(x, 3)
     half = turned // 2
     for t in range(5):
         for j in range(half):
@@ -275,3 +275,13 @@ def test_angles_of_the_rotary_words(word, base, turned):
                      a * math.sin(angle) + b * math.cos(angle))
             assert (y[0, 0, t, j].item(), y[0, 0, t, j + half].item()) == pytest.approx(right)
     assert torch.equal(y[..., turned:], x[..., turned:])
+
+
+@pytest.mark.parametrize("word", ["rope", "rope-half"])
+def test_scaled_positions_are_those_between_the_tokens(word):
+    """At half the scale, every second token is where all tokens are at scale 1."""
+    layer = build_layer(word, 8, 64, 1, 16, [])
+    x = torch.randn(1, 1, 9, 8, dtype=torch.float64)
+    plain = layer.rotate(x[:, :, ::2], 3)
+    layer.scale = 0.5
+    assert torch.allclose(layer.rotate(x, 6)[:, :, ::2], plain, rtol=1e-14, atol=1e-14)
