@@ -205,9 +205,8 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
         known, waiting = UnitTriangularSolve.apply(system, right).split([P, k.shape[-1]], dim=-1)
 
         # 3. From chunk to chunk: the state before each, its corrections, and the last state.
-        S = v.new_zeros(b, H, P, k.shape[-1]) if S is None else S.to(dtype)
         starts, corrections, S = AcrossChunks.apply(
-            known, waiting, from_start[:, :, :, -1:], k_to_end, S)
+            known, waiting, from_start[:, :, :, -1:], k_to_end, None if S is None else S.to(dtype))
         y = from_start * (q @ starts.mT)                                 # (c, b, H, T, P)
 
     # 4. The outputs: from each chunk's first state, and from its corrections, by attention.
@@ -223,14 +222,19 @@ class AcrossChunks(torch.autograd.Function):
 
     Its gradient is a recurrence too, in which only dS goes from chunk to chunk. known (c, b, H, T,
     P); waiting (c, b, H, T, N); decay of a whole chunk (c, b, H, 1, 1); k, decayed to the chunk's
-    end (c, b, H, T, N); S (b, H, P, N) -> starts (c, b, H, P, N), corrections u (c, b, H, T, P),
-    the last state (b, H, P, N).
+    end (c, b, H, T, N); S (b, H, P, N), None for zero -> starts (c, b, H, P, N), corrections u
+    (c, b, H, T, P), the last state (b, H, P, N).
     """
 
     @staticmethod
     def forward(ctx, known, waiting, decay, k, S):
         starts, corrections = [], []
         for known_i, waiting_i, decay_i, k_i in zip(known, waiting, decay, k):
+            if S is None:                            # zero before the first chunk: nothing waits
+                S = known_i.mT @ k_i                                     # (b, H, P, N)
+                starts.append(torch.zeros_like(S))
+                corrections.append(known_i)
+                continue
             starts.append(S)
             corrections.append(known_i - waiting_i @ S.mT)               # (b, H, T, P)
             S = decay_i * S + corrections[-1].mT @ k_i                   # (b, H, P, N)
@@ -250,6 +254,7 @@ class AcrossChunks(torch.autograd.Function):
             dS = d_starts[i] + decay[i] * dS - du[-1].mT @ waiting[i]
         d_ends, du = torch.stack(d_ends[::-1]), torch.stack(du[::-1])
         d_decay = (d_ends * starts).sum((-2, -1), keepdim=True)
+        dS = dS if ctx.needs_input_grad[4] else None
         return du, -du @ starts, d_decay, corrections @ d_ends, dS
 
 
