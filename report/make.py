@@ -98,13 +98,13 @@ EXPERIMENTS = {
                 "Mamba, trained at lengths up to 256, recalls after a million tokens in every "
                 "seed; attention fades"}},
     "filter": {
-        "train": ["--d 8 16 32 --tau 1 2 3 4 5 10 --model conv+attention mamba+attention",
-                  "--d 8 16 32 --M 4 16 --model conv+attention mamba+attention",
+        "train": ["--d 8 16 32 --M 1 4 16 --tau 1 2 3 4 5 10 "
+                  "--model conv+attention mamba+attention",
                   "--d 16 --tau 1 2 3 4 5 7 8 10 --model conv2+attention conv8+attention"],
         "draw": {
-            "{}/filter/*_M1_*_d16_* --against tau --name filter":
-                "A filter of n taps in front of attention bridges n - 1 tokens, no more; Mamba "
-                "bridges ten"}},
+            "{}/filter/*_d16_* --against tau --name filter":
+                "A filter of n taps bridges n - 1 tokens; with one query Mamba's state bridges ten, "
+                "with sixteen none"}},
     "ladder": {
         "train": [f"--d 16 --M 4 16 --model {LADDER}"],
         "draw": {
@@ -142,9 +142,12 @@ EXPERIMENTS = {
     "rotary": {
         "train": ["--M 4 16 --model rope 2xrope-fast 2xrope-slow 2xrope-half alibi forgetting"],
         "draw": {
-            "{}/rotary/* --name rotary":
-                "Rotating half of the channels keeps more of sixteen queries; slower or faster "
-                "angles and ALiBi do not help"}},
+            "{}/rotary/* {}/interpolated/rope-interpolated* --name rotary":
+                "Rotating half of the channels keeps more of sixteen queries; other angles, ALiBi "
+                "and interpolation do not help"}},
+    "interpolated": {                                        # then report/interpolate.py, rotary
+        "train": ["--M 4 16 --model rope"],
+        "draw": {}},
     "width": {
         "train": ["--M 16 --d 16 32 64 --model rope mamba hybrid-a hybrid-b"],
         "draw": {
@@ -162,7 +165,7 @@ EXPERIMENTS = {
                 "and Mamba-2 fails without them"}},
     "four": {                                                # the report has seeds 0 to 29
         "train": ["--M 4 --model mamba", "--M 4 --model mamba --train-lengths uniform",
-                  "--M 4 --model mamba --batch-size 256"],
+                  "--M 4 --model mamba --batch-size 256", "--M 4 --model mamba --steps 60000"],
         "draw": {
             "{}/four/* --against model --name four":
                 "Mixed training lengths: all 30 seeds of Mamba learn four queries and stay above "
