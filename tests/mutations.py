@@ -174,6 +174,9 @@ LINEAR_ATTENTION = [
     ("k = rotate(k, ", "k = rotate(k, 0 * "),
     ("before=torch.zeros_like(beta), now=beta", "before=beta, now=beta"),
     ("q / self.d_state**0.5", "q"),
+    ("angle = scale * t[:, None]", "angle = t[:, None]"),
+    ("rotary(turned, start, base, scale=scale)", "rotary(turned, start, base)"),
+    ("rotary(x, start, self.base, self.rotated, self.scale)", "rotary(x, start)"),
 ]
 
 DELTANET = [
@@ -188,6 +191,8 @@ DELTANET = [
     ("torch.sigmoid(self.b_proj(x))", "self.b_proj(x)"),
     ("-torch.exp(self.A_log) * self.step_size(x)", "-self.step_size(x)"),
     ("y = F.rms_norm(y, (self.headdim,), self.o_norm, eps=1e-5)", "y = y * self.o_norm"),
+    ("starts.append(torch.zeros_like(S))", "starts.append(S)"),
+    ("dS = dS if ctx.needs_input_grad[4] else None", ""),
 ]
 
 TRIANGULAR = [
@@ -303,6 +308,13 @@ PROBE = [
     ("answers.append(model(batch).argmax(-1))", "answers.append(model(batch).argmin(-1))"),
 ]
 
+INTERPOLATE = [
+    ('config["L"] / n', 'n / config["L"]'),
+    ('if n > config["L"]', "if n > 0"),
+    ("and not layer.window", ""),
+    ("{**old, **dict(zip(longer, new))}", "old"),
+]
+
 MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "data.py": (DATA, "test_data.py"),
     "hybrid.py": (HYBRID, "test_hybrid.py"),
@@ -329,6 +341,7 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "summary.py": (SUMMARY, "test_summary.py test_plot.py"),
     "bench.py": (BENCH, "test_bench.py"),
     "report/probe.py": (PROBE, "test_probe.py"),
+    "report/interpolate.py": (INTERPOLATE, "test_interpolate.py"),
 }
 
 
