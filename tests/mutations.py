@@ -311,8 +311,11 @@ PROBE = [
 INTERPOLATE = [
     ('config["L"] / n', 'n / config["L"]'),
     ('if n > config["L"]', "if n > 0"),
-    ("and not layer.window", ""),
-    ("{**old, **dict(zip(longer, new))}", "old"),
+    ("layer.scale = 1.0", "pass"),
+    ("found.get(n, accuracy)", "accuracy"),
+    ('model.modules()', 'list(model.layers)[:1]'),
+    ('run_name(config) + ".json"', '"mine.json"'),
+    ("<= config", "< config"),
 ]
 
 MUTATIONS = {  # file -> its mutations, and the tests that should fail
