@@ -103,8 +103,8 @@ EXPERIMENTS = {
                   "--d 16 --tau 1 2 3 4 5 7 8 10 --model conv2+attention conv8+attention"],
         "draw": {
             "{}/filter/*_d16_* --against tau --name filter":
-                "A filter of n taps bridges n - 1 tokens; with one query Mamba's state bridges ten, "
-                "with sixteen none"}},
+                "A convolution of n taps bridges n - 1 tokens; what Mamba's state adds shrinks "
+                "with the number of queries"}},
     "ladder": {
         "train": [f"--d 16 --M 4 16 --model {LADDER}"],
         "draw": {
@@ -143,8 +143,8 @@ EXPERIMENTS = {
         "train": ["--M 4 16 --model rope 2xrope-fast 2xrope-slow 2xrope-half alibi forgetting"],
         "draw": {
             "{}/rotary/* {}/interpolated/rope-interpolated* --name rotary":
-                "Rotating half of the channels keeps more of sixteen queries; other angles, ALiBi "
-                "and interpolation do not help"}},
+                "Rotating half of the channels keeps more of sixteen queries; other frequencies, "
+                "ALiBi and interpolation do not help"}},
     "interpolated": {                                        # then report/interpolate.py, rotary
         "train": ["--M 4 16 --model rope"],
         "draw": {}},
