@@ -108,6 +108,8 @@ def build_layer(word, d, L, n_heads, d_state, before):
         return Attention(d, n_heads=4, kv_heads=2)
     if word == "mamba":
         return Mamba(d, d_state)
+    if word == "mamba-noconv":
+        return Mamba(d, d_state, d_conv=1)
     if word == "normed-mamba":
         return NormedMamba(d, d_state, dt_rank=d)        # at rank 1 a norm would leave only a sign
     if word == "mamba2":
@@ -141,8 +143,8 @@ def build_layer(word, d, L, n_heads, d_state, before):
 
 WORDS = [                                 # those in build_layer; LAYERS has the others
     "attention", "rope", "position", "window", "grouped", "alibi", "forgetting", "conv", "conv2",
-    "conv8", "mamba", "normed-mamba", "mamba-own", "mamba2", "mamba2-shared", "mamba3",
-    "mamba3-mimo", "deltanet", "lti", "zamba", "zamba2", "zamba2-mini", *RUNGS, *ROTARY]
+    "conv8", "mamba", "mamba-noconv", "normed-mamba", "mamba-own", "mamba2", "mamba2-shared",
+    "mamba3", "mamba3-mimo", "deltanet", "lti", "zamba", "zamba2", "zamba2-mini", *RUNGS, *ROTARY]
 
 MOST_LAYERS = 256
 WITH_HEADS = {"attention", "rope", "window", "zamba", "zamba2", "zamba2-mini", "deltanet",
