@@ -100,11 +100,13 @@ EXPERIMENTS = {
     "filter": {
         "train": ["--d 8 16 32 --M 1 4 16 --tau 1 2 3 4 5 10 "
                   "--model conv+attention mamba+attention",
-                  "--d 16 --tau 1 2 3 4 5 7 8 10 --model conv2+attention conv8+attention"],
+                  "--d 16 --tau 1 2 3 4 5 7 8 10 --model conv2+attention conv8+attention",
+                  "--d 16 --tau 1 2 3 4 5 10 --model mamba-noconv+attention",
+                  "--d 16 --M 4 16 --model mamba-noconv+attention"],
         "draw": {
             "{}/filter/*_d16_* --against tau --name filter":
-                "A convolution of n taps bridges n - 1 tokens; what Mamba's state adds shrinks "
-                "with the number of queries"}},
+                "A convolution of n taps bridges n - 1 tokens; with one query the state alone "
+                "bridges ten, with sixteen not one"}},
     "ladder": {
         "train": [f"--d 16 --M 4 16 --model {LADDER}"],
         "draw": {
