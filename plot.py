@@ -9,9 +9,8 @@
       --against d --lowest            the lowest accuracy to 3L, not that at L
       --table [16 64]    a Markdown table [of the accuracy at 16 and 64]
 
-The seeds of a curve differ in the seed alone: any other flag that differs, such
-as --lr, is part of the curve's name. Numbers of report/published/ are hollow
-points beside the runs of their task.
+The seeds of a curve differ in the seed alone: any other flag that differs is
+part of the curve's name. Numbers of report/published/ are hollow points.
 """
 
 import argparse
@@ -28,8 +27,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
 
 from output import end_with, say, short_errors, text, write_figure
-from summary import (COLOURS, IGNORED, MODELS, TASK, caption, file_name, finding, group, median,
-                     middle, name_of, rank, read, table)
+from summary import (COLOURS, IGNORED, MODELS, REACH, TASK, caption, file_name, finding, group,
+                     median, middle, n_answers, name_of, rank, read, table)
 
 MOST_PANELS = 40  # of a figure
 LONG = 18         # letters of a curve's name, beyond which a panel is wider
@@ -82,8 +81,8 @@ def label_ends(ax, ends):
 
 def mark(ax, config, kind):
     """A dotted line at the accuracy of a guess, and a dashed one at the training length."""
-    K, L, small = config["K"], config["L"], dict(textcoords="offset points", color=GREY, fontsize=9)
-    answers = {"mqar": K // 2, "copy": max(1, K - 2), "parity": 2}.get(config["task"], K)
+    L, small = config["L"], dict(textcoords="offset points", color=GREY, fontsize=9)
+    answers = n_answers(config)
     ax.axhline(1 / answers, color=GREY, lw=1, ls=":")
     ax.annotate(f"chance 1/{answers}", (1, 1 / answers), (-2, -3), ax.get_yaxis_transform(),
                 ha="right", va="top", **small)
@@ -162,7 +161,7 @@ def draw_rows(ax, curves, look):
             style = dict(ls="", ms=7, color=colour, mfc=face, clip_on=False)
             ax.plot([run[what] for run in runs], [y] * len(runs), marker="|", **style)
             ax.plot(middle(runs, what), y, marker=dot, **style)
-    ax.axvline(1 / next(iter(curves.values()))[0]["config"]["K"], color=GREY, lw=1, ls=":")
+    ax.axvline(1 / n_answers(next(iter(curves.values()))[0]["config"]), color=GREY, lw=1, ls=":")
     ax.set_yticks(range(len(look)), [name_of("model", curve) for curve in look])
     ax.set(xlim=(0, 1), xticks=[0, 0.5, 1], ylim=(len(look) - 0.4, -0.6), xlabel="accuracy")
     ax.grid(axis="y", color="0.92", zorder=-1)
@@ -207,6 +206,9 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
             upright = len(" ".join(names)) > 36              # or they would run into each other
             ax.set_xticks(range(len(xs)), names, rotation=90 if upright else 0)
             draw_points(ax, shown, look, curve, lambda c, x, seeds: xs.index(x) + aside[c], what)
+            for c in {c for c, _ in shown if c[0] in REACH} if across == ("tau",) else ():
+                ax.axvline(sum(x[0] <= REACH[c[0]] for x in xs) - 0.5, color=look[c][0], ls="--")
+                sources["; dashed: how far each convolution reaches"] = True
             continue
         scale_x(ax, kind, runs, config["L"])
         if kind == "state":
@@ -233,17 +235,16 @@ def main(argv=None):
     """Draw what argv asks for -> paths of the figures. SystemExit, status 2, if that is nothing."""
     parser = short_errors(argparse.ArgumentParser(
         "plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
-    parser.add_argument("results", nargs="+", metavar="RUN.json", help="results of train.py")
-    parser.add_argument("--panels", nargs="+", default=["M"], metavar="FLAG",
-                        help="flags that make panels (default: M)")
-    parser.add_argument("--against", metavar="FLAG", help="a flag of train.py, model, or state")
-    parser.add_argument("--lowest", dest="what", action="store_const", const="lowest", default="at",
-                        help="with --against: see above")
-    parser.add_argument("--title", help="of the figures (default: what they show)")
-    parser.add_argument("--table", nargs="*", type=int, metavar="LENGTH", help="print a table")
-    parser.add_argument("--name", help="name of a figure's file (default: what it shows)")
-    parser.add_argument("--out", default="figures", metavar="DIR",
-                        help="folder of figures (default: figures)")
+    add = parser.add_argument
+    add("results", nargs="+", metavar="RUN.json", help="results of train.py")
+    add("--panels", nargs="+", default=["M"], metavar="FLAG", help="flags of panels (default: M)")
+    add("--against", metavar="FLAG", help="a flag of train.py, model, or state")
+    add("--lowest", dest="what", action="store_const", const="lowest", default="at",
+        help="with --against: see above")
+    add("--title", help="of the figures (default: what they show)")
+    add("--table", nargs="*", type=int, metavar="LENGTH", help="print a table")
+    add("--name", help="name of a figure's file (default: what it shows)")
+    add("--out", default="figures", metavar="DIR", help="folder of figures (default: figures)")
     args = parser.parse_args(argv)
     if args.what == "lowest" and args.against in (None, "model"):
         parser.error("--lowest needs --against state or --against FLAG")

@@ -32,9 +32,16 @@ COLOURS = {  # in the order of figures and tables; the first are for the colour-
     "2xgated-deltanet-noconv": "#9EDAE5", "2xgated-deltanet": "#17BECF",
     "2xlinear-rotation-noconv": "#E6C35C", "2xlinear-rotation": "#B8860B"}
 MODELS = list(COLOURS)
+REACH = {"conv2+attention": 1, "conv+attention": 3, "conv8+attention": 7}   # tokens back: taps - 1
 TEST_BATCH = 512  # sequences of a test during training, as in train.py
 SOLVED = 0.99     # the accuracy to which steps are counted
 KEPT = 0.95       # a model that stays above it beyond L does not fade
+
+
+def n_answers(config):
+    """How many tokens may be the answer: a guess is right once in so many."""
+    K = config["K"]
+    return {"mqar": K // 2, "copy": max(1, K - 2), "parity": 2}.get(config["task"], K)
 
 
 def load(path):

@@ -104,9 +104,10 @@ EXPERIMENTS = {
                   "--d 16 --tau 1 2 3 4 5 10 --model mamba-noconv+attention",
                   "--d 16 --M 4 16 --model mamba-noconv+attention"],
         "draw": {
-            "{}/filter/*_d16_* --against tau --name filter":
-                "A convolution of n taps bridges n - 1 tokens; with one query the state alone "
-                "bridges ten, with sixteen not one"}},
+            "{}/filter/*conv*_M1_*_d16_* {}/filter/conv+*_d16_* {}/filter/mamba+*_d16_* "
+            "--against tau --name filter":
+                "A convolution of n taps bridges n - 1 tokens; with one query Mamba's state "
+                "bridges ten, with sixteen none"}},
     "ladder": {
         "train": [f"--d 16 --M 4 16 --model {LADDER}"],
         "draw": {

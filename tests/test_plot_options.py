@@ -54,3 +54,28 @@ def test_an_unknown_flag_is_answered_with_the_known(tmp_path, figures, refuses):
             assert len(figures(path, "--against", flag)) == 1
         else:
             assert "nothing to compare" in refuses(plot.main, [path, "--against", flag])
+
+
+def vertical_lines(ax):
+    """{colour: x} of the lines of two points, from the bottom of the axes to the top."""
+    return {line.get_color(): line.get_xdata()[0] for line in ax.lines
+            if list(line.get_ydata()) == [0, 1] and len(set(line.get_xdata())) == 1}
+
+
+def test_delays_have_the_reach_of_each_convolution(tmp_path, figures):  # noqa: F811
+    """Two taps reach one token back, four reach three; the axis has a place for each delay."""
+    settings = [("conv2+attention", (1, 2, 4)), ("conv+attention", (1, 2, 4)), ("mamba", (1, 4))]
+    paths = [write(tmp_path, model=model, tau=tau) for model, taus in settings for tau in taus]
+    fig, = figures(*paths, "--against", "tau").values()
+    colours = [plot.COLOURS[model] for model, _ in settings[:2]]
+    assert vertical_lines(fig.axes[0]) == dict(zip(colours, [0.5, 1.5]))
+    assert "how far each convolution reaches" in fig.get_supxlabel()
+    wide = [write(tmp_path, model="conv+attention", tau=1, d=d) for d in (8, 16)]
+    fig, = figures(*wide, "--against", "d").values()
+    assert vertical_lines(fig.axes[0]) == {} and "reaches" not in fig.get_supxlabel()
+
+
+@pytest.mark.parametrize("task, guess", [("parity", 2), ("mqar", 8), ("recall", 16)])
+def test_rows_mark_the_chance_of_their_task(tmp_path, figures, task, guess):  # noqa: F811
+    fig, = figures(write(tmp_path, task=task), "--against", "model").values()
+    assert list(vertical_lines(fig.axes[0]).values()) == [1 / guess]
