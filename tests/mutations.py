@@ -256,6 +256,9 @@ PLOT = [
     ("break_on_hyphens=False", "break_on_hyphens=True"),
     ("label_ends(ax, [end for _, end in", "list([end for _, end in"),
     ("(*max(line), name_of(flag, c), look[c])", "(*min(line), name_of(flag, c), look[c])"),
+    ("sum(x[0] <= REACH[c[0]] for x in xs) - 0.5", "REACH[c[0]] - 0.5"),
+    ('if across == ("tau",) else ()', "if across else ()"),
+    ("ax.axvline(1 / n_answers(next", "ax.axvline(1 / 16 + 0 * n_answers(next"),
 ]
 
 SUMMARY = [
@@ -340,7 +343,7 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "fused_scan.py": (FUSED, "test_mamba.py"),
     "gpu.py": (GPU, "test_gpu.py"),
     "inside.py": (INSIDE, "test_inside.py"),
-    "plot.py": (PLOT, "test_plot.py test_plot_options.py test_plot_layout.py"),
+    "plot.py": (PLOT, "test_plot_options.py test_plot.py test_plot_layout.py"),
     "summary.py": (SUMMARY, "test_summary.py test_plot.py"),
     "bench.py": (BENCH, "test_bench.py"),
     "report/probe.py": (PROBE, "test_probe.py"),
