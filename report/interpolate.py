@@ -73,8 +73,8 @@ def main(argv=None):
     for path, (model, layers, result) in zip(args.checkpoints, loaded):
         config, tested = result["config"], result["eval"]
         longer = [n for n in tested["length"] if n > config["L"]]
-        found = dict(zip(longer, accuracies_of(model, layers, config, longer,
-                                                   tested["sequences"], device)))
+        new = accuracies_of(model, layers, config, longer, tested["sequences"], device)
+        found = dict(zip(longer, new))
         tested["accuracy"] = [found.get(n, accuracy)
                               for n, accuracy in zip(tested["length"], tested["accuracy"])]
         config["model"] += "-interpolated"
