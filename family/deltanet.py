@@ -169,16 +169,20 @@ def unit(v, eps=1e-6):
 def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     """delta_rule_ref in chunks of at most T steps: same arguments, same results and gradients.
 
-    States and sums have the dtype of v, or float32 if that is wider; y has that of v. T: None for
-    64 on CUDA, 16 elsewhere. There is no second derivative; delta_rule_ref has one.
+    States and sums have the dtype of v, or float32 if that is wider; y has that of v. Inputs of
+    matmuls are bfloat16 if v is, otherwise at least float32. T: None for 64 on CUDA, 16 elsewhere.
+    There is no second derivative; delta_rule_ref has one.
     """
     dtype, y_dtype, L = torch.promote_types(v.dtype, torch.float32), v.dtype, v.shape[1]
+    matmul_dtype = y_dtype if y_dtype == torch.bfloat16 else dtype
     if T is None:
         T = 64 if v.is_cuda else 16
-    q, k, v, beta, log_a = (u.to(dtype) for u in (q, k, v, beta, log_a))
+    S = None if S is None else S.to(dtype)
     if L == 1:                                                           # there is nothing to cut
-        y, S = delta_rule_ref(q, k, v, beta, log_a, None if S is None else S.to(dtype))
+        y, S = delta_rule_ref(*(u.to(dtype) for u in (q, k, v, beta, log_a)), S)
         return y.to(y_dtype), S
+    q, k, v = (u.to(matmul_dtype) for u in (q, k, v))
+    beta, log_a = beta.to(dtype), log_a.to(dtype)
     (k, v, beta, log_a), nan = set_nan_aside(k, v, beta, log_a)          # nan (b, L)
     q, k, v, beta, log_a = (split(u, T).transpose(0, 1).transpose(2, 3)
                             for u in (q, k, v, beta, log_a))
@@ -191,26 +195,26 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     g = log_a.to(widest(v.device)).cumsum(-1)                            # (c, b, H, T)
     decay = exp(g[..., :, None] - g[..., None, :], dtype).tril()         # (c, b, H, T, T)
     from_start = exp(g, dtype)[..., None]                                # (c, b, H, T, 1)
-    k_to_end = exp(g[..., -1:] - g, dtype)[..., None] * k                # (c, b, H, T, N)
+    k_to_end = (exp(g[..., -1:] - g, dtype)[..., None] * k).to(matmul_dtype)     # (c, b, H, T, N)
 
     # 2. The triangular system: corrections u = known - waiting @ S_0^T, where known solves for
     # beta v and waiting for beta exp(g) k.
     kk, qk = (torch.cat([k, q], dim=-2) @ k.mT).split(T, dim=-2)         # (c, b, H, T, T) each
     system = beta * decay * kk
     if c == 1 and S is None:                         # one chunk, from zero: nothing waits
-        corrections = UnitTriangularSolve.apply(system, beta * v)            # (c, b, H, T, P)
-        S, y = (corrections.mT @ k_to_end)[0], 0.0
+        corrections = UnitTriangularSolve.apply(system, (beta * v).to(matmul_dtype))
+        S, y = (corrections.mT @ k_to_end)[0].to(dtype), 0.0
     else:
-        right = torch.cat([beta * v, beta * from_start * k], dim=-1)     # (c, b, H, T, P + N)
+        right = torch.cat([beta * v, beta * from_start * k], dim=-1).to(matmul_dtype)
         known, waiting = UnitTriangularSolve.apply(system, right).split([P, k.shape[-1]], dim=-1)
 
         # 3. From chunk to chunk: the state before each, its corrections, and the last state.
         starts, corrections, S = AcrossChunks.apply(
-            known, waiting, from_start[:, :, :, -1:], k_to_end, None if S is None else S.to(dtype))
+            known, waiting, from_start[:, :, :, -1:], k_to_end, S)
         y = from_start * (q @ starts.mT)                                 # (c, b, H, T, P)
 
     # 4. The outputs: from each chunk's first state, and from its corrections, by attention.
-    y = y + (decay * qk) @ corrections                                   # (c, b, H, T, P)
+    y = y + (decay * qk).to(matmul_dtype) @ corrections                  # (c, b, H, T, P)
     y = y.transpose(2, 3).transpose(0, 1).flatten(1, 2)[:, :L] + nan.cumsum(1)[..., None, None]
     return y.to(y_dtype), S + nan.sum(1)[:, None, None, None]
 
@@ -223,7 +227,7 @@ class AcrossChunks(torch.autograd.Function):
     Its gradient is a recurrence too, in which only dS goes from chunk to chunk. known (c, b, H, T,
     P); waiting (c, b, H, T, N); decay of a whole chunk (c, b, H, 1, 1); k, decayed to the chunk's
     end (c, b, H, T, N); S (b, H, P, N), None for zero -> starts (c, b, H, P, N), corrections u
-    (c, b, H, T, P), the last state (b, H, P, N).
+    (c, b, H, T, P), the last state (b, H, P, N). S has the dtype of decay, starts that of k.
     """
 
     @staticmethod
@@ -231,12 +235,12 @@ class AcrossChunks(torch.autograd.Function):
         starts, corrections = [], []
         for known_i, waiting_i, decay_i, k_i in zip(known, waiting, decay, k):
             if S is None:                            # zero before the first chunk: nothing waits
-                S = known_i.mT @ k_i                                     # (b, H, P, N)
-                starts.append(torch.zeros_like(S))
+                starts.append(k_i.new_zeros(*k_i.shape[:2], known.shape[-1], k_i.shape[-1]))
                 corrections.append(known_i)
+                S = (known_i.mT @ k_i).to(decay.dtype)                   # (b, H, P, N)
                 continue
-            starts.append(S)
-            corrections.append(known_i - waiting_i @ S.mT)               # (b, H, T, P)
+            starts.append(S.to(k.dtype))
+            corrections.append(known_i - waiting_i @ starts[-1].mT)      # (b, H, T, P)
             S = decay_i * S + corrections[-1].mT @ k_i                   # (b, H, P, N)
         starts, corrections = torch.stack(starts), torch.stack(corrections)
         ctx.save_for_backward(waiting, decay, k, starts, corrections)
@@ -249,11 +253,11 @@ class AcrossChunks(torch.autograd.Function):
         waiting, decay, k, starts, corrections = ctx.saved_tensors
         d_ends, du = [], []
         for i in reversed(range(len(k))):
-            d_ends.append(dS)                # the gradient of the state after chunk i
-            du.append(d_corrections[i] + k[i] @ dS.mT)
+            d_ends.append(dS.to(k.dtype))            # the gradient of the state after chunk i
+            du.append(d_corrections[i] + k[i] @ d_ends[-1].mT)
             dS = d_starts[i] + decay[i] * dS - du[-1].mT @ waiting[i]
         d_ends, du = torch.stack(d_ends[::-1]), torch.stack(du[::-1])
-        d_decay = (d_ends * starts).sum((-2, -1), keepdim=True)
+        d_decay = (d_ends * starts).sum((-2, -1), keepdim=True, dtype=decay.dtype)
         dS = dS if ctx.needs_input_grad[4] else None
         return du, -du @ starts, d_decay, corrections @ d_ends, dS
 
