@@ -58,8 +58,8 @@ def compile_part(function, config):
     """torch.compile for a function that gets the same shapes at every step of a run.
 
     In small models, independent kernels are launched as one, and matmuls are written as sums, which
-    fuse with the operations around them (rope at d = 8: 0.22 instead of 0.27 ms). Mamba-2 keeps its
-    matmuls, which are many and wide (0.33 instead of 0.37 ms).
+    fuse with the operations around them (rope at d = 8: 0.22 instead of 0.27 ms). Mamba-2 and the
+    delta rule keep their matmuls, which are many and wide (mamba2: 0.33 instead of 0.37 ms).
     """
     from torch._inductor import config as inductor       # here, because importing it takes a second
     small = is_small(config)
@@ -70,7 +70,7 @@ def compile_part(function, config):
     inductor.post_grad_fusion_options = sums
     options = {"combo_kernels": small, "comprehensive_padding": not small,
                "post_grad_fusion_options": {}}
-    if small and "mamba2" not in config["model"]:
+    if small and not any(word in config["model"] for word in ("mamba2", "deltanet")):
         options["post_grad_fusion_options"] = sums
     return compile_each_shape(function, options)
 

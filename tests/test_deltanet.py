@@ -53,6 +53,23 @@ def test_chunks_equal_the_recurrence(shape, T):
         assert found.shape == exact.shape and relative(found, exact) < 1e-10
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("L", [10, 70])                              # one chunk, and several
+def test_bfloat16_multiplies_in_bfloat16_and_keeps_its_state_in_float32(L, first, monkeypatch):
+    inputs = operands(b=4, L=L, N=16, P=16, first=first)
+    halves = [None if v is None else v.bfloat16() for v in inputs]
+    exact = everything(delta_rule_ref, [None if v is None else v.double() for v in halves])
+    multiplied = []
+    matmul = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__",
+                        lambda A, B: multiplied.append(A.dtype) or matmul(A, B))
+    found = everything(delta_rule, halves)
+    assert set(multiplied) == {torch.bfloat16}
+    assert found[0].dtype == torch.bfloat16 and found[1].dtype == torch.float32
+    for v, right in zip(found, exact, strict=True):
+        assert relative(v, right) < 0.01
+
+
 @pytest.mark.parametrize("decay", [0.0, 1e-6, 30.0, 1e4])
 def test_weak_and_strong_decay(decay):
     inputs = operands(L=70, decay=decay)
