@@ -9,8 +9,7 @@
       --against d --lowest            the lowest accuracy to 3L, not that at L
       --table [16 64]    a Markdown table [of the accuracy at 16 and 64]
 
-The seeds of a curve differ in the seed alone: any other flag that differs is
-part of the curve's name. Numbers of report/published/ are hollow points.
+Flags that differ name the curves. Hollow points: numbers of report/published/.
 """
 
 import argparse
@@ -79,14 +78,17 @@ def label_ends(ax, ends):
         ax.text(key + 0.02, height, name, va="center_baseline", **beside)
 
 
-def mark(ax, config, kind):
-    """A dotted line at the accuracy of a guess, and a dashed one at the training length."""
+def mark(ax, config, kind, guesses):
+    """Dotted: the accuracy of a guess at each x, a dict. Dashed: the training length."""
     L, small = config["L"], dict(textcoords="offset points", color=GREY, fontsize=9)
-    answers = n_answers(config)
-    ax.axhline(1 / answers, color=GREY, lw=1, ls=":")
-    ax.annotate(f"chance 1/{answers}", (1, 1 / answers), (-2, -3), ax.get_yaxis_transform(),
+    lowest, dotted = min(guesses.values()), dict(color=GREY, lw=1, ls=":")
+    if lowest == max(guesses.values()):
+        ax.axhline(lowest, **dotted)
+    else:
+        ax.plot(*zip(*sorted(guesses.items())), **dotted)
+    ax.annotate(f"chance 1/{round(1 / lowest)}", (1, lowest), (-2, -3), ax.get_yaxis_transform(),
                 ha="right", va="top", **small)
-    ax.set(ylim=(min(0, 1 / answers - 0.09), 1.05), ylabel="accuracy")
+    ax.set(ylim=(min(0, lowest - 0.09), 1.05), ylabel="accuracy")
     if kind == "length":
         words = "trained at" if config["train_lengths"] == "fixed" else "trained up to"
         ax.axvline(L, color=GREY, lw=1, ls="--")
@@ -94,10 +96,8 @@ def mark(ax, config, kind):
 
 
 def scale_x(ax, kind, runs, L):
-    """Limits and ticks of an axis of training steps, context lengths, or bytes of state.
-
-    runs: those of all panels, which share a scale; of context lengths, the panels of one L do.
-    """
+    """Limits and ticks of an axis of training steps, context lengths or bytes of state, the same
+    for the runs of all panels; of context lengths, for those of one L."""
     if kind == "state":
         xs = [size * air for run in runs for size in run["state"].values() for air in (0.7, 1.4)]
     else:
@@ -198,13 +198,13 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
         if kind == "model":
             draw_rows(ax, shown, look)
             continue
-        mark(ax, config, kind)
+        mark(ax, config, kind, {xs.index(x): 1 / n_answers(seeds[0]["config"])
+                                for (_, x), seeds in shown.items()})
         if kind == "against":
             aside = {c: 0.04 * (i - (len(look) - 1) / 2) for i, c in enumerate(look)}
             ax.set(xlim=(-0.4, len(xs) - 0.6), xlabel=across[0], ylabel=AXES[what])
-            names = [text(x[0]) for x in xs]
-            upright = len(" ".join(names)) > 36              # or they would run into each other
-            ax.set_xticks(range(len(xs)), names, rotation=90 if upright else 0)
+            names = [text(x[0]) for x in xs]                 # upright if they would touch
+            ax.set_xticks(range(len(xs)), names, rotation=90 if len(" ".join(names)) > 36 else 0)
             draw_points(ax, shown, look, curve, lambda c, x, seeds: xs.index(x) + aside[c], what)
             for c in {c for c, _ in shown if c[0] in REACH} if across == ("tau",) else ():
                 ax.axvline(sum(x[0] <= REACH[c[0]] for x in xs) - 0.5, color=look[c][0], ls="--")
@@ -257,8 +257,8 @@ def main(argv=None):
         return []
     known = set().union(*(run["config"] for run in runs)) - IGNORED | {"model", "seed", "state"}
     for flag in {*args.panels, args.against or "state"} - known if runs else ():
-        sentence = f"{flag!r} is no flag of these runs: {', '.join(sorted(known))}"
-        parser.error(sentence.replace("_", "-"))
+        parser.error(f"{flag!r} is no flag of these runs: {', '.join(sorted(known))}"
+                     .replace("_", "-"))
     across = {None: (), "model": (), "state": ("d",)}.get(args.against, (args.against,))
     panels = tuple(flag for flag in args.panels if flag not in (args.against, *across))
     curve = next(flag for flag in ("model", "M", *TASK) if flag not in (*panels, *across))

@@ -1,7 +1,8 @@
-"""plot.py --lowest and --title, and the order and colours of models."""
+"""plot.py --lowest and --title, the order and colours of models, and chance."""
 
 import pytest
-from test_plot import figures, thick, write  # noqa: F401: figures is a fixture
+from matplotlib.colors import to_hex
+from test_plot import figures, texts, thick, write  # noqa: F401: figures is a fixture
 
 import plot
 import summary
@@ -79,3 +80,12 @@ def test_delays_have_the_reach_of_each_convolution(tmp_path, figures):  # noqa: 
 def test_rows_mark_the_chance_of_their_task(tmp_path, figures, task, guess):  # noqa: F811
     fig, = figures(write(tmp_path, task=task), "--against", "model").values()
     assert list(vertical_lines(fig.axes[0]).values()) == [1 / guess]
+
+
+def test_chance_depends_on_the_vocabulary(tmp_path, figures):  # noqa: F811
+    paths = [write(tmp_path, K=K, M=4) for K in (4, 16, 64)]
+    fig, = figures(*paths, "--against", "K").values()
+    ax, = fig.axes
+    grey = [line for line in ax.lines if to_hex(line.get_color()) == to_hex(plot.GREY)]
+    assert [line.get_xydata().tolist() for line in grey] == [[[0, 1 / 4], [1, 1 / 16], [2, 1 / 64]]]
+    assert "chance 1/64" in texts(ax)
