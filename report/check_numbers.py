@@ -115,3 +115,31 @@ def test_the_models_of_the_front_page():
         assert at_4096 == f"{state_bytes(network, 4096):,}", model
         assert one == lowest("problem1", model, 1), model
         assert sixteen == lowest("problem2", model, 16), model
+
+
+REACH = re.findall(r"^\| (\d+) \| (\d+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$",
+                   (ROOT / "report" / "README.md").read_text(encoding="utf-8"), re.M)
+
+
+def reach(model, M, d):
+    """The longest delay at which, as at all shorter delays tried, the median of five seeds reaches
+    0.99 at the training length, as the page writes it."""
+    at = {}
+    for path in ROOT.glob(f"report/filter/{model}_M{M}_tau*_K16_d{d}_L64_seed*.json"):
+        result = json.loads(path.read_text())
+        tested = dict(zip(result["eval"]["length"], result["eval"]["accuracy"]))
+        at.setdefault(result["config"]["tau"], []).append(tested[64])
+    assert all(len(seeds) == 5 for seeds in at.values()), (model, M, d)
+    recalled = [statistics.median(at[tau]) >= 0.99 for tau in sorted(at)]
+    if not at:
+        return "–"
+    if all(recalled):
+        return f"{max(at)}, the longest tried"
+    return str(max(sorted(at)[:recalled.index(False)], default=0))
+
+
+def test_how_far_each_brings_a_query():
+    assert len(REACH) == 10
+    for M, d, *cells in REACH:
+        models = ["conv+attention", "mamba-noconv+attention", "mamba+attention"]
+        assert cells == [reach(model, M, d) for model in models], (M, d)

@@ -100,14 +100,41 @@ EXPERIMENTS = {
     "filter": {
         "train": ["--d 8 16 32 --M 1 4 16 --tau 1 2 3 4 5 10 "
                   "--model conv+attention mamba+attention",
+                  "--d 64 --M 4 16 --tau 4 5 10 --model mamba+attention",
+                  "--d 32 --M 4 --tau 6 --model mamba+attention",
                   "--d 16 --tau 1 2 3 4 5 7 8 10 --model conv2+attention conv8+attention",
-                  "--d 16 --tau 1 2 3 4 5 10 --model mamba-noconv+attention",
-                  "--d 16 --M 4 16 --model mamba-noconv+attention"],
+                  "--d 16 32 --M 1 4 --tau 1 2 3 4 5 10 --model mamba-noconv+attention",
+                  "--d 8 --M 4 16 --model mamba-noconv+attention",
+                  "--d 16 --M 8 16 --model mamba-noconv+attention",
+                  "--d 32 --M 16 --tau 1 2 3 4 --model mamba-noconv+attention",
+                  "--d 64 --M 4 --tau 1 4 10 --model mamba-noconv+attention",
+                  "--d 64 --M 16 --tau 1 2 3 4 5 --model mamba-noconv+attention"],
         "draw": {
-            "{}/filter/*conv*_M1_*_d16_* {}/filter/conv+*_d16_* {}/filter/mamba+*_d16_* "
-            "--against tau --name filter":
-                "A convolution of n taps bridges n - 1 tokens; with one query Mamba's state "
-                "bridges ten, with sixteen none"}},
+            "{}/filter/*_d32_* --against tau --name filter":
+                "A convolution of 4 taps bridges three tokens; Mamba's state bridges more, the "
+                "fewer queries there are",
+            "{}/filter/conv*_M1_*_d16_* --against tau --name filter_taps":
+                "A convolution of n taps bridges n - 1 tokens",
+            "{}/filter/mamba-noconv*_M4_tau1_* {}/filter/mamba-noconv*_M16_tau1_* "
+            "{}/filter/mamba+*_M4_tau5_* {}/filter/mamba+*_M16_tau4_* "
+            "--against d --panels M tau --name filter_width":
+                "The state alone at delay 1, and one or two tokens beyond the convolution: both "
+                "need width"}},
+    "long": {
+        "train": ["--steps 200000 --d 32 --M 16 --tau 4 --model mamba+attention",
+                  "--steps 200000 --d 32 --M 4 --tau 10 --model mamba+attention",
+                  "--steps 200000 --d 16 --M 16 --model mamba-noconv+attention"]},
+    "share": {
+        "train": ["--d 32 --M 4 --K 4 64 --tau 1 4 5 10 --model mamba+attention",
+                  "--d 32 --M 4 --K 8 --tau 4 5 10 --model mamba+attention",
+                  "--d 32 --M 16 --K 32 --tau 4 5 --model mamba+attention",
+                  "--d 32 --M 16 --K 64 --tau 1 4 5 10 --model mamba+attention"],
+        "draw": {
+            "{}/share/*_tau4_* {}/share/*_tau5_* {}/filter/mamba+*_M4_tau4_*_d32_* "
+            "{}/filter/mamba+*_M4_tau5_*_d32_* {}/filter/mamba+*_M16_tau4_*_d32_* "
+            "{}/filter/mamba+*_M16_tau5_*_d32_* --against K --panels M tau --name share":
+                "Beyond the convolution, the same queries are recalled if fewer of all tokens may "
+                "be asked for"}},
     "ladder": {
         "train": [f"--d 16 --M 4 16 --model {LADDER}"],
         "draw": {
