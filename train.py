@@ -226,7 +226,7 @@ def run(config, path, title="", runs_left=0):
         "seconds": {"train": round(seconds, 3), "eval": round(time.monotonic() - began, 3)}}
     runs.write_json(path + ".json", result)
     runs.remove(path + ".resume.pt")
-    ended = f"stopped at step {step:,}, not solved"
+    ended = f"stopped at step {step:,}, not solved; a larger --steps may help"
     if solved_at(curves):
         first, third = solved_at(curves, 1), solved_at(curves)
         ended = (f"first test at {SOLVED_ACCURACY} at step {first:,}, {SOLVED_TESTS} in a row by "
