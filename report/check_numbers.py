@@ -130,12 +130,15 @@ def reach(model, M, d):
         tested = dict(zip(result["eval"]["length"], result["eval"]["accuracy"]))
         at.setdefault(result["config"]["tau"], []).append(tested[64])
     assert all(len(seeds) == 5 for seeds in at.values()), (model, M, d)
-    recalled = [statistics.median(at[tau]) >= 0.99 for tau in sorted(at)]
     if not at:
         return "–"
+    delays = sorted(at)
+    recalled = [statistics.median(at[tau]) >= 0.99 for tau in delays]
     if all(recalled):
-        return f"{max(at)}, the longest tried"
-    return str(max(sorted(at)[:recalled.index(False)], default=0))
+        return f"{delays[-1]}, the longest tried"
+    fails = delays[recalled.index(False)]
+    longest = max([tau for tau in delays if tau < fails], default=0)
+    return str(longest) if fails == longest + 1 else f"{longest}; {fails} fails"
 
 
 def test_how_far_each_brings_a_query():

@@ -111,19 +111,20 @@ EXPERIMENTS = {
                   "--d 64 --M 16 --tau 1 2 3 4 5 --model mamba-noconv+attention"],
         "draw": {
             "{}/filter/*_d32_* --against tau --name filter":
-                "A convolution of 4 taps bridges three tokens; Mamba's state bridges more, the "
-                "fewer queries there are",
+                "Four taps reach three tokens back; with its state, Mamba reaches further if there "
+                "are few queries",
             "{}/filter/conv*_M1_*_d16_* --against tau --name filter_taps":
-                "A convolution of n taps bridges n - 1 tokens",
+                "2, 4 (conv) and 8 taps reach 1, 3 and 7 tokens back",
             "{}/filter/mamba-noconv*_M4_tau1_* {}/filter/mamba-noconv*_M16_tau1_* "
             "{}/filter/mamba+*_M4_tau5_* {}/filter/mamba+*_M16_tau4_* "
             "--against d --panels M tau --name filter_width":
-                "The state alone at delay 1, and one or two tokens beyond the convolution: both "
+                "Left: the state alone at delay 1; right: Mamba just beyond its convolution. Both "
                 "need width"}},
     "long": {
         "train": ["--steps 200000 --d 32 --M 16 --tau 4 --model mamba+attention",
                   "--steps 200000 --d 32 --M 4 --tau 10 --model mamba+attention",
-                  "--steps 200000 --d 16 --M 16 --model mamba-noconv+attention"]},
+                  "--steps 200000 --d 16 --M 16 --model mamba-noconv+attention"],
+        "draw": {}},
     "share": {
         "train": ["--d 32 --M 4 --K 4 64 --tau 1 4 5 10 --model mamba+attention",
                   "--d 32 --M 4 --K 8 --tau 4 5 10 --model mamba+attention",
