@@ -163,6 +163,7 @@ GPU = [
     ("if self.calls > FIRST_CALLS:", "if self.calls > 99:"),
     ("(self.undecided and known)", "False"),
     ("min(step, last - step)", "step"),
+    ('("mamba2", "deltanet")', '("mamba2",)'),
 ]
 
 LINEAR_ATTENTION = [
@@ -180,6 +181,7 @@ LINEAR_ATTENTION = [
 ]
 
 DELTANET = [
+    ("matmul_dtype = y_dtype if y_dtype == torch.bfloat16 else dtype", "matmul_dtype = dtype"),
     ("beta * decay * kk", "decay * kk"),
     ("known_i - waiting_i @ S.mT", "known_i"),
     ("exp(g[..., -1:] - g, dtype)", "exp(g, dtype)"),

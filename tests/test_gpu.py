@@ -39,6 +39,16 @@ def fast(monkeypatch):
     return make
 
 
+@pytest.mark.parametrize("model, d, sums", [
+    ("rope", 8, True), ("mamba+attention", 16, True), ("rope", 64, False),
+    ("mamba2-hybrid", 8, False), ("2xgated-deltanet", 16, False), ("deltanet+mlp", 8, False)])
+def test_small_models_without_large_matmuls_write_them_as_sums(model, d, sums, monkeypatch):
+    found = []
+    monkeypatch.setattr(gpu, "compile_each_shape", lambda part, options: found.append(options))
+    gpu.compile_part(None, {**CONFIG, "model": model, "d": d})
+    assert bool(found[0]["post_grad_fusion_options"]) == sums
+
+
 def test_three_calls_are_launched_then_replayed(fast):
     for mode, value in ("off", 2), ("auto", 2), ("on", 102):
         call = fast(mode)
