@@ -183,7 +183,7 @@ LINEAR_ATTENTION = [
 DELTANET = [
     ("matmul_dtype = y_dtype if y_dtype == torch.bfloat16 else dtype", "matmul_dtype = dtype"),
     ("beta * decay * kk", "decay * kk"),
-    ("known_i - waiting_i @ S.mT", "known_i"),
+    ("known_i - waiting_i @ starts[-1].mT", "known_i"),
     ("exp(g[..., -1:] - g, dtype)", "exp(g, dtype)"),
     ("from_start * (q @", "(q @"),
     ("c == 1 and S is None:", "c == 1:"),
@@ -193,7 +193,7 @@ DELTANET = [
     ("torch.sigmoid(self.b_proj(x))", "self.b_proj(x)"),
     ("-torch.exp(self.A_log) * self.step_size(x)", "-self.step_size(x)"),
     ("y = F.rms_norm(y, (self.headdim,), self.o_norm, eps=1e-5)", "y = y * self.o_norm"),
-    ("starts.append(torch.zeros_like(S))", "starts.append(S)"),
+    ("starts.append(k_i.new_zeros", "starts.append(k_i.new_ones"),
     ("dS = dS if ctx.needs_input_grad[4] else None", ""),
 ]
 
