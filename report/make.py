@@ -101,7 +101,7 @@ EXPERIMENTS = {
         "train": ["--d 8 16 32 --M 1 4 16 --tau 1 2 3 4 5 10 "
                   "--model conv+attention mamba+attention",
                   "--d 64 --M 4 16 --tau 4 5 10 --model mamba+attention",
-                  "--d 32 --M 4 --tau 6 --model mamba+attention",
+                  "--d 32 --M 4 --tau 6 7 --model mamba+attention",
                   "--d 16 --tau 1 2 3 4 5 7 8 10 --model conv2+attention conv8+attention",
                   "--d 16 32 --M 1 4 --tau 1 2 3 4 5 10 --model mamba-noconv+attention",
                   "--d 8 --M 4 16 --model mamba-noconv+attention",
