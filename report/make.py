@@ -134,8 +134,7 @@ EXPERIMENTS = {
             "{}/share/*_tau4_* {}/share/*_tau5_* {}/filter/mamba+*_M4_tau4_*_d32_* "
             "{}/filter/mamba+*_M4_tau5_*_d32_* {}/filter/mamba+*_M16_tau4_*_d32_* "
             "{}/filter/mamba+*_M16_tau5_*_d32_* --against K --panels M tau --name share":
-                "Beyond the convolution, the same queries are recalled if fewer of all tokens may "
-                "be asked for"}},
+                "Beyond the convolution, queries are recalled if they are rarer among the tokens"}},
     "ladder": {
         "train": [f"--d 16 --M 4 16 --model {LADDER}"],
         "draw": {
