@@ -37,8 +37,8 @@ def look_into(stack, L=12, n_heads=1):
 
 
 @pytest.mark.parametrize("stack, n_heads, attentions", [
-    ("2xattention", 1, 2), ("2xrope", 1, 2), ("attention+rope", 2, 2), ("rope-half+rope-fast", 1, 2),
-    ("position+attention", 4, 1), ("window+mlp+grouped", 4, 2)])
+    ("2xattention", 1, 2), ("2xrope", 1, 2), ("attention+rope", 2, 2),
+    ("rope-half+rope-fast", 1, 2), ("position+attention", 4, 1), ("window+mlp+grouped", 4, 2)])
 def test_maps_are_the_weights_that_attention_used(stack, n_heads, attentions):
     layers = [call for call in look_into(stack, n_heads=n_heads) if call[3]]
     assert len(layers) == attentions

@@ -18,7 +18,8 @@ from data import recall_batch
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("runs"))
-    train.main(["--model", "rope", "--L", "10", "--K", "6", "--M", "3", "--steps", "60", "--out", folder])
+    train.main(["--model", "rope", "--L", "10", "--K", "6", "--M", "3", "--steps", "60",
+                "--out", folder])
     [name] = [name for name in os.listdir(folder) if name.endswith(".pt")]
     return os.path.join(folder, name)
 
