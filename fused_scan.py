@@ -13,9 +13,8 @@ same way: groups of chunks play the part of the chunks. The backward pass is the
 of h (mamba.py derives it), and a chunk hands a_1 g_1 to the chunk before it.
 
 The standard parallel prefix sum (Blelloch 1990) is the same tree with two branches per node: 2
-log2(L) passes that each read and write states in memory. Here a node has 8 or 16 branches and its
-states stay in registers: only one state per chunk is written. For that, 1 and 3 both compute every
-state, which is cheap.
+log2(L) passes over states in memory. Here a node has 8 or 16 branches, and only one state per chunk
+leaves the registers. For that, 1 and 3 both compute every state, which is cheap.
 
     symbol      shape            meaning
     c, T                         chunks; steps per chunk
@@ -75,8 +74,7 @@ def split(v, most):
 # and _group_ends two: the state, and the sum of dt). A kernel can sum over states, for dx and ddt,
 # or over channels, for dB and dC; and dB needs g where dC needs h. So the backward pass has three,
 # and each recomputes the states it needs. All is computed in A's dtype, float32 or wider. dB and dC
-# are rounded only at the end: with a conversion after each sum, the kernel wrote every step's state
-# to memory.
+# are rounded only at the end: after each sum, this made the kernel write every state to memory.
 
 def _decay(dt, A):
     """exp(dt A) for one step's dt (b, c, D): (b, c, D, N)."""
@@ -120,8 +118,7 @@ def _first_carry(dt, A, C, dy):
 
 
 def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carry):
-    """The sums over states, dx and ddt (b, c, T, D). To save memory, every chunk's part of dA is
-    written over carry."""
+    """The sums over states, dx and ddt (b, c, T, D). Every chunk's part of dA overwrites carry."""
     h_before = [h]
     for t in range(x.shape[2] - 1):
         h_before.append(_next_state(h_before[t], t, x, dt, A, B))
@@ -156,6 +153,10 @@ def _gradient_C(x, dt, A, B, C, dy, h):
         h = _next_state(h, t, x, dt, A, B)
         dC.append((h * dy[:, :, t, :, None]).sum(-2))                    # (b, c, N)
     return torch.stack(dC, dim=2).to(C.dtype)
+
+
+def _sum_of_chunks(v):
+    return v.sum((0, 1))     # not compiled, up to twice as long, and it allocates more than v has
 
 
 # ---- Across chunks -------------------------------------------------------------------------------
@@ -237,7 +238,8 @@ def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start
     dB = _kernel(_gradient_B, compiled)(x, dt, A, B, C, dy, carries)
     dC = _kernel(_gradient_C, compiled)(x, dt, A, B, C, dy, starts)
     dx, ddt = _kernel(_gradients_x_dt_A, compiled)(x, dt, A, B, C, dy, starts, carries)
-    return dx, ddt, carries.sum((0, 1)), dB, dC, dh        # carries have become the parts of dA
+    dA = _kernel(_sum_of_chunks, compiled)(carries)        # carries have become the parts of dA
+    return dx, ddt, dA, dB, dC, dh
 
 
 @_scan.register_fake
@@ -287,9 +289,7 @@ def parallel_scan(x, dt, A, B, C, h=None):
 
     Its kernels are compiled as compiled_scan says, or else on CUDA while gradients are enabled.
     """
-    compiled = x.is_cuda and torch.is_grad_enabled()
-    if _compiled is not None:
-        compiled = _compiled
+    compiled = x.is_cuda and torch.is_grad_enabled() if _compiled is None else _compiled
     check_shapes(x, dt, A, B, C, h)
     if x.numel() == 0:
         return x.clone(), A.new_zeros(x.shape[0], *A.shape) if h is None else h

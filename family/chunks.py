@@ -48,6 +48,35 @@ def exp(difference, dtype):
     return difference.to(dtype).clamp(-80, 0).exp()
 
 
+class AcrossChunks(torch.autograd.Function):
+    """The recurrence from chunk to chunk, h <- decay_k h + end_k, where end_k is the last state of
+    chunk k from zero -> the state before each chunk, like ends, and the last state.
+
+    decay (b, c, ..., 1, 1); ends (b, c, ..., P, N); h (b, ..., P, N). Autograd would keep every
+    state twice and give each decay a sum of its own: Mamba-2 takes 7 % longer on an H100.
+    """
+
+    @staticmethod
+    def forward(ctx, decay, ends, h):
+        starts = []
+        for decay_k, end_k in zip(decay.unbind(1), ends.unbind(1)):
+            starts.append(h)
+            h = decay_k * h + end_k
+        starts = torch.stack(starts, dim=1)
+        ctx.save_for_backward(decay, starts)
+        return starts, h
+
+    @staticmethod
+    def backward(ctx, d_starts, dh):
+        decay, starts = ctx.saved_tensors
+        d_ends = []                                  # of the state after each chunk, last to first
+        for decay_k, d_start in zip(decay.unbind(1)[::-1], d_starts.unbind(1)[::-1]):
+            d_ends.append(dh)
+            dh = d_start + decay_k * dh
+        d_ends = torch.stack(d_ends[::-1], dim=1)
+        return (d_ends * starts).sum((-2, -1), keepdim=True), d_ends, dh
+
+
 # ---- Demos ---------------------------------------------------------------------------------------
 
 def show_agreement(recurrence, chunked, inputs):

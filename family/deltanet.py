@@ -209,7 +209,7 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
         known, waiting = UnitTriangularSolve.apply(system, right).split([P, k.shape[-1]], dim=-1)
 
         # 3. From chunk to chunk: the state before each, its corrections, and the last state.
-        starts, corrections, S = AcrossChunks.apply(
+        starts, corrections, S = DeltaAcrossChunks.apply(
             known, waiting, from_start[:, :, :, -1:], k_to_end, S)
         y = from_start * (q @ starts.mT)                                 # (c, b, H, T, P)
 
@@ -219,7 +219,7 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     return y.to(y_dtype), S + nan.sum(1)[:, None, None, None]
 
 
-class AcrossChunks(torch.autograd.Function):
+class DeltaAcrossChunks(torch.autograd.Function):
     """Step 3 of delta_rule: in each chunk
 
         u = known - waiting S^T          S <- decay S + u^T k

@@ -38,8 +38,10 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from family.chunks import exp, set_nan_aside, show_agreement, show_steps, widest
+from family.chunks import (AcrossChunks, exp, set_nan_aside, show_agreement, show_steps,
+                           widest)
 from fused_scan import split
 from mamba import DepthwiseConv1d, causal_conv
 
@@ -171,10 +173,13 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     log_decay = split(log_decay, T).unflatten(3, heads).movedim(2, -1)
     sums = log_decay.to(widest(x.device)).cumsum(-1)                     # (b, c, G, H/G, T)
 
-    # 1. In a chunk: attention. a_ts is the exp of a difference of running sums.
-    a = exp(sums[..., :, None] - sums[..., None, :], dtype).tril()       # (b, c, G, H/G, T, T)
-    scores = torch.einsum("bctgn, bcsgn -> bcgts", C, B)[:, :, :, None]
-    y = torch.einsum("bcghts, bcsghp -> bctghp", (scores * a).to(matmul_dtype), u.to(matmul_dtype))
+    # 1. In a chunk: attention. A GPU computes its weights again in the backward pass, which saves a
+    # third of the memory.
+    within = (sums, C, B, u.to(matmul_dtype), dtype)
+    if x.is_cuda and sums.shape[1] > 1:
+        y = checkpoint(within_chunks, *within, use_reentrant=False, preserve_rng_state=False)
+    else:
+        y = within_chunks(*within)                                       # (b, c, T, G, H/G, P)
 
     # 2. The state at the end of each chunk, had it started from zero.
     to_end = exp(sums[..., -1:] - sums, dtype).movedim(-1, 2)            # (b, c, T, G, H/G)
@@ -187,18 +192,23 @@ def ssd(x, dt, A, B, C, h=None, T=None):
         h = torch.zeros_like(ends[:, 0], dtype=dtype)
     else:
         h = h.to(dtype).unflatten(1, heads)                              # (b, G, H/G, P, N)
-    starts = []
-    for decay_k, end_k in zip(decay.unbind(1), ends.unbind(1)):
-        starts.append(h)
-        h = decay_k * h + end_k
+    starts, h = AcrossChunks.apply(decay, ends.to(dtype), h)             # (b, c, G, H/G, P, N)
 
     # 4. The contribution of each chunk's first state to its outputs.
-    if len(starts) > 1 or not from_zero:
-        starts = torch.stack(starts, dim=1).to(matmul_dtype)                  # (b, c, G, H/G, P, N)
-        from_start = exp(sums, dtype).movedim(-1, 2)                     # (b, c, T, G, H/G)
-        y = y + from_start[..., None] * torch.einsum("bctgn, bcghpn -> bctghp", C, starts)
+    if sums.shape[1] > 1 or not from_zero:
+        from_start = exp(sums, dtype).movedim(-1, 2)[..., None]          # (b, c, T, G, H/G, 1)
+        starts = starts.to(matmul_dtype)
+        y = y + from_start * torch.einsum("bctgn, bcghpn -> bctghp", C, starts)
     y = y.flatten(3, 4).flatten(1, 2)[:, :L] + nan.cumsum(1)[..., None, None]
     return y.to(x_dtype), h.flatten(1, 2) + nan.sum(1)[:, None, None, None]
+
+
+def within_chunks(sums, C, B, u, dtype):
+    """Step 1 of ssd: y_t = sum over s <= t of (C_t . B_s) a_ts u_s, where a_ts, the decay from s to
+    t, is the exp of a difference of sums."""
+    a = exp(sums[..., :, None] - sums[..., None, :], dtype).tril()       # (b, c, G, H/G, T, T)
+    scores = torch.einsum("bctgn, bcsgn -> bcgts", C, B)[:, :, :, None]
+    return torch.einsum("bcghts, bcsghp -> bctghp", (scores * a).to(u.dtype), u)
 
 
 @torch.no_grad()

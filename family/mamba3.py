@@ -40,8 +40,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from family.chunks import (at_least_float32, exp, set_nan_aside, show_agreement, show_steps,
-                           widest)
+from family.chunks import (AcrossChunks, at_least_float32, exp, set_nan_aside, show_agreement,
+                           show_steps, widest)
 from fused_scan import split
 
 
@@ -235,14 +235,11 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
 
     # 3. The recurrence from chunk to chunk.
     decay = exp(sums[..., -1], x.dtype)[..., None, None]                 # (b, c, H, 1, 1)
-    starts = []
-    for decay_k, end_k in zip(decay.unbind(1), ends.unbind(1)):
-        starts.append(h)
-        h = decay_k * h + end_k                                          # (b, H, P, N)
+    starts, h = AcrossChunks.apply(decay, ends, h)                       # (b, c, H, P, N)
 
     # 4. The contribution of each chunk's first state to its outputs.
     from_start = repeat_per_rank(exp(sums, x.dtype), -1)[..., None]      # (b, c, H, T R, 1)
-    y = y + from_start * (C @ torch.stack(starts, dim=1).mT)
+    y = y + from_start * (C @ starts.mT)
     y = y.unflatten(3, (-1, R)).movedim(2, 4).flatten(1, 2)[:, :L]       # (b, L, R, H, P)
     y = y + nan.cumsum(1)[..., None, None, None]
     return y.to(x_dtype), h + nan.sum(1)[:, None, None, None]

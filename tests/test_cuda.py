@@ -66,13 +66,46 @@ def test_a_large_batch_costs_what_its_size_says():
     assert milliseconds(64) < 1.5 * 8 * milliseconds(8)
 
 
-def test_ssd():
+@pytest.mark.parametrize("L", [70, 300])                      # one chunk, and five
+def test_ssd(L):
     torch.manual_seed(0)
-    x, dt, A = torch.randn(2, 70, 4, 8), torch.rand(2, 70, 4), -torch.rand(4)
-    B, C = torch.randn(2, 2, 70, 2, 16)
-    exact, _ = ssd_ref(*(v.double() for v in (x, dt, A, B, C)))
-    found, _ = ssd(*(v.cuda() for v in (x, dt, A, B, C)))
-    assert relative(found.cpu(), exact) < 5e-3                # matmuls may use TF32
+    x, dt, A = torch.randn(2, L, 4, 8), torch.rand(2, L, 4), -torch.rand(4)
+    B, C = torch.randn(2, 2, L, 2, 16)
+    dy = torch.randn(2, L, 4, 8)
+
+    def outcome(form, dtype, device):
+        inputs = [v.to(device, dtype).requires_grad_() for v in (x, dt, A, B, C)]
+        y, h = form(*inputs)
+        return [y, h, *torch.autograd.grad(y, inputs, dy.to(y))]
+
+    exact = outcome(ssd_ref, torch.float64, "cpu")
+    for found, right in zip(outcome(ssd, torch.float32, "cuda"), exact):
+        assert relative(found.cpu(), right) < 5e-3            # matmuls may use TF32
+
+
+def test_memory_of_the_scans():
+    """Beside results, gradients and inputs, the peak of both passes has a few tensors of states."""
+    def peak(scan, inputs):
+        inputs = [v.requires_grad_() for v in inputs]
+        for _ in range(2):                                    # the first call compiles
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            torch.autograd.grad(scan(*inputs)[0].sum(), inputs)
+        return torch.cuda.max_memory_allocated() - before
+
+    b, L, D, N = 8, 1024, 512, 16
+    x, dt, A = torch.randn(b, L, D), torch.rand(b, L, D), -torch.rand(D, N)
+    B, C = torch.randn(2, b, L, N)
+    states = 4 * b * L // 16 * D * N
+    found = peak(selective_scan, [v.cuda() for v in (x, dt, A, B, C)])
+    assert found < 1.1 * (3 * x.nbytes + dt.nbytes + 2 * states)      # y, dy, dx, ddt
+
+    b, L, H, P, N = 2, 1024, 16, 64, 128
+    x, dt, A = torch.randn(b, L, H, P), torch.rand(b, L, H), -torch.rand(H)
+    B, C = torch.randn(2, b, L, 1, N)
+    weights = 4 * b * L // 128 * H * 128 * 128
+    found = peak(torch.compile(ssd), [v.cuda() for v in (x, dt, A, B, C)])
+    assert found < 8 * x.nbytes + weights                             # kept weights are two more
 
 
 def losses(model, mode, steps=12, switch=None):
