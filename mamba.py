@@ -83,37 +83,23 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
 
 # ---- 2. The layer --------------------------------------------------------------------------------
 
-class DepthwiseConv1d(nn.Conv1d):
-    """nn.Conv1d with one filter per channel and no padding, as one shifted product per tap.
+class CausalConv1d(nn.Conv1d):
+    """A causal convolution with one filter per channel: a token sees itself and the taps - 1 before.
 
-    The result is the same, but a compiler can fuse the products with the operations around them.
+    It is written as a sum of shifted products, which a compiler can fuse with the layer around it.
     """
 
     def __init__(self, channels, taps):
         super().__init__(channels, channels, taps, groups=channels)
 
-    def forward(self, x):
-        """x (b, channels, L + taps - 1) -> (b, channels, L)."""
-        L = x.shape[2] - self.kernel_size[0] + 1
-        if L == 1:                                                       # a decode step
-            return ((x * self.weight[:, 0]).sum(-1) + self.bias)[..., None]
-        x = x.mT                                                         # (b, L, channels)
-        taps = self.weight[:, 0].unbind(1)                               # (channels,) each
-        products = (x[:, k:k + L] * tap for k, tap in enumerate(taps))
-        return sum(products, self.bias).mT
-
-
-def causal_conv(x, conv1d, window=None):
-    """Apply a depthwise convolution so that each token sees itself and the taps - 1 before it.
-
-    x (b, L, D); conv1d: an nn.Conv1d of D channels; window (b, D, taps - 1): the inputs before x,
-    None at the start. Returns y (b, L, D) and the next window.
-    """
-    L, before = x.shape[1], conv1d.kernel_size[0] - 1
-    x = F.pad(x, (0, 0, before, 0)) if window is None else torch.cat([window.mT, x], dim=1)
-    start = conv1d.padding[0]                                            # 0 for DepthwiseConv1d
-    y = conv1d(x.mT)[:, :, start:start + L].mT.contiguous()              # (b, L, D)
-    return y, x[:, L:].mT.clone()                                        # a view keeps all of x
+    def forward(self, x, window=None):
+        """x (b, L, D); window (b, D, taps - 1), the inputs before x, None at the start ->
+        y (b, L, D) and the next window."""
+        L, before = x.shape[1], self.kernel_size[0] - 1
+        x = F.pad(x, (0, 0, before, 0)) if window is None else torch.cat([window.mT, x], dim=1)
+        taps = self.weight[:, 0].unbind(1)                               # (D,) each
+        y = sum((x[:, k:k + L] * tap for k, tap in enumerate(taps)), self.bias)
+        return y, x[:, L:].mT.clone()                                    # a view keeps all of x
 
 
 class MambaState(NamedTuple):
@@ -150,7 +136,7 @@ class Mamba(nn.Module):
         self.dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
         self.d_inner, self.d_state, self.d_conv = d_inner, d_state, d_conv
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
-        self.conv1d = DepthwiseConv1d(d_inner, d_conv)
+        self.conv1d = CausalConv1d(d_inner, d_conv)
         self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d_inner)
         # A = -1, ..., -N in each channel (S4D-Real, Gu et al. 2022, arXiv 2206.11893): its N time
@@ -181,7 +167,7 @@ class Mamba(nn.Module):
         """
         window, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, dim=-1)                          # (b, L, d_inner) each
-        x, window = causal_conv(x, self.conv1d, window)
+        x, window = self.conv1d(x, window)
         x = F.silu(x)                                                    # (b, L, d_inner)
 
         low_rank_dt, B, C = self.low_rank_dt_B_C(x)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from family.chunks import show_steps
 from family.mamba2 import Mamba2, Mamba2State, ssd
-from mamba import DepthwiseConv1d, Mamba, MambaState, causal_conv, selective_scan
+from mamba import CausalConv1d, Mamba, MambaState, selective_scan
 
 
 class MambaOwn(Mamba):
@@ -28,14 +28,14 @@ class MambaOwn(Mamba):
         super().__init__(d_model, d_state, d_conv, expand, dt_rank)
         self.channels = self.d_inner + 2 * d_state                       # x, B and C
         self.in_proj = nn.Linear(d_model, self.channels + self.d_inner, bias=False)
-        self.conv1d = DepthwiseConv1d(self.channels, d_conv)
+        self.conv1d = CausalConv1d(self.channels, d_conv)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank, bias=False)
 
     def forward(self, x, state=None):
         """As Mamba.forward; the window of the MambaState has `channels` channels."""
         window, h = (None, None) if state is None else state
         x, z = self.in_proj(x).split([self.channels, self.d_inner], dim=-1)
-        x, window = causal_conv(x, self.conv1d, window)
+        x, window = self.conv1d(x, window)
         x, B, C = F.silu(x).split([self.d_inner, self.d_state, self.d_state], dim=-1)
         dt = F.softplus(self.dt_proj(self.x_proj(x)))                    # (b, L, d_inner), positive
         A = -torch.exp(self.A_log)                                       # (d_inner, d_state)
@@ -50,7 +50,7 @@ class Mamba2Shared(Mamba2):
     def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64):
         super().__init__(d_model, d_state, d_conv, expand, headdim)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner + self.nheads, bias=False)
-        self.conv1d = DepthwiseConv1d(self.d_inner, d_conv)
+        self.conv1d = CausalConv1d(self.d_inner, d_conv)
         self.x_proj = nn.Linear(self.d_inner, 2 * d_state, bias=False)
 
     def forward(self, x, state=None):
@@ -60,7 +60,7 @@ class Mamba2Shared(Mamba2):
         window, h = (None, None) if state is None else state
         sizes = [self.d_inner, self.d_inner, self.nheads]
         z, x, dt = self.in_proj(x).split(sizes, dim=-1)
-        x, window = causal_conv(x, self.conv1d, window)
+        x, window = self.conv1d(x, window)
         x = F.silu(x)                                                    # (b, L, d_inner)
         B, C = self.x_proj(x)[:, :, None].chunk(2, dim=-1)               # (b, L, 1, N)
         x = x.unflatten(-1, (self.nheads, self.headdim))                 # (b, L, H, P)

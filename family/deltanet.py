@@ -35,7 +35,7 @@ from family.chunks import (at_least_float32, exp, set_nan_aside, show_agreement,
                            widest)
 from family.triangular import UnitTriangularSolve
 from fused_scan import split
-from mamba import DepthwiseConv1d, causal_conv
+from mamba import CausalConv1d
 
 
 def delta_rule_ref(q, k, v, beta, log_a, S=None):
@@ -90,7 +90,7 @@ class GatedDeltaNet(nn.Module):
         self.qkv = nn.Linear(d_model, sum(self.sizes), bias=False)
         self.b_proj = nn.Linear(d_model, n_heads, bias=False)
         if self.taps > 1:
-            self.conv1d = DepthwiseConv1d(sum(self.sizes), conv)
+            self.conv1d = CausalConv1d(sum(self.sizes), conv)
         if gated:
             self.a_proj = nn.Linear(d_model, n_heads, bias=False)
             self.g_proj = nn.Linear(d_model, channels, bias=False)
@@ -119,7 +119,7 @@ class GatedDeltaNet(nn.Module):
         """x (b, L, d) -> q, k (b, L, H, N) of length 1, v (b, L, H, P), the next window."""
         qkv = self.qkv(x)                                                # (b, L, H (2 N + P))
         if self.taps > 1:
-            qkv, window = causal_conv(qkv, self.conv1d, window)
+            qkv, window = self.conv1d(qkv, window)
         else:
             window = qkv.new_zeros(len(x), qkv.shape[2], 0)              # nothing to keep
         q, k, v = F.silu(qkv).split(self.sizes, dim=-1)

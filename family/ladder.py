@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from family.chunks import at_least_float32, set_nan_aside
 from family.mamba2 import ssd
-from mamba import DepthwiseConv1d, causal_conv, selective_scan
+from mamba import CausalConv1d, selective_scan
 
 
 class ShortConv(nn.Module):
@@ -42,13 +42,13 @@ class ShortConv(nn.Module):
 
     def __init__(self, d_model, d_conv=4):
         super().__init__()
-        self.conv1d = DepthwiseConv1d(d_model, d_conv)
+        self.conv1d = CausalConv1d(d_model, d_conv)
 
     def forward(self, x, state=None):
         """x (b, L, d), state (b, d, d_conv - 1), the last inputs -> y (b, L, d), the next state."""
         if x.shape[1] == 0:
             return x, state
-        return causal_conv(x, self.conv1d, state)
+        return self.conv1d(x, state)
 
 
 class RNN(nn.Module):
@@ -207,7 +207,7 @@ class RGLRU(nn.Module):
     def __init__(self, d_model, d_conv=4):
         super().__init__()
         self.in_proj = nn.Linear(d_model, 2 * d_model)
-        self.conv1d = DepthwiseConv1d(d_model, d_conv)
+        self.conv1d = CausalConv1d(d_model, d_conv)
         self.gates = nn.Linear(d_model, 2 * d_model)
         a_8 = torch.empty(d_model).uniform_(0.9, 0.999)  # where a^8 starts (section 2.4)
         self.a_logit = nn.Parameter(torch.logit(a_8 ** (1 / self.POWER)))
@@ -219,7 +219,7 @@ class RGLRU(nn.Module):
             return x, state
         window, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, dim=-1)                          # (b, L, d) each
-        x, window = causal_conv(x, self.conv1d, window)
+        x, window = self.conv1d(x, window)
         r, i = torch.sigmoid(self.gates(x)).chunk(2, dim=-1)             # (b, L, d) each
         # selective_scan takes in dt B x, so divide by dt first. At dt = 0 that would be 0 / 0, and
         # the root would have no derivative. In half precision 1e-12 would be 0.

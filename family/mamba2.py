@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from family.chunks import (AcrossChunks, exp, set_nan_aside, show_agreement, show_steps,
                            widest)
 from fused_scan import split
-from mamba import DepthwiseConv1d, causal_conv
+from mamba import CausalConv1d
 
 
 def ssd_ref(x, dt, A, B, C, h=None):
@@ -101,7 +101,7 @@ class Mamba2(nn.Module):
                              f"into a multiple of {ngroups} heads")
         channels = d_inner + 2 * ngroups * d_state                       # x, B and C
         self.in_proj = nn.Linear(d_model, d_inner + channels + self.nheads, bias=False)
-        self.conv1d = DepthwiseConv1d(channels, d_conv)
+        self.conv1d = CausalConv1d(channels, d_conv)
         # dt starts between 0.001 and 0.1, uniform on a log scale; the bias is the inverse of
         # softplus.
         dt = torch.exp(torch.empty(self.nheads).uniform_(math.log(1e-3), math.log(1e-1)))
@@ -121,7 +121,7 @@ class Mamba2(nn.Module):
         window, h = (None, None) if state is None else state
         GN = self.ngroups * self.d_state
         z, x, dt = self.in_proj(x).split([self.d_inner, self.d_inner + 2 * GN, self.nheads], dim=-1)
-        x, window = causal_conv(x, self.conv1d, window)
+        x, window = self.conv1d(x, window)
         x, B, C = F.silu(x).split([self.d_inner, GN, GN], dim=-1)
         x = x.unflatten(-1, (self.nheads, self.headdim))                 # (b, L, H, P)
         B = B.unflatten(-1, (self.ngroups, self.d_state))                # (b, L, G, N)

@@ -59,7 +59,7 @@ def test_steps_are_those_that_mamba_used():
         dt = torch.tensor(found["dt"]).T                                        # (L, D)
         assert dt.shape == (13, 16) and (dt > 0).all()
         u, z = layer.in_proj(x).chunk(2, dim=-1)
-        u = F.silu(layer.conv1d(F.pad(u.mT, (3, 0))).mT)
+        u = F.silu(F.conv1d(F.pad(u.mT, (3, 0)), *layer.conv1d.parameters(), groups=u.shape[2]).mT)
         _, B, C = layer.x_proj(u).split([layer.dt_rank, 16, 16], dim=-1)
         scanned, _ = selective_scan_ref(u, dt[None], -layer.A_log.exp(), B, C)
         assert relative(layer.out_proj((scanned + layer.D * u) * F.silu(z)), y) < 1e-12

@@ -70,7 +70,7 @@ def test_rglru_is_its_three_equations():
     y, (window, last) = layer(x)
     u, z = layer.in_proj(x).chunk(2, dim=-1)
     assert torch.equal(window, u[:, -3:].mT)
-    u = layer.conv1d(F.pad(u.mT, (3, 0))).mT
+    u = F.conv1d(F.pad(u.mT, (3, 0)), *layer.conv1d.parameters(), groups=u.shape[2]).mT
     r, i = torch.sigmoid(layer.gates(u)).chunk(2, dim=-1)
     h, hs = torch.zeros(2, 6).double(), []
     for t in range(11):

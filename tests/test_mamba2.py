@@ -91,7 +91,8 @@ def test_layer_is_its_figure():
     for p in layer.parameters():
         p.data = torch.randn_like(p) / 2
     z, xBC, dt = layer.in_proj(x).split([32, 64, 4], dim=-1)
-    u, B, C = F.silu(layer.conv1d(F.pad(xBC.mT, (3, 0))).mT).split([32, 16, 16], dim=-1)
+    mixed = F.conv1d(F.pad(xBC.mT, (3, 0)), *layer.conv1d.parameters(), groups=64).mT
+    u, B, C = F.silu(mixed).split([32, 16, 16], dim=-1)
     u = u.view(2, 9, 4, 8)
     dt, A = F.softplus(dt + layer.dt_bias), -layer.A_log.exp()
     y, _ = ssd_ref(u, dt, A, B.view(2, 9, 2, 8), C.view(2, 9, 2, 8))

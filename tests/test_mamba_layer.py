@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 
 import fused_scan
 from conftest import in_segments
-from mamba import DepthwiseConv1d, Mamba, causal_conv, compare_forms, selective_scan_ref
+from mamba import CausalConv1d, Mamba, compare_forms, selective_scan_ref
 from test_mamba import CHUNK, operands, small_chunks  # noqa: F401
 
 
@@ -137,20 +137,24 @@ def test_half_precision_layer_keeps_a_float32_state(dtype):
 
 # ---- the convolution is a module like any other ----
 
-@pytest.mark.parametrize("padding", [0, 3])
-def test_causal_conv_takes_any_depthwise_conv1d(padding):
+@pytest.mark.parametrize("L", [1, 2, 7])
+@pytest.mark.parametrize("window", [None, torch.ones(2, 5, 3)])
+def test_the_convolution_is_that_of_conv1d(L, window):
     torch.manual_seed(0)
-    ours, plain = DepthwiseConv1d(5, 4), nn.Conv1d(5, 5, 4, groups=5, padding=padding)
+    ours, plain = CausalConv1d(5, 4), nn.Conv1d(5, 5, 4, groups=5)
     plain.load_state_dict(ours.state_dict())
-    x, window = torch.randn(2, 7, 5), torch.randn(2, 5, 3)
-    for w in (None, window):
-        assert all_close(causal_conv(x, ours, w), causal_conv(x, plain, w), atol=1e-6)
+    x = torch.randn(2, L, 5)
+    before = torch.zeros(2, 5, 3) if window is None else window
+    inputs = torch.cat([before, x.mT], dim=2)
+    y, after = ours(x, window)
+    assert torch.allclose(y, plain(inputs).mT, atol=1e-6)
+    assert torch.equal(after, inputs[:, :, -3:])
 
 
 def test_forward_hooks_on_the_convolution():
     layer, x = layer_and_input(8)
     plain, _ = layer(x)
-    layer.conv1d.register_forward_hook(lambda module, arguments, y: 0 * y)
+    layer.conv1d.register_forward_hook(lambda module, arguments, y: (0 * y[0], y[1]))
     assert plain.abs().max() > 0 and layer(x)[0].abs().max() == 0
 
 
