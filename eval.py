@@ -22,8 +22,8 @@ from data import TASKS, recall_batch, shortest, show, stream
 from grid import wait_for
 from output import Progress, say, short_errors
 from runs import load_run, pick_device, read_result, remove, write_json
+from summary import TEST_SEQUENCES
 
-TEST_SEQUENCES = 512 # in a test during training
 SEGMENT = 4096       # most tokens per call when a long context is read
 BATCH_ROWS = 512     # most contexts in a batch on a CPU
 HELD_TOKENS = 2**20  # most tokens in a batch on a CPU

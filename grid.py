@@ -16,7 +16,8 @@ import time
 import torch.distributed as dist
 
 from output import say
-from runs import GRID, check, default_lr, is_finished, read_result, remove, run_name, shape_of
+from runs import GRID, check, is_finished, read_result, remove, run_name, shape_of
+from summary import default_lr
 
 
 def configs_of(args, device):

@@ -186,12 +186,9 @@ def build_model(name, K=16, d=8, L=64, n_heads=1, d_state=16, learn_embedding=Fa
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm, x / sqrt(mean of x^2) times a weight, and a bias if `bias` is not None.
+    """nn.RMSNorm, x / sqrt(mean of x^2) times a weight, plus a bias unless `bias` is None.
 
-    bias: the standard deviation of the initial bias. Without a bias, a channel's z in a first Mamba
-    layer is w e times a positive factor: e is the token's embedding, w the channel's row of in_proj
-    times the norm's weight. The gate can be open for every token only if w e > 0 for all K
-    embeddings. For 16 embeddings there is no such w at d = 8, but there is one at d = 16.
+    bias: the standard deviation of its initial values. Why Mamba needs it: see mamba.Mamba.
     """
 
     def __init__(self, d, bias=None):

@@ -3,8 +3,8 @@
     python inside.py results/X.pt             draws figures/inside_X.png
     python inside.py report/checkpoints/*.pt --out figures
 
-A hook on one linear map of each layer records its output (`run_and_watch`), and the rest is
-recomputed from it. The model is not changed.
+A hook on one linear map of each layer records its output, and the rest is recomputed from it. The
+model is not changed.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from attention import Attention
+from attention import Attention, visible
 from data import recall_batch
 from mamba import Mamba
 from output import end_with, say, short_errors, text, write_figure
@@ -35,28 +35,6 @@ WRITES, IDLE = 0.1, 1e-6
 
 
 # ---- what the layers do ----
-
-@torch.no_grad()
-def run_and_watch(model, tokens):
-    """Run the model on tokens (L,) -> logits (K,), [(layer, seen), ...].
-
-    seen is the output (L, ...) of a layer's `qkv` (Attention) or `dt_proj` (Mamba), else None.
-    """
-    seen, hooks = {}, []
-    for layer in model.layers:
-        if isinstance(layer, (Attention, Mamba)):
-            inner = layer.qkv if isinstance(layer, Attention) else layer.dt_proj
-
-            def watch(module, inputs, output, layer=layer):
-                seen[layer] = output[0]
-            hooks.append(inner.register_forward_hook(watch))
-    try:
-        logits = model(tokens[None])[0]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return logits.numpy(), [(layer, seen.get(layer)) for layer in model.layers]
-
 
 def attention_maps(layer, qkv):
     """The attention weights softmax(q k / sqrt(P)), causal, which the layer itself does not return.
@@ -72,10 +50,8 @@ def attention_maps(layer, qkv):
         q, k = layer.rotate(q, 0), layer.rotate(k, 0)
     k = k.repeat_interleave(layer.n_heads // layer.kv_heads, 0)             # (H, L, P)
     scores = q @ k.mT / q.shape[-1]**0.5                                    # (H, L, L)
-    hidden = torch.ones(L, L, dtype=torch.bool, device=qkv.device).triu(1)
-    if layer.window is not None:
-        hidden |= ~hidden.new_ones(L, L).triu(1 - layer.window)
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    seen = visible(L, L, qkv.device, layer.window)                          # (L, L)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1)
 
 
 def share_left(dt, A):
@@ -91,6 +67,7 @@ def share_left(dt, A):
     return torch.exp(later[:, :, None] * A)
 
 
+@torch.no_grad()
 def look_into(model, tokens):
     """Run the model on tokens (L,) -> logits (K,), a list of one dict per layer:
 
@@ -98,18 +75,31 @@ def look_into(model, tokens):
     Mamba       {"dt": (D, L), step sizes, "left": (D, L), share_left averaged over the N states}
     other       {}
     """
-    logits, watched = run_and_watch(model, tokens)
+    seen, hooks = {}, []
+    for layer in model.layers:
+        if isinstance(layer, (Attention, Mamba)):
+            inner = layer.qkv if isinstance(layer, Attention) else layer.dt_proj
+
+            def watch(module, inputs, output, layer=layer):
+                seen[layer] = output[0]
+            hooks.append(inner.register_forward_hook(watch))
+    try:
+        logits = model(tokens[None])[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
     layers = []
-    for layer, seen in watched:
+    for layer in model.layers:
         found = {}
         if isinstance(layer, Attention):
-            found["maps"] = attention_maps(layer, seen)
+            found["maps"] = attention_maps(layer, seen[layer])              # (H, L, L)
         elif isinstance(layer, Mamba):
-            dt = F.softplus(seen)                                           # (L, D)
+            dt = F.softplus(seen[layer])                                    # (L, D)
             left = share_left(dt, -torch.exp(layer.A_log)).mean(-1)         # (L, D)
             found["dt"], found["left"] = dt.T, left.T
-        layers.append({name: value.detach().numpy() for name, value in found.items()})
-    return logits, layers
+        layers.append({name: value.numpy() for name, value in found.items()})
+    return logits.numpy(), layers
 
 
 def look(path):

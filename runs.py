@@ -21,7 +21,7 @@ import torch
 from data import check_task
 from hybrid import build_model
 from output import say, write_file
-from summary import DEFAULTS          # the other flags that change a run
+from summary import DEFAULTS, default_lr      # DEFAULTS: the other flags that change a run
 
 GRID = ["model", "M", "tau", "K", "d", "L", "seed"]          # flags that take several values
 
@@ -50,11 +50,6 @@ def pick_device(name=None):
 
 
 # ---- what a run is -------------------------------------------------------------------------------
-
-def default_lr(d):
-    """8e-3 up to d = 16; wider models need less: at d = 32 rope failed M = 16 in 5 of 5 runs."""
-    return min(8e-3, 0.128 / d)
-
 
 def run_name(config):
     """A run's name: the flags of GRID, and every other flag off its default."""

@@ -26,14 +26,14 @@ from eval import accuracy_now, evaluate, lengths_to_test, print_table, show_answ
 from grid import configs_of, make_all, prepare_folder
 from hybrid import FAMILY, LAYERS, MODELS, WORDS, state_bytes
 from output import Progress, say, short_errors
+from summary import SOLVED
 
 WARMUP = 400             # steps in which the learning rate rises
 BETAS = (0.9, 0.98)      # of AdamW
 CLIP = 0.2               # largest norm of the gradient
 MOST_TESTS = 200         # during a run
 STEPS_APART = 10         # fewest steps between two tests, if --steps is at least 200
-SOLVED_TESTS = 3         # a task is solved when this many tests in a row
-SOLVED_ACCURACY = 0.99   # reach this accuracy
+SOLVED_TESTS = 3         # a task is solved when this many tests in a row reach SOLVED
 COOLDOWN_STEPS = 1000    # the learning rate falls in this many steps, at most a quarter of the run,
 COOLDOWN_SHARE = 1 / 5   # or in this share of the run, if that is longer
 EVAL_SEQUENCES = 1024    # of each length, after training
@@ -99,7 +99,7 @@ def learning_rate(step, last, highest):
 def solved_at(curves, tests=SOLVED_TESTS):
     """The step at which the task was solved, at the last of `tests` tests in a row, or None."""
     for k in range(tests, len(curves["step"]) + 1):
-        if min(curves["accuracy"][k - tests:k]) >= SOLVED_ACCURACY:
+        if min(curves["accuracy"][k - tests:k]) >= SOLVED:
             return curves["step"][k - 1]
     return None
 
@@ -229,7 +229,7 @@ def run(config, path, title="", runs_left=0):
     ended = f"stopped at step {step:,}, not solved; a larger --steps may help"
     if solved_at(curves):
         first, third = solved_at(curves, 1), solved_at(curves)
-        ended = (f"first test at {SOLVED_ACCURACY} at step {first:,}, {SOLVED_TESTS} in a row by "
+        ended = (f"first test at {SOLVED} at step {first:,}, {SOLVED_TESTS} in a row by "
                  f"step {third:,}, stopped at {step:,}")
     say(f"{title}{ended}; wrote {path}.json")
     print_table(result)

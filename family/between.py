@@ -76,7 +76,6 @@ def main():
     torch.manual_seed(0)
     x = torch.randn(2, 64, 32)
     for layer in (MambaOwn(32), Mamba2Shared(32, d_state=16, headdim=16)):
-        print(f"{type(layer).__name__:<14}", end="")
         show_steps(layer, x)
 
 

@@ -93,11 +93,17 @@ def show_agreement(recurrence, chunked, inputs):
 
 
 def show_steps(layer, x):
-    """Print the relative difference between one call of a layer and a call for each token of x."""
+    """Print the times of one call of a layer and of a call for each token of x, and the relative
+    difference of the outputs."""
+    layer(x)                                                             # warms up
+    times = [time.perf_counter()]
+    y, _ = layer(x)
+    times.append(time.perf_counter())
     state, steps = None, []
     for x_t in x.split(1, dim=1):
         y_t, state = layer(x_t, state)
         steps.append(y_t)
-    y, _ = layer(x)
+    times.append(time.perf_counter())
     difference = (torch.cat(steps, dim=1) - y).norm() / y.norm()
-    print(f"the layer in single steps  difference {difference:.0e}")
+    print(f"{type(layer).__name__:<16}one call {1000 * (times[1] - times[0]):6.1f} ms   "
+          f"single steps {1000 * (times[2] - times[1]):6.1f} ms   difference {difference:.0e}")

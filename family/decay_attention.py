@@ -28,6 +28,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from attention import extend, visible
+from family.chunks import show_steps
+
 
 class DecayCache(NamedTuple):
     """Keys and values of all tokens so far, and how much each has decayed since."""
@@ -83,11 +86,8 @@ class DecayAttention(nn.Module):
         # s gets sums_t + offset_s; for a key of an earlier segment, offset is its decay so far.
         sums = self.log_f(x).cumsum(-1)                                  # (B, H, L)
         offset = -sums                                                   # (B, H, L)
-        if state is None:
-            k, v = k.clone(), v.clone()          # views would keep all of qkv in memory
-        else:
-            k = torch.cat([state.k, k], dim=2)                           # (B, H, S+L, P)
-            v = torch.cat([state.v, v], dim=2)
+        k, v = extend(state, k, v)                                       # (B, H, S+L, P) each
+        if state is not None:
             offset = torch.cat([state.decay, offset], dim=2)             # (B, H, S+L)
         cache = DecayCache(k, v, offset + sums[:, :, -1:])
         if last_only:
@@ -95,9 +95,9 @@ class DecayAttention(nn.Module):
 
         Q, keys = q.shape[2], k.shape[2]
         bias = sums[..., :, None] + offset[..., None, :]                 # (B, H, Q, S+L)
-        later = torch.ones(Q, keys, dtype=torch.bool, device=x.device).triu(keys - Q + 1)
         score = q @ k.mT / math.sqrt(q.shape[-1]) + bias                 # (B, H, Q, S+L)
-        w = score.masked_fill(later, -math.inf).softmax(-1).to(v.dtype)
+        seen = visible(Q, keys, x.device)                                # (Q, S+L)
+        w = score.masked_fill(~seen, -math.inf).softmax(-1).to(v.dtype)
         y = w @ v                                                        # (B, H, Q, P)
         return self.out_proj(y.transpose(1, 2).flatten(2)), cache
 
@@ -127,13 +127,8 @@ def main():
         layer, x = DecayAttention(16, 2, decay), torch.randn(2, 24, 16)
         exact = formula(layer, x)
         y, _ = layer(x)
-        print(f"{decay:11} one call      difference {(y - exact).norm() / exact.norm():.0e}")
-        state, steps = None, []
-        for x_t in x.split(1, dim=1):
-            y_t, state = layer(x_t, state)
-            steps.append(y_t)
-        y = torch.cat(steps, dim=1)
-        print(f"{decay:11} single steps  difference {(y - exact).norm() / exact.norm():.0e}")
+        print(f"{decay}: one call and formula  difference {(y - exact).norm() / exact.norm():.0e}")
+        show_steps(layer, x)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,12 @@ x (b, L, d) and a state, None at the start, to y (b, L, d) and the next state.
 """
 
 import math
-import time
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from family.chunks import at_least_float32, set_nan_aside
+from family.chunks import at_least_float32, set_nan_aside, show_steps
 from family.mamba2 import ssd
 from mamba import CausalConv1d, selective_scan
 
@@ -239,21 +238,8 @@ def main():
     torch.manual_seed(0)
     torch.set_num_threads(1)     # for operations this small; two may be far slower
     x = torch.randn(4, 64, 32)
-    print("layer        one call   single steps   difference")
     for kind in (ShortConv, RNN, LTI, Retention, RGLRU):
-        layer = kind(32)
-        layer(x)                                                         # warms up
-        times = [time.perf_counter()]
-        y, _ = layer(x)
-        times.append(time.perf_counter())
-        state, steps = None, []
-        for x_t in x.split(1, dim=1):
-            y_t, state = layer(x_t, state)
-            steps.append(y_t)
-        times.append(time.perf_counter())
-        difference = (torch.cat(steps, dim=1) - y).norm() / y.norm()
-        print(f"{kind.__name__:10} {1000 * (times[1] - times[0]):7.1f} ms "
-              f"{1000 * (times[2] - times[1]):11.1f} ms   {difference:.0e}")
+        show_steps(kind(32), x)
 
 
 if __name__ == "__main__":

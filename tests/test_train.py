@@ -127,7 +127,7 @@ def test_last_step():
 
 
 def test_stops_early_and_the_last_step_is_on_the_curve(train_tiny, monkeypatch):
-    monkeypatch.setattr(train, "SOLVED_ACCURACY", 0.0)
+    monkeypatch.setattr(train, "SOLVED", 0.0)
     monkeypatch.setattr(train, "SOLVED_TESTS", 3)
     monkeypatch.setattr(train, "COOLDOWN_STEPS", 5)
     assert train_tiny("--steps", 400)[0]["train"]["step"] == [10, 20, 30, 38]
