@@ -11,9 +11,8 @@ import numpy as np
 from output import listed, numbered, text
 
 DEFAULTS = {  # of the flags that change a run and are not in its name's first part; lr: default_lr
-    "task": "recall", "batch_size": 64, "steps": 20000, "lr": None, "weight_decay": 0.0,
-    "n_heads": 1, "d_state": 16, "train_lengths": "fixed", "learn_embedding": False,
-    "stop_early": True}
+    "task": "recall", "batch_size": 64, "steps": 20000, "lr": None, "weight_decay": 0.0, "n_heads": 1,
+    "d_state": 16, "train_lengths": "fixed", "learn_embedding": False, "stop_early": True}
 TASK = ["task", "tau", "K", "d", "L", "M"]                   # the flags that say what is learned
 IGNORED = {"model", "seed", "device", "compile", "out", "overwrite"}       # no settings of a run
 COLOURS = {  # in the order of figures and tables; the first are for the colour-blind (Okabe, Ito)
@@ -24,9 +23,8 @@ COLOURS = {  # in the order of figures and tables; the first are for the colour-
     "zamba2-mini": "#9E9AC8", "mamba3": "#DD1C77", "deltanet": "#66A61E",
     "gated-deltanet": "#17BECF", "alibi": "#8C564B", "forgetting": "#5F7A8A",
     "conv2+attention": "#E69F00", "conv+attention": "#333333", "conv8+attention": "#CC79A7",
-    "mamba-noconv+attention": "#D55E00", "mamba+attention": "#009E73",
-    "2xattention": "#56B4E9", "2xrope": "#0072B2", "2xalibi": "#8C564B",
-    "2xforgetting": "#5F7A8A", "2xwindow": "#BCBD22",
+    "mamba-noconv+attention": "#D55E00", "mamba+attention": "#009E73", "2xattention": "#56B4E9",
+    "2xrope": "#0072B2", "2xalibi": "#8C564B", "2xforgetting": "#5F7A8A", "2xwindow": "#BCBD22",
     "2xlinear-fixed-noconv": "#C7A76C", "2xlinear-fixed": "#8C6D31",
     "2xlinear-decay-noconv": "#F4A582", "2xlinear-decay": "#CA0020",
     "2xgated-deltanet-noconv": "#9EDAE5", "2xgated-deltanet": "#17BECF",
@@ -253,9 +251,8 @@ def caption(cells, flags, kind):
     tests = numbered(np.concatenate([run["sequences"] for run in runs]).tolist())
     marks.append(f"test sequences per length: {tests}")
     if kind == "training":
-        batch = text(", ".join(map(str, config["batch_size"])))
-        marks[-1] = (f"batch size {batch}, tests of {TEST_SEQUENCES}, "
-                     f"numbers: median steps to {SOLVED}")
+        B = text(", ".join(map(str, config["batch_size"])))
+        marks[-1] = f"batch size {B}, tests of {TEST_SEQUENCES}, numbers: median steps to {SOLVED}"
     if kind == "model":
         marks.append("dots: at L, diamonds: the lowest from L to 3L, dotted: chance")
     return f"task {text(', '.join(config['task']))}: {', '.join(words)}\n{'; '.join(marks)}"
