@@ -11,8 +11,9 @@ import numpy as np
 from output import listed, numbered, text
 
 DEFAULTS = {  # of the flags that change a run and are not in its name's first part; lr: default_lr
-    "task": "recall", "batch_size": 64, "steps": 20000, "lr": None, "weight_decay": 0.0, "n_heads": 1,
-    "d_state": 16, "train_lengths": "fixed", "learn_embedding": False, "stop_early": True}
+    "task": "recall", "batch_size": 64, "steps": 20000, "lr": None, "weight_decay": 0.0,
+    "n_heads": 1, "d_state": 16, "train_lengths": "fixed", "learn_embedding": False,
+    "stop_early": True}
 TASK = ["task", "tau", "K", "d", "L", "M"]                   # the flags that say what is learned
 IGNORED = {"model", "seed", "device", "compile", "out", "overwrite"}       # no settings of a run
 COLOURS = {  # in the order of figures and tables; the first are for the colour-blind (Okabe, Ito)
@@ -59,9 +60,9 @@ def load(path):
         with open(path, encoding="utf-8") as f:
             result = json.load(f)
         if "published" in result:
+            curves = {name: points(curve, "length") for name, curve in result["curves"].items()}
             return {"published": text(result["published"]), "task": dict(result["task"]),
-                    "curves": {name: points(curve, "length")
-                               for name, curve in result["curves"].items()}}
+                    "curves": curves}
         config = {flag: value if isinstance(value, (int, float)) else str(value)
                   for flag, value in {**DEFAULTS, **result["config"]}.items() if value is not None}
         whole = all(type(config[flag]) is int and 0 < config[flag] < 2**53 for flag in TASK[1:])
@@ -272,10 +273,9 @@ def file_name(kind, cells, args):
 
 
 def table(runs, lengths=None):
-    """A Markdown table with a row for each setting, as a string.
-
-    Without lengths: median steps to 0.99, median and worst accuracy at L, median and worst of the
-    lowest from L to 3L. With lengths: the median at each, empty unless all seeds were tested there.
+    """A Markdown table with a row for each setting: median steps to 0.99, median and worst accuracy
+    at L, median and worst of the lowest from L to 3L. Or the medians at `lengths`, where all seeds
+    were tested.
     """
     flags = ["model", "d", "M", "tau"]
     flags += [flag for flag in ("task", "K", "L") if len({run["config"][flag] for run in runs}) > 1]
