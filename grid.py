@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -86,97 +87,94 @@ def barrier():
         dist.destroy_process_group()
 
 
+class Run(NamedTuple):
+    config: dict
+    path: str      # OUT/NAME, without an ending
+    title: str     # such as [3/8]: it goes before what is printed
+    shape: int     # runs of one number share compiled kernels
+
+
 def make_all(configs, out, overwrite, make, wait=True, show=None):
-    """Call make(config, path, title, runs left) for the runs that are still to be made; returns the
-    results of all, None for a run that is not finished.
+    """Call make(config, path, title, runs left of its shape) for the runs that are still to be
+    made; returns the results of all, None for a run that is not finished.
+
+    Processes started together by torchrun share the runs, and so do commands started one after
+    another. They begin with different shapes, and each stays with a shape while there are runs of
+    it, because the first run of a shape may have to compile.
 
     wait: whether to stay until runs that other processes have taken are finished. Of runs that are
     finished already, show(result) is called. A run that fails does not keep others from being made.
     SystemExit: with status 1 if one failed, 130 after Ctrl-C.
     """
-    failed = []
+    shapes, grid = list(dict.fromkeys(map(shape_of, configs))), []
+    for number, config in enumerate(configs, 1):
+        title = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
+        path = os.path.join(out, run_name(config))
+        grid.append(Run(config, path, title, shapes.index(shape_of(config))))
+
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if overwrite:
+        if rank == 0:                            # forget the old results before anyone begins
+            remove(*[run.path + ending for run in grid for ending in (".json", ".resume.pt")])
+        barrier()
+    for run in grid:
+        if rank == 0 and is_finished(run.path):
+            say(f"{run.title}{run.path}.json is finished; --overwrite repeats it")
+            if show:
+                show(read_result(run.path + ".json"))
+
+    def runs_left(this):
+        same = [run for run in grid if run.shape == this.shape and run is not this]
+        sharing = -(-processes // len(shapes))           # processes with runs of this shape
+        return sum(not os.path.exists(run.path + ".json") for run in same) // sharing
+
+    waiting, failed = sorted(grid, key=lambda run: (run.shape - rank) % len(shapes)), []
     try:
-        for config, path, title, left in to_make(configs, out, overwrite, failed, wait, show):
-            try:
-                make(config, path, title, left)
-            except (FloatingPointError, OSError) as error:
-                failed.append(path)
-                say(f"{title}{path} failed: {error}")
+        while waiting:
+            taken = [run for run in waiting if not make_if_free(run, make, runs_left, failed)]
+            if len(taken) == len(waiting):               # others are making all that are left
+                if not wait:
+                    break
+                time.sleep(1)
+            waiting = taken
     except KeyboardInterrupt:
         print("\nstopped; the same command without --overwrite resumes from the last save",
               file=sys.stderr)
         sys.exit(130)
     if failed:
         sys.exit(f"train.py: {len(failed)} of {len(configs)} runs failed")
-    return [read_result(os.path.join(out, run_name(config)) + ".json") for config in configs]
+    return [read_result(run.path + ".json") for run in grid]
 
 
-def to_make(configs, out, overwrite, failed, wait=True, show=None):
-    """Yield (config, path, title, runs left of its shape) for the runs that are still to be made.
-
-    Processes started together by torchrun share the runs, and so do commands started one after
-    another: each takes the next run that none has taken. A run whose process died is taken by
-    another. The processes begin with different shapes, and each stays with a shape while there are
-    runs of it, because the first run of a shape may have to compile.
-    """
-    paths = [os.path.join(out, run_name(config)) for config in configs]
-    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    first = rank == 0
-    if overwrite:
-        if first:                                # forget the old results before anyone begins
-            remove(*[path + ending for path in paths for ending in (".json", ".resume.pt")])
-        barrier()
-
-    shapes = list(dict.fromkeys(map(shape_of, configs)))
-    place = {path: shapes.index(shape_of(config)) for config, path in zip(configs, paths)}
-    sharing = -(-processes // len(shapes))               # processes with runs of one shape
-
+def make_if_free(run, make, runs_left, failed):
+    """Make a run, unless it is finished or has failed -> False if another process has taken it."""
+    if is_finished(run.path) and not os.path.exists(run.path + ".lock"):
+        return True                              # with a lock beside it, that is removed below
+    try:
+        lock = claim(run.path)
+    except OSError as error:
+        failed.append(run.path)
+        say(f"{run.title}{run.path}.lock cannot be made: {error.strerror}")
+        return True
+    if lock is None:
+        return False
     # Left in the lock of a run that fails, for the processes that torchrun started together.
     mark = f"failed {os.getppid()}" if "RANK" in os.environ else None
-
-    def title(number):
-        return f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
-
-    def runs_left(path):
-        same = [other for other in paths if place[other] == place[path] and other != path]
-        return sum(not os.path.exists(other + ".json") for other in same) // sharing
-
-    waiting = list(enumerate(zip(configs, paths), 1))
-    for number, (_, path) in waiting:
-        if is_finished(path) and first:
-            say(f"{title(number)}{path}.json is finished; --overwrite repeats it")
-            if show:
-                show(read_result(path + ".json"))
-    waiting.sort(key=lambda item: (place[item[1][1]] - rank) % len(shapes))
-    while waiting:
-        taken = []
-        for number, (config, path) in waiting:
-            if is_finished(path) and not os.path.exists(path + ".lock"):
-                continue                         # a stale lock beside it is removed below
+    with lock:
+        if mark and lock.read(100) == mark:
+            failed.append(run.path)
+            return True
+        remove(*glob.glob(glob.escape(run.path) + ".*.tmp"))     # of a process that was killed
+        if not is_finished(run.path):
             try:
-                lock = claim(path)
-            except OSError as error:
-                failed.append(path)
-                say(f"{title(number)}{path}.lock cannot be made: {error.strerror}")
-                continue
-            if lock is None:
-                taken.append((number, (config, path)))
-                continue
-            with lock:                           # held while the caller makes the run, at `yield`
-                if mark and lock.read(100) == mark:
-                    failed.append(path)          # another process has tried it
-                    continue
-                remove(*glob.glob(glob.escape(path) + ".*.tmp"))     # of a process that was killed
-                if not is_finished(path):
-                    yield config, path, title(number), runs_left(path)
-                if mark and path in failed:
-                    lock.seek(0)
-                    lock.truncate()
-                    lock.write(mark)
-                else:
-                    remove(path + ".lock")
-        if len(taken) == len(waiting):                       # this pass made nothing
-            if not wait:
-                return
-            time.sleep(1)
-        waiting = taken
+                make(run.config, run.path, run.title, runs_left(run))
+            except (FloatingPointError, OSError) as error:
+                failed.append(run.path)
+                say(f"{run.title}{run.path} failed: {error}")
+        if mark and run.path in failed:
+            lock.seek(0)
+            lock.truncate()
+            lock.write(mark)
+        else:
+            remove(run.path + ".lock")
+    return True

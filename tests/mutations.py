@@ -91,7 +91,6 @@ RUNS = [
     ("if flag == \"task\" or value == default:",
      "if flag in (\"task\", \"lr\") or value == default:"),
     ("default = default_lr(config[\"d\"])", "default = 0.008"),
-    ("0.128 / d", "0.128 / 8"),
     ("    check_memory(config)\n", ""),
     ("type(value) is not int", "not isinstance(value, (int, float))"),
 ]
@@ -112,17 +111,17 @@ GRID = [
     ("if mark and lock.read(100) == mark:", "if False:"),
     ("except (FloatingPointError, OSError) as error:", "except FloatingPointError as error:"),
     ("        sys.exit(130)\n", "        sys.exit(1)\n"),
-    ("            if not wait:\n                return\n", ""),
-    ("                remove(*glob.glob(glob.escape(path) + \".*.tmp\"))", "                pass"),
+    ("                if not wait:\n                    break\n", ""),
+    ("        remove(*glob.glob(glob.escape(run.path) + \".*.tmp\"))", "        pass"),
     ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
     ("| os.O_NOFOLLOW", ""),
     ("for ending in (\".json\", \".resume.pt\")", "for ending in (\".resume.pt\",)"),
-    ("taken.append((number, (config, path)))\n", "pass\n"),
-    ("                show(read_result(path + \".json\"))", "                pass"),
-    ("if not is_finished(path):\n                    yield", "if True:\n                    yield"),
-    ("sum(not os.path.exists(other + \".json\") for other in same)", "len(same)"),
-    ("(place[item[1][1]] - rank) % len(shapes)", "place[item[1][1]]"),
-    ("    waiting.sort(", "    sorted(waiting, "),
+    ("        return False\n    # Left", "        return True\n    # Left"),
+    ("                show(read_result(run.path + \".json\"))", "                pass"),
+    ("if not is_finished(run.path):", "if True:"),
+    ("sum(not os.path.exists(run.path + \".json\") for run in same)", "len(same)"),
+    ("(run.shape - rank) % len(shapes)", "run.shape"),
+    ("sorted(grid, key=lambda run: (run.shape - rank) % len(shapes))", "grid"),
 ]
 
 TRAIN = [
@@ -272,6 +271,7 @@ SUMMARY = [
     ("min(beyond)", "max(beyond)"),
     ("test >= SOLVED", "test > SOLVED"),
     ("SOLVED = 0.99", "SOLVED = 0.98"),
+    ("0.128 / d", "0.128 / 8"),
 ]
 
 BENCH = [
@@ -290,7 +290,8 @@ FUSED = [
     ("split(span, GROUP_CHUNKS).sum(2)", "split(span, GROUP_CHUNKS)[:, :, -1]"),
 ]
 INSIDE = [
-    (".triu(1)", ".triu(2)"),
+    ("masked_fill(~seen", "masked_fill(seen"),
+    ("layer.window)\n", "None)\n"),
     ("later = dt.flip(0).cumsum(0).flip(0) - dt", "later = dt.flip(0).cumsum(0).flip(0)"),
     ("F.softplus(", "F.relu("),
 ]
@@ -351,7 +352,7 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "gpu.py": (GPU, "test_gpu.py"),
     "inside.py": (INSIDE, "test_inside.py"),
     "plot.py": (PLOT, "test_plot_options.py test_plot.py test_plot_layout.py"),
-    "summary.py": (SUMMARY, "test_summary.py test_plot.py"),
+    "summary.py": (SUMMARY, "test_summary.py test_plot.py test_runs.py"),
     "bench.py": (BENCH, "test_bench.py"),
     "report/probe.py": (PROBE, "test_probe.py"),
     "report/interpolate.py": (INTERPOLATE, "test_interpolate.py"),

@@ -13,7 +13,7 @@ import eval as evaluation
 import runs
 import train
 from conftest import names, numbers
-from grid import to_make
+from grid import make_all
 from hybrid import build_model
 
 CONFIG = {**runs.DEFAULTS, "model": "rope", "M": 1, "tau": 1, "K": 16, "d": 8, "L": 64, "seed": 0,
@@ -105,14 +105,21 @@ def test_overwrite_repeats_finished_runs(train_tiny, tmp_path):
     assert "mark" not in again and numbers(again) == numbers(first)
 
 
+def runs_made(configs, out):
+    """(d, runs left) of the runs that make_all makes, in their order."""
+    made = []
+    make_all(configs, str(out), False, lambda config, *more: made.append((config["d"], more[-1])))
+    return made
+
+
 def test_runs_left_are_those_of_the_shape_without_a_result(tmp_path):
     configs = [{**CONFIG, "M": M, "seed": seed, **more} for M in (1, 4) for seed in (0, 1)
                for more in ({}, {"d": 16})]
-    assert [left for *_, left in to_make(configs, str(tmp_path), False, [])] == [3] * 8
+    assert [left for _, left in runs_made(configs, tmp_path)] == [3] * 8
     (tmp_path / (runs.run_name(configs[-2]) + ".json")).write_text("{}")
-    assert [left for *_, left in to_make(configs, str(tmp_path), False, [])] == [2] * 3 + [3] * 5
+    assert [left for _, left in runs_made(configs, tmp_path)] == [2] * 3 + [3] * 5
     copied = [{**config, "task": "copy"} for config in configs]          # there M is a length, too
-    assert [left for *_, left in to_make(copied, str(tmp_path), False, [])] == [1] * 8
+    assert [left for _, left in runs_made(copied, tmp_path)] == [1] * 8
 
 
 def test_a_process_stays_with_a_shape_and_begins_with_another(tmp_path, monkeypatch):
@@ -120,8 +127,7 @@ def test_a_process_stays_with_a_shape_and_begins_with_another(tmp_path, monkeypa
     for rank, order in (0, [8, 8, 16, 16, 32, 32]), (1, [16, 16, 32, 32, 8, 8]), (4, None):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "5")
-        made = [(config["d"], left) for config, _, _, left in to_make(configs, str(tmp_path), False,
-                                                                    [])]
+        made = runs_made(configs, tmp_path)
         assert [d for d, _ in made] == (order or [16, 16, 32, 32, 8, 8])
         assert {left for _, left in made} == {0}                 # of one run, shared by two
 
