@@ -291,7 +291,7 @@ FUSED = [
 ]
 INSIDE = [
     ("masked_fill(~seen", "masked_fill(seen"),
-    ("layer.window)\n", "None)\n"),
+    ("qkv.device, layer.window", "qkv.device"),
     ("later = dt.flip(0).cumsum(0).flip(0) - dt", "later = dt.flip(0).cumsum(0).flip(0)"),
     ("F.softplus(", "F.relu("),
 ]
