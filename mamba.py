@@ -6,7 +6,8 @@ decays, what it writes and what it reads: the state space model is selective.
 
     symbol   shape        meaning
     b, L                  sequences in the batch; tokens, which are also called steps
-    D, N                  channels, each with a recurrence of its own; states per channel
+    D, N                  channels (in the layer d_inner; self.D there is the weight of a skip
+                          connection, as in the official code); states per channel
     x        (b, L, D)    input of the recurrence
     dt       (b, L, D)    step size, positive: how long a token acts on the state
     A        (D, N)       decay rates, negative, the same for every token
@@ -18,9 +19,6 @@ decays, what it writes and what it reads: the state space model is selective.
     T                     steps in a chunk
     g                     gradient of the loss with respect to h
     dx, ddt, dA, ...      gradient of the loss with respect to x, dt, A, ... (dt is no gradient)
-
-D has two meanings. In shapes it is the number of channels, which the layer calls d_inner. In the
-layer, as in the official code, self.D is the weight of a skip connection from x to y.
 """
 
 import math
@@ -43,16 +41,16 @@ from fused_scan import check_shapes, parallel_scan
 #
 # If x is constant over a step of length dt, the exact solution is (paper, equation 4)
 #
-#     h_t = exp(dt A) h_{t-1} + (exp(dt A) - 1) B / A  x_t
+#     h_t = exp(dt A) h_{t-1} + (exp(dt A) - 1) / A  B x_t
 #
-# The official code replaces the second factor by its first-order form dt, and so do we, so that
+# The official code replaces (exp(dt A) - 1) / A by its first-order form dt, and so do we, so that
 # trained weights mean the same in both:
 #
 #     h_t = exp(dt A) h_{t-1} + dt B x_t         y_t = C h_t
 #
 # The two agree for small dt |A| and differ for large dt |A|: at A = -1 and dt = 10 ours writes 10 B
-# x, the exact one 1 B x. Ours is simpler: dt x is the same for all N states, which the exact factor
-# is not. And the scale of B and x is learned anyway. family/ladder.py, LTI, has the exact rule.
+# x, the exact one 1 B x. Ours is simpler, as dt x is the same for all N states, and the scale of B
+# is learned anyway. family/ladder.py, LTI, has the exact rule.
 #
 # Mamba computes dt, B and C from the token (paper, section 3.2, algorithm 2). With dt near 0 a
 # token leaves the state alone: nothing decays, nothing is written. With a large dt the past is
@@ -99,7 +97,7 @@ class CausalConv1d(nn.Conv1d):
         x = F.pad(x, (0, 0, before, 0)) if window is None else torch.cat([window.mT, x], dim=1)
         taps = self.weight[:, 0].unbind(1)                               # (D,) each
         y = sum((x[:, k:k + L] * tap for k, tap in enumerate(taps)), self.bias)
-        return y, x[:, L:].mT.clone()                                    # a view keeps all of x
+        return y, x[:, L:].mT.clone()            # the last taps - 1; a view would keep all of x
 
 
 class MambaState(NamedTuple):
@@ -153,10 +151,7 @@ class Mamba(nn.Module):
             self.dt_proj.bias.copy_(torch.log(torch.expm1(dt)))
 
     def low_rank_dt_B_C(self, x):
-        """x (b, L, d_inner) -> low_rank_dt (b, L, dt_rank); B, C (b, L, d_state).
-
-        low_rank_dt is not yet the step size: dt = softplus(dt_proj(low_rank_dt)).
-        """
+        """x (b, L, d_inner) -> low_rank_dt (b, L, dt_rank), not yet dt; B, C (b, L, d_state)."""
         return self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
 
     def forward(self, x, state=None):
@@ -192,10 +187,10 @@ class Mamba(nn.Module):
 #     After the last step there is no g_{t+1}. Instead, the last g also receives dh, the gradient of
 #     the final state, which is returned beside y:
 #         g_L = C_L dy_L + dh
-#     The initial state is used by h_1 alone, so its gradient is a_1 g_1.
+#     The initial state h_0 is used by h_1 alone, so its gradient is a_1 g_1.
 # 2.  h_t is linear in u_t, which N states share, and in B_t, which D channels share:
 #         du_t = sum over states of g_t B_t           dB_t = sum over channels of g_t u_t
-# 3.  The decay a_t has the gradient g_t h_{t-1}, and exp is its own derivative:
+# 3.  The decay a_t has the gradient g_t h_{t-1}, also at h_0, and exp is its own derivative:
 #         d(dt_t A) = a_t g_t h_{t-1}
 # 4.  C_t acts on y_t alone:
 #         dC_t = sum over channels of h_t dy_t
@@ -205,8 +200,7 @@ class Mamba(nn.Module):
 #
 # The backward pass takes the chunks from last to first. In each it repeats the recurrence from the
 # state before the chunk to get h, then runs backwards to get g. Nothing overflows, however long the
-# sequence or strong the decay: there is no exp of a positive number, and no division. (The closed
-# form with running products of the decays divides by them, and they underflow.)
+# sequence or strong the decay: there is no exp of a positive number, and no division.
 #
 # In the code, _k is a chunk and _t a step. Inside both passes time comes first, so that one step is
 # contiguous, and b and D come last, so that the innermost loops are long: arguments are x, dt, y
@@ -239,7 +233,7 @@ class ChunkedScan(torch.autograd.Function):
     def forward(ctx, x, dt, A, B, C, h, T):
         """-> y (L, b, D) and the last state (N, b, D)."""
         ctx.T, arguments = T, (x, dt, A, B, C)
-        x, dt, A, B, C = _broadcast(*arguments)
+        x, dt, A, B, C = _broadcast(*arguments)                          # A is now (N, b, D)
         u = dt * x
         y = torch.empty_like(x[:, 0])
         # All chunks share two buffers: fresh memory for each would cost time in page faults.
@@ -252,11 +246,11 @@ class ChunkedScan(torch.autograd.Function):
             steps = len(dt_k)                                            # T, or fewer in the last
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
             # exp of -87 to -103 is denormal in float32, below 1.2e-38, and CPUs are 10 to 50 times
-            # slower with such numbers. So dt A is clamped at -80, with a margin: a decay of 2e-35,
-            # effectively 0. A trained model runs twice as fast.
+            # slower with such numbers. So both passes clamp dt A at -80, with a margin: a decay of
+            # 2e-35 is effectively 0. A trained model runs up to twice as fast.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)                                 # u_t B_t, until _recur
-            h = _recur(a_steps, h_steps[:steps], h).clone()              # the next chunk needs hs
+            h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs
             torch.mul(h_k, C_k, out=a_k)                                 # a is no longer needed
             torch.sum(a_k, 1, out=y_k)                                   # (T, b, D)
         ctx.set_materialize_grads(False)         # None, not zeros, where a result has no gradient
@@ -285,19 +279,17 @@ class ChunkedScan(torch.autograd.Function):
             steps = len(dt_k)
             a_k, g_k = a[:steps], g[:steps]                              # (T, N, b, D) each
             h_k, h_before = hs[1:steps + 1], hs[:steps]                  # h_t, h_{t-1}
-            # Not clamped, though slower: a_t is a factor of dA. Where every decay underflows to 0,
-            # dA is exactly 0; with a clamped 2e-35 it would be tiny, and Adam scales tiny
-            # gradients up.
-            torch.mul(dt_k, A, out=a_k).exp_()
+            torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)
             hs[0] = start
             _recur(a_steps, h_steps[:steps], start)
             torch.mul(C_k, dy_k, out=g_k)
             g_k[-1] += later
-            # g_t, which holds C_t dy_t, += a_{t+1} g_{t+1}, from the last step but one to the first
+            # g_t, which holds C_t dy_t, += a_{t+1} g_{t+1}, from the last step but one to the
+            # first: so a_steps are taken from the second on, and both lists are reversed.
             _recur(a_steps[1:steps][::-1], g_steps[:steps - 1][::-1], g_k[-1])
             later = a_k[0] * g_k[0]
-            # From here on, results overwrite buffers that are no longer needed.
+            # Rules 3, 4 and 2. Products overwrite buffers that are no longer needed.
             d_dtA = a_k.mul_(g_k).mul_(h_before)                         # a_t g_t h_{t-1}
             dA[:steps].addcmul_(d_dtA, dt_k)
             torch.sum(d_dtA.mul_(A), 1, out=ddt_k)
@@ -329,22 +321,21 @@ def chunked_scan(x, dt, A, B, C, h=None):
 #
 #     CPU, MPS             chunked_scan: one chunk at a time fits into the cache
 #     CUDA                 parallel_scan, fused_scan.py: a GPU has room for all chunks at once
-#     torch.compile        parallel_scan, on any device: an operator, whose loops are not unrolled
+#     torch.compile        parallel_scan, on any device: one operator; loops would be unrolled
 #     one step or none     selective_scan_ref, on any device: there is nothing to cut
-#     torch.func           selective_scan_ref: the other forms have no such derivatives
+#     torch.func           selective_scan_ref, also under forward-mode AD: others do not support it
 
 def selective_scan(x, dt, A, B, C, h=None):
     """The fastest form for the device: arguments and results of selective_scan_ref, up to rounding.
 
-    States and sums have the dtype of A, or float32 if that is wider; y has the dtype of x.
-    Under torch.func (vmap, grad, jvp) and forward-mode AD it is selective_scan_ref itself, the only
-    form that supports them. The fast forms have no second derivative.
+    States and sums have the dtype of A, or float32 if that is wider; y has the dtype of x. The fast
+    forms have no second derivative.
     """
     dtype = torch.promote_types(A.dtype, torch.float32)
     A = A.to(dtype)
     h = None if h is None else h.to(dtype)
-    # torch has no public way to ask whether this call is inside a torch.func transform (the first
-    # question) or inside forward_ad.dual_level (the second; outside, the level is -1).
+    # torch has no public way to ask for a torch.func transform (the first question) or forward-mode
+    # AD (the second) around this call.
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if x.shape[1] == 1 or x.numel() == 0 or transformed:
         scan = selective_scan_ref
@@ -380,7 +371,7 @@ def compare_forms(b=8, L=256, D=32, N=16):
     for name, scan, dtype in [("recurrence in float64", selective_scan_ref, torch.float64),
                               ("recurrence", selective_scan_ref, torch.float32),
                               ("chunks, one after another", chunked_scan, torch.float32),
-                              ("chunks, all at once", parallel_scan, torch.float32),
+                              ("chunks, all at once, for a GPU", parallel_scan, torch.float32),
                               ("single decode steps", decode, torch.float32)]:
         for _ in range(2):                                   # the second call is warmed up
             inputs = [v.to(dtype).requires_grad_() for v in (x, dt, A, B, C)]

@@ -60,11 +60,11 @@ def ssd_ref(x, dt, A, B, C, h=None):
     if h is None:
         h = x.new_zeros(x.shape[0], H, x.shape[3], B.shape[3])           # (b, H, P, N)
     y = []
-    for t in range(x.shape[1]):
-        decay = torch.exp(dt[:, t] * A)[..., None, None]                 # (b, H, 1, 1)
-        u = dt[:, t, :, None] * x[:, t]                                  # (b, H, P)
-        h = decay * h + u[..., None] * B[:, t, :, None]                  # (b, H, P, N)
-        y.append((h @ C[:, t, ..., None])[..., 0])                       # (b, H, P)
+    for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)):
+        decay = torch.exp(dt_t * A)[..., None, None]                     # (b, H, 1, 1)
+        u = dt_t[..., None] * x_t                                        # (b, H, P)
+        h = decay * h + u[..., None] * B_t[:, :, None]                   # (b, H, P, N)
+        y.append((h @ C_t[..., None])[..., 0])                           # (b, H, P)
     return torch.stack(y, dim=1), h
 
 
@@ -173,8 +173,8 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     log_decay = split(log_decay, T).unflatten(3, heads).movedim(2, -1)
     sums = log_decay.to(widest(x.device)).cumsum(-1)                     # (b, c, G, H/G, T)
 
-    # 1. In a chunk: attention. A GPU computes its weights again in the backward pass, which saves a
-    # third of the memory.
+    # 1. In a chunk: attention. Its weights, (T, T) per head, are the largest tensors of all; so a
+    # GPU, where T is large, computes them again in the backward pass: a third less memory.
     within = (sums, C, B, u.to(matmul_dtype), dtype)
     if x.is_cuda and sums.shape[1] > 1:
         y = checkpoint(within_chunks, *within, use_reentrant=False, preserve_rng_state=False)
