@@ -95,8 +95,11 @@ class CausalConv1d(nn.Conv1d):
         y (b, L, D) and the next window."""
         L, before = x.shape[1], self.kernel_size[0] - 1
         x = F.pad(x, (0, 0, before, 0)) if window is None else torch.cat([window.mT, x], dim=1)
-        taps = self.weight[:, 0].unbind(1)                               # (D,) each
-        y = sum((x[:, k:k + L] * tap for k, tap in enumerate(taps)), self.bias)
+        if L == 1:                               # a decode step: two operations instead of nine
+            y = ((x.mT * self.weight[:, 0]).sum(-1) + self.bias)[:, None]
+        else:
+            taps = self.weight[:, 0].unbind(1)                           # (D,) each
+            y = sum((x[:, k:k + L] * tap for k, tap in enumerate(taps)), self.bias)
         return y, x[:, L:].mT.clone()            # the last taps - 1; a view would keep all of x
 
 
