@@ -95,7 +95,7 @@ class CausalConv1d(nn.Conv1d):
         y (b, L, D) and the next window."""
         L, before = x.shape[1], self.kernel_size[0] - 1
         x = F.pad(x, (0, 0, before, 0)) if window is None else torch.cat([window.mT, x], dim=1)
-        if L == 1:                               # a decode step: two operations instead of nine
+        if L == 1:                               # a decode step: three operations, not eight
             y = ((x.mT * self.weight[:, 0]).sum(-1) + self.bias)[:, None]
         else:
             taps = self.weight[:, 0].unbind(1)                           # (D,) each
