@@ -124,8 +124,8 @@ class Mamba(nn.Module):
     z, so a channel lets a token pass only if z is positive. z is a linear map of the layer's input,
     and no linear map is positive for all 16 embeddings of our task at d_model = 8. That hurts: a
     Mamba layer followed by attention learned 16 queries in 0 of 12 runs without a bias, and in 3 of
-    3 with one (report/README.md, appendix on defaults). `takes_bias` asks the model for a norm with
-    a bias in front of the layer (hybrid.RMSNorm), which gives z a constant part.
+    3 with one (report/README.md, appendix on defaults). So `takes_bias` tells hybrid.Model to put a
+    norm with a bias in front of the layer, which gives z a constant part.
     """
 
     takes_bias = True
@@ -183,7 +183,7 @@ class Mamba(nn.Module):
 # in one call. So cut time into chunks of T steps that fit into the cache, and store only the state
 # before each chunk.
 #
-# The gradient. Indices of states and channels are left out: C_t dy_t stands for an (N, D) array.
+# The gradient. Indices are left out: C_t dy_t is C_t[n] dy_t[d], for every state n and channel d.
 #
 # 1.  h_t is used twice, by y_t and by h_{t+1}. So g obeys the same recurrence, backwards in time:
 #         g_t = C_t dy_t + a_{t+1} g_{t+1}
@@ -209,7 +209,7 @@ class Mamba(nn.Module):
 # contiguous, and b and D come last, so that the innermost loops are long: arguments are x, dt, y
 # (L, b, D); B, C (L, b, N); A (D, N), and _broadcast prepares them for states (N, b, D).
 
-CHUNK_ELEMENTS = 2**18   # of (T, N, b, D): 1 MiB in float32; 2^17 and 2^19 are equally fast
+CHUNK_ELEMENTS = 2**18   # of a buffer (T, N, b, D): 1 MiB; 2^17 and 2^19 are equally fast
 
 
 def _broadcast(x, dt, A, B, C):

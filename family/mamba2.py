@@ -167,10 +167,11 @@ def ssd(x, dt, A, B, C, h=None, T=None):
         if x.is_cuda:
             T = 128 if L <= 128 or P * N >= 64 * 64 else 64
     heads, dt = (G, H // G), dt.to(dtype)
+    # Numbers that are not finite would reach earlier outputs.
     (u, log_decay, B), nan = set_nan_aside(dt[..., None] * x, dt * A.to(dtype), B.to(matmul_dtype))
     u = split(u, T).unflatten(3, heads)                                  # (b, c, T, G, H/G, P)
-    B, C = split(B, T), split(C.to(matmul_dtype), T)                          # (b, c, T, G, N)
-    log_decay = split(log_decay, T).unflatten(3, heads).movedim(2, -1)
+    B, C = split(B, T), split(C.to(matmul_dtype), T)                     # (b, c, T, G, N)
+    log_decay = split(log_decay, T).unflatten(3, heads).movedim(2, -1)   # (b, c, G, H/G, T)
     sums = log_decay.to(widest(x.device)).cumsum(-1)                     # (b, c, G, H/G, T)
 
     # 1. In a chunk: attention. Its weights, (T, T) per head, are the largest tensors of all; so a
