@@ -113,7 +113,8 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
             states, start = None, 0
             for k, length in enumerate(group):
                 for segment in tokens[:, start:length].split(SEGMENT, dim=1):
-                    _, states = model.run_layers(segment, states)
+                    # Only the states are needed: the last layer may leave out most outputs.
+                    _, states = model.run_layers(segment, states, last_only=True)
                     progress.update(segment.numel() / n)
                     progress.report(f"testing: {progress.n / progress.total:.0%}")
                 start = length
