@@ -58,7 +58,7 @@ def share_right(model, tokens, labels, at):
     for start in range(0, len(tokens), rows):
         part = slice(start, start + rows)
         answers = model(tokens[part], None if at is None else at[part]).argmax(-1)
-        right.append(answers == labels[part])
+        right.append(answers == labels[part].view_as(answers))
     return torch.cat(right).float().mean()
 
 
@@ -205,13 +205,17 @@ def main(argv=None):
     args = parser.parse_intermixed_args(argv)
     # In `--lengths 5 X.pt`, argparse takes X.pt for a length, so sort them out here.
     numbers = [word for word in args.lengths if word.removeprefix("-").isdecimal()]
-    paths = args.checkpoints + [word for word in args.lengths if word not in numbers]
+    others = [word for word in args.lengths if word not in numbers]
+    paths = args.checkpoints + others
     lengths = sorted(set(map(int, numbers)))
     paths = [path for path in dict.fromkeys(paths) if not path.endswith(".resume.pt")]
     try:
         device = pick_device(args.device)
         if not paths:
             raise ValueError("RUN.pt is missing: name at least one checkpoint of a finished run")
+        for word in others:
+            if not word.endswith(".pt"):
+                raise ValueError(f"--lengths has {word!r}, but they are whole numbers, as 64 128")
         if args.sequences < 1:
             raise ValueError(f"--sequences is {args.sequences}, but it must be at least 1")
         if not 0 <= args.seed < 2**30:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from output import say
 from runs import GRID, check, is_finished, read_result, remove, run_name, shape_of
-from summary import default_lr
+from summary import DEFAULTS, IGNORED, default_lr
 
 
 def configs_of(args, device):
@@ -28,6 +28,9 @@ def configs_of(args, device):
         config = {**vars(args), **dict(zip(GRID, values)), "device": str(device)}
         if config["lr"] is None:
             config["lr"] = default_lr(max(1, config["d"]))
+        for flag in set(config) - {*GRID, *DEFAULTS, *IGNORED}:
+            raise ValueError(f"--{flag.replace('_', '-')} has no default in DEFAULTS of summary, "
+                             "so runs that differ in it would share a name")
         check(config)
         configs.append(config)
     return configs
@@ -138,8 +141,8 @@ def make_all(configs, out, overwrite, make, wait=True, show=None):
                 time.sleep(1)
             waiting = taken
     except KeyboardInterrupt:
-        print("\nstopped; the same command without --overwrite resumes from the last save",
-              file=sys.stderr)
+        print("\nstopped; the same command without --overwrite continues from the last save, "
+              "if there is one", file=sys.stderr)
         sys.exit(130)
     if failed:
         sys.exit(f"train.py: {len(failed)} of {len(configs)} runs failed")

@@ -8,9 +8,10 @@
 To add a layer, write a module and give it a word: `LAYERS["mean"] = RunningMean` if it is built as
 RunningMean(d), otherwise a case in `build_layer` and the word in WORDS. A layer maps x (B, L, d)
 and a state, None at the start of a sequence, to y (B, L, d) and the next state. It must be causal,
-and feeding a sequence in segments must give the same result as one call. On a GPU it is captured in
-a CUDA graph, so it must not ask for values (.item()). Class attributes, False unless a layer sets
-them, tell the model how to treat the layer:
+and feeding a sequence in segments must give the same result as one call. It must do the same in
+training and in tests, without random numbers such as those of dropout, or a continued run differs.
+On a GPU it is captured in a CUDA graph, so it must not ask for values (.item()). Class attributes,
+False unless a layer sets them, tell the model how to treat the layer:
 
     takes_bias        its norm has a bias, because the layer's input projection has none
     attends           in a model with such a layer, those biases start at random, otherwise at 0
@@ -95,6 +96,8 @@ ROTARY = {  # rotary attention with slower or faster angles, or half of the chan
 
 def build_layer(word, d, L, n_heads, d_state, before):
     """The layer of this word. L: training length; before: the list of layers in front of it."""
+    if word in LAYERS:                                       # first, so that a word can be replaced
+        return LAYERS[word](d)
     recency = None if before else 2.0     # a first rotary layer starts out looking at recent tokens
     if word == "attention":
         return Attention(d, n_heads)
@@ -138,7 +141,7 @@ def build_layer(word, d, L, n_heads, d_state, before):
         return SharedUse(d, before, n_heads, blocks=2, rank=4)
     if word == "zamba2-mini":
         return SharedUse(d, before, n_heads, rank=4, position="rope")
-    return LAYERS[word](d)
+    raise ValueError(f"{word!r} is no layer")
 
 
 WORDS = [                                 # those in build_layer; LAYERS has the others

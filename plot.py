@@ -226,8 +226,7 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
     lines = (caption(cells, flags, kind) + "".join(sources)).split("\n")
     words = "\n".join(textwrap.fill(line, int(14 * wide)) for line in lines)
     fig.supxlabel(words, fontsize=9, color=GREY, x=0.02, ha="left")
-    if longest > LONG:
-        fig.draw_without_rendering()                         # the layout takes two passes
+    fig.draw_without_rendering()                             # the layout takes two passes
     return fig
 
 

@@ -10,10 +10,9 @@ import numpy as np
 
 from output import listed, numbered, text
 
-DEFAULTS = {  # of the flags that change a run and are not in its name's first part; lr: default_lr
-    "task": "recall", "batch_size": 64, "steps": 20000, "lr": None, "weight_decay": 0.0,
-    "n_heads": 1, "d_state": 16, "train_lengths": "fixed", "learn_embedding": False,
-    "stop_early": True}
+DEFAULTS = dict(  # of flags that change a run, except GRID in runs.py; lr: default_lr
+    task="recall", batch_size=64, steps=20000, lr=None, weight_decay=0.0, n_heads=1, d_state=16,
+    train_lengths="fixed", learn_embedding=False, stop_early=True)
 TASK = ["task", "tau", "K", "d", "L", "M"]                   # the flags that say what is learned
 IGNORED = {"model", "seed", "device", "compile", "out", "overwrite"}       # no settings of a run
 COLOURS = {  # in the order of figures and tables; the first are for the colour-blind (Okabe, Ito)
@@ -38,8 +37,7 @@ KEPT = 0.95             # a model that stays above it beyond L does not fade
 
 
 def default_lr(d):
-    """8e-3 up to d = 16; wider models need less: at d = 32 rope failed M = 16 in 5 of 5 runs."""
-    return min(8e-3, 0.128 / d)
+    return min(8e-3, 0.128 / d)     # at d = 32, with 8e-3, rope failed M = 16 in 5 of 5 runs
 
 
 def n_answers(config):
@@ -237,8 +235,10 @@ def caption(cells, flags, kind):
               for flag in (*TASK, "batch_size")}
     words = [f"{flag} = {text(', '.join(map(str, config[flag])))}" for flag in TASK[1:]]
     shown = {flag for _, (_, extra), _ in cells for flag, _ in extra} | {*flags, "d"}
-    notes = {(*note, run["config"]["model"]) for run in runs for note in run["off"].items()}
-    words += [f"{flag} = {text(v)} ({text(m)})" for flag, v, m in sorted(notes, key=rank)
+    alike = set.intersection(*(set(run["off"].items()) for run in runs))
+    notes = {(*note, "" if note in alike else f" ({text(run['config']['model'])})")
+             for run in runs for note in run["off"].items()}
+    words += [f"{flag} = {text(value)}{whose}" for flag, value, whose in sorted(notes, key=rank)
               if flag not in shown]
     seeds = {}
     for run in runs:
@@ -262,7 +262,7 @@ def caption(cells, flags, kind):
 def file_name(kind, cells, args):
     """The name of a figure: what it shows, or --name."""
     if args.name:
-        return args.name + ("_training" if kind == "training" else "") + ".png"
+        return args.name.replace(os.sep, "-") + ("_training" if kind == "training" else "") + ".png"
     parts = [f"against_{args.against}" if args.against else kind]
     parts += [f"by_{'-'.join(args.panels)}"] if args.panels != ["M"] else []
     for flag in TASK:

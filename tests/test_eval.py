@@ -102,7 +102,7 @@ class Guess:
     generator = torch.Generator().manual_seed(0)
     embedding = torch.nn.Embedding(1, 8)
 
-    def run_layers(self, tokens, states=None):
+    def run_layers(self, tokens, states=None, last_only=False):
         if states is None:
             states = torch.randint(1, 3, (len(tokens),), generator=self.generator)
         return F.one_hot(states, 3)[:, None], states
