@@ -77,6 +77,16 @@ def test_a_model_that_knows_the_answer_is_always_right(M, tau, lengths):
         assert q.max() < M and i.max() < length - tau
 
 
+def test_labels_of_one_answer_may_have_a_dimension_for_it():
+    model, tokens = build_model("nope", L=8), torch.randint(16, (40, 9))
+    labels = model(tokens).argmax(-1)                        # (40,): all are right
+    labels[:10] = (labels[:10] + 1) % 16
+    for shape in (40,), (40, 1):
+        assert evaluation.share_right(model, tokens, labels.view(shape), None) == 0.75
+    with pytest.raises(RuntimeError):
+        evaluation.share_right(model, tokens, labels.repeat(2), None)
+
+
 def test_accuracy_is_the_share_of_right_answers():
     oracle = Oracle(16, 1)
     oracle.head = lambda x: F.one_hot(torch.where(x[:, 1] == 0, (x[:, 2] + 1) % 16, x[:, 2]), 16)

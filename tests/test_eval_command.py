@@ -175,7 +175,8 @@ def test_a_disk_that_is_full_is_one_sentence(folder, monkeypatch, capsys):
 @pytest.mark.parametrize("flags, sentence", [
     ("--lengths 9 99999999999999999999", "below 2^31"), ("--lengths 2", "--lengths has 2, but"),
     ("--lengths 8 0", "--lengths has 0"), ("--lengths -5 9", "--lengths has -5"),
-    ("--lengths 1.5", "1.5"), ("--lengths", "--lengths"), ("--sequences 0", "--sequences is 0"),
+    ("--lengths 1.5", "1.5"), ("--lengths 8,16", "--lengths has '8,16'"),
+    ("--lengths", "--lengths"), ("--sequences 0", "--sequences is 0"),
     ("--seed x", "--seed"), ("--seed -1", "--seed is -1"), ("--seed 1073741824", "--seed is"),
     ("--length 3", "--length"), ("--device cuda:77", "--device is 'cuda:77'"),
     ("--device nonsense", "--device is 'nonsense'")])

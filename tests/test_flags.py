@@ -27,6 +27,7 @@ ABSURD = ["--L 1000000000", "--batch-size 1000000000", "--d 1000000", "--K 10000
     ("--model nope --n-heads 3", "3"), ("--model jamba --d 6", "4"),
     ("--model nope --n-heads 0", "--n-heads is 0"), ("--model mamba --d-state 0", "--d-state is 0"),
     ("--train-lengths some", "--train-lengths"), ("--step 20", "did you mean --steps?"),
+    ("--lr 0.004 0.008", "what takes several values"),
     ("--seed", "--seed"),
     ("--task sort", "--task"), ("--task mqar --M 9 --L 64", "--M is 9"),
     ("--task copy --train-lengths uniform", "--train-lengths"), ("--compile maybe", "--compile"),
@@ -37,6 +38,20 @@ ABSURD = ["--L 1000000000", "--batch-size 1000000000", "--d 1000000", "--K 10000
 def test_wrong_flags(flags, sentence, refuses, tmp_path):
     error = refuses(train.main, tiny("--out", tmp_path / "out", *flags.split()))
     assert sentence in error and names(tmp_path) == []
+
+
+def test_a_flag_without_a_default_is_refused(refuses, tmp_path, monkeypatch):
+    """Its value would not be part of a run's name."""
+    parse = train.parse
+
+    def parse_more(argv):
+        parser, args = parse(argv)
+        args.label_noise = 0.1
+        return parser, args
+
+    monkeypatch.setattr(train, "parse", parse_more)
+    error = refuses(train.main, tiny("--out", tmp_path / "out"))
+    assert "--label-noise has no default" in error and names(tmp_path) == []
 
 
 def test_unknown_words_are_answered_with_the_known_ones(refuses, tmp_path):

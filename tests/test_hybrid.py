@@ -42,6 +42,15 @@ def test_words_make_layers():
     assert (grouped.n_heads, grouped.kv_heads) == (4, 2)
 
 
+def test_a_word_in_layers_replaces_a_layer_of_this_name(monkeypatch):
+    class Mine(nn.Identity):
+        pass
+
+    monkeypatch.setitem(LAYERS, "conv", Mine)
+    first, second = build_model("conv+attention", d=16).layers
+    assert type(first) is Mine and type(second).__name__ == "Attention"
+
+
 def test_layers_of_the_delta_rule_and_after():
     layers = build_model("conv8+deltanet+gated-deltanet+mamba3+mamba3-mimo+alibi+forgetting").layers
     conv, delta, gated, siso, mimo, alibi, forgetting = layers

@@ -89,3 +89,15 @@ def test_chance_depends_on_the_vocabulary(tmp_path, figures):  # noqa: F811
     grey = [line for line in ax.lines if to_hex(line.get_color()) == to_hex(plot.GREY)]
     assert [line.get_xydata().tolist() for line in grey] == [[[0, 1 / 4], [1, 1 / 16], [2, 1 / 64]]]
     assert "chance 1/64" in texts(ax)
+
+
+def test_captions_name_a_flag_once_if_all_models_have_it(tmp_path, figures):  # noqa: F811
+    paths = [write(tmp_path, "rope", lr=0.004), write(tmp_path, "mamba", lr=0.004, d_state=4)]
+    fig = figures(*paths)["length_tau1_K16_d8_L64_M1.png"]
+    words = fig.get_supxlabel().replace("\n", " ")
+    assert words.count("lr = 0.004") == 1 and "lr = 0.004 (" not in words
+    assert "d_state = 4 (mamba)" in words
+
+
+def test_a_name_of_a_figure_has_no_folder(tmp_path, figures):  # noqa: F811
+    assert "a-b.png" in figures(write(tmp_path), "--name", "a/b")
