@@ -3,7 +3,9 @@
 Each process takes the next run that none has taken, so eight processes make eight runs at a time:
 `torchrun --nproc-per-node 8 -- train.py ...`, on one machine or on several with the same folder. To
 take a run is to lock OUT/NAME.lock. The system frees the lock of a process that dies, so its run
-goes to another, or to the same command given again. A run that fails is not tried by the others.
+goes to another, or to the same command given again. A run that fails is not tried by the others of
+the same torchrun on that machine. Without file locks (Windows, some network folders), use one
+process.
 """
 
 import glob
@@ -19,6 +21,8 @@ import torch.distributed as dist
 from output import say
 from runs import GRID, check, is_finished, read_result, remove, run_name, shape_of
 from summary import DEFAULTS, IGNORED, default_lr
+
+STARTED = time.time() - 1     # when this process started; file systems round times
 
 
 def configs_of(args, device):
@@ -106,7 +110,8 @@ def make_all(configs, out, overwrite, make, wait=True, show=None):
     it, because the first run of a shape may have to compile.
 
     wait: whether to stay until runs that other processes have taken are finished. Of runs that are
-    finished already, show(result) is called. A run that fails does not keep others from being made.
+    finished already, show(result) is called. A run that fails, with FloatingPointError or OSError,
+    does not keep others from being made.
     SystemExit: with status 1 if one failed, 130 after Ctrl-C.
     """
     shapes, grid = list(dict.fromkeys(map(shape_of, configs))), []
@@ -127,8 +132,9 @@ def make_all(configs, out, overwrite, make, wait=True, show=None):
                 show(read_result(run.path + ".json"))
 
     def runs_left(this):
+        """How many more runs of this shape are this process's share, about."""
         same = [run for run in grid if run.shape == this.shape and run is not this]
-        sharing = -(-processes // len(shapes))           # processes with runs of this shape
+        sharing = -(-processes // len(shapes))           # processes per shape, rounded up
         return sum(not os.path.exists(run.path + ".json") for run in same) // sharing
 
     waiting, failed = sorted(grid, key=lambda run: (run.shape - rank) % len(shapes)), []
@@ -152,7 +158,7 @@ def make_all(configs, out, overwrite, make, wait=True, show=None):
 def make_if_free(run, make, runs_left, failed):
     """Make a run, unless it is finished or has failed -> False if another process has taken it."""
     if is_finished(run.path) and not os.path.exists(run.path + ".lock"):
-        return True                              # with a lock beside it, that is removed below
+        return True     # a lock beside it, of a process that died, is claimed and removed below
     try:
         lock = claim(run.path)
     except OSError as error:
@@ -161,10 +167,11 @@ def make_if_free(run, make, runs_left, failed):
         return True
     if lock is None:
         return False
-    # Left in the lock of a run that fails, for the processes that torchrun started together.
+    # A run that fails leaves this mark in its lock, so that the other processes of this torchrun,
+    # our parent, skip it. A mark older than this process is of a torchrun with the same number.
     mark = f"failed {os.getppid()}" if "RANK" in os.environ else None
     with lock:
-        if mark and lock.read(100) == mark:
+        if mark and lock.read(100) == mark and os.fstat(lock.fileno()).st_mtime >= STARTED:
             failed.append(run.path)
             return True
         remove(*glob.glob(glob.escape(run.path) + ".*.tmp"))     # of a process that was killed

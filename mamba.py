@@ -41,7 +41,7 @@ from fused_scan import check_shapes, parallel_scan
 #
 # If x is constant over a step of length dt, the exact solution is (paper, equation 4)
 #
-#     h_t = exp(dt A) h_{t-1} + (exp(dt A) - 1) / A  B x_t
+#     h_t = exp(dt A) h_{t-1} + [(exp(dt A) - 1) / A] B x_t
 #
 # The official code replaces (exp(dt A) - 1) / A by its first-order form dt, and so do we, so that
 # trained weights mean the same in both:
@@ -115,17 +115,19 @@ class Mamba(nn.Module):
         x -> in_proj -> causal convolution -> SiLU -> selective scan -> + D x -> * -> out_proj -> y
                     \-> z -> SiLU --------------------------------------------/
 
+    The x of D x is the input of the scan, after SiLU.
     d_model: width of the layer's input and output; d_state: N; d_conv: taps of the convolution;
     expand: there are d_inner = expand * d_model channels; dt_rank: rank of the map from a token to
     its dt, None for ceil(d_model / 16). Parameters have the names, shapes and initial distributions
     of mamba_ssm.Mamba with its default arguments, so either can load the state dict of the other.
 
-    in_proj has no bias because the official layer has none. The gate SiLU(z) is near 0 for negative
-    z, so a channel lets a token pass only if z is positive. z is a linear map of the layer's input,
-    and no linear map is positive for all 16 embeddings of our task at d_model = 8. That hurts: a
-    Mamba layer followed by attention learned 16 queries in 0 of 12 runs without a bias, and in 3 of
-    3 with one (report/README.md, appendix on defaults). So `takes_bias` tells hybrid.Model to put a
-    norm with a bias in front of the layer, which gives z a constant part.
+    in_proj has no bias because the official layer has none. For negative z the gate SiLU(z) is near
+    0, so a channel lets a token pass only if z is positive. In the first layer, z is a linear map
+    of the token's embedding, and none is positive for all 16 fixed embeddings of our task at
+    d_model = 8: no channel can pass every token. That hurts: a Mamba layer followed by attention
+    learned 16 queries in 0 of 12 runs without a bias, and in 3 of 3 with one (report/README.md,
+    appendix on defaults). So `takes_bias` tells hybrid.Model to put a norm with a bias in front of
+    the layer, which gives z a constant part.
     """
 
     takes_bias = True
@@ -139,9 +141,9 @@ class Mamba(nn.Module):
         self.conv1d = CausalConv1d(d_inner, d_conv)
         self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d_inner)
-        # A = -1, ..., -N in each channel (S4D-Real, Gu et al. 2022, arXiv 2206.11893): its N time
-        # scales are 1 / dt down to 1 / (N dt) steps. The logarithm is trained, so that A stays
-        # negative and the state cannot explode.
+        # A = -1, ..., -N in each channel (S4D-Real, Gu et al. 2022, arXiv 2206.11893): state n
+        # forgets within about 1 / (n dt) steps, so a channel has long and short memories side by
+        # side. The logarithm is trained, so that A stays negative and the state cannot explode.
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
@@ -190,10 +192,10 @@ class Mamba(nn.Module):
 #     After the last step there is no g_{t+1}. Instead, the last g also receives dh, the gradient of
 #     the final state, which is returned beside y:
 #         g_L = C_L dy_L + dh
-#     The initial state h_0 is used by h_1 alone, so its gradient is a_1 g_1.
+#     No y reads the initial state h_0, so its gradient has no first term: it is a_1 g_1.
 # 2.  h_t is linear in u_t, which N states share, and in B_t, which D channels share:
 #         du_t = sum over states of g_t B_t           dB_t = sum over channels of g_t u_t
-# 3.  The decay a_t has the gradient g_t h_{t-1}, also at h_0, and exp is its own derivative:
+# 3.  The gradient of a_t is g_t h_{t-1}, in the first step g_1 h_0. exp is its own derivative:
 #         d(dt_t A) = a_t g_t h_{t-1}
 # 4.  C_t acts on y_t alone:
 #         dC_t = sum over channels of h_t dy_t
@@ -201,9 +203,10 @@ class Mamba(nn.Module):
 #         dx_t = dt_t du_t                            dA = sum over b and t of dt_t d(dt_t A)
 #         ddt_t = x_t du_t + sum over states of A d(dt_t A)
 #
-# The backward pass takes the chunks from last to first. In each it repeats the recurrence from the
-# state before the chunk to get h, then runs backwards to get g. Nothing overflows, however long the
-# sequence or strong the decay: there is no exp of a positive number, and no division.
+# All h_t and a_t would take 2 N times the memory of x. So the backward pass takes the chunks from
+# last to first, computes a and h of a chunk again from the state before it, then runs backwards to
+# get g. Nothing overflows, however long the sequence or strong the decay: there is no exp of a
+# positive number, and no division.
 #
 # In the code, _k is a chunk and _t a step. Inside both passes time comes first, so that one step is
 # contiguous, and b and D come last, so that the innermost loops are long: arguments are x, dt, y
@@ -248,9 +251,9 @@ class ChunkedScan(torch.autograd.Function):
             starts.append(h)
             steps = len(dt_k)                                            # T, or fewer in the last
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
-            # exp of -87 to -103 is denormal in float32, below 1.2e-38, and CPUs are 10 to 50 times
-            # slower with such numbers. So both passes clamp dt A at -80, with a margin: a decay of
-            # 2e-35 is effectively 0. A trained model runs up to twice as fast.
+            # exp(v) for v from -87 to -103 is a denormal float32, below 1.2e-38, and CPUs are 10 to
+            # 50 times slower with those. So both passes clamp dt A at -80: a decay of 2e-35 is
+            # effectively 0. A trained model runs up to twice as fast.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)                                 # u_t B_t, until _recur
             h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs
@@ -322,11 +325,13 @@ def chunked_scan(x, dt, A, B, C, h=None):
 
 # ---- 4. Which form -------------------------------------------------------------------------------
 #
-#     CPU, MPS             chunked_scan: one chunk at a time fits into the cache
-#     CUDA                 parallel_scan, fused_scan.py: a GPU has room for all chunks at once
-#     torch.compile        parallel_scan, on any device: one operator; loops would be unrolled
-#     one step or none     selective_scan_ref, on any device: there is nothing to cut
+# The first row that fits, from the top:
+#
 #     torch.func           selective_scan_ref, also under forward-mode AD: others do not support it
+#     one step or none     selective_scan_ref: there is nothing to cut
+#     torch.compile        parallel_scan, on any device: one operator; loops would be unrolled
+#     CUDA                 parallel_scan, fused_scan.py: a GPU is fast if all chunks run at once
+#     CPU, MPS             chunked_scan: one chunk at a time fits into the cache
 
 def selective_scan(x, dt, A, B, C, h=None):
     """The fastest form for the device: arguments and results of selective_scan_ref, up to rounding.
@@ -337,8 +342,7 @@ def selective_scan(x, dt, A, B, C, h=None):
     dtype = torch.promote_types(A.dtype, torch.float32)
     A = A.to(dtype)
     h = None if h is None else h.to(dtype)
-    # torch has no public way to ask for a torch.func transform (the first question) or forward-mode
-    # AD (the second) around this call.
+    # Is a torch.func transform active, or forward-mode AD? torch has no public way to ask either.
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if x.shape[1] == 1 or x.numel() == 0 or transformed:
         scan = selective_scan_ref

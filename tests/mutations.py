@@ -108,7 +108,8 @@ OUTPUT = [
 ]
 
 GRID = [
-    ("if mark and lock.read(100) == mark:", "if False:"),
+    ("if mark and lock.read(100) == mark and", "if False and"),
+    (" and os.fstat(lock.fileno()).st_mtime >= STARTED", ""),
     ("except (FloatingPointError, OSError) as error:", "except FloatingPointError as error:"),
     ("        sys.exit(130)\n", "        sys.exit(1)\n"),
     ("                if not wait:\n                    break\n", ""),

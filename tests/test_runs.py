@@ -132,6 +132,24 @@ def test_a_process_stays_with_a_shape_and_begins_with_another(tmp_path, monkeypa
         assert {left for _, left in made} == {0}                 # of one run, shared by two
 
 
+@pytest.mark.parametrize("age, made", [(0, False), (3600, True)])
+def test_a_failed_run_is_tried_again_by_a_later_torchrun(age, made, train_tiny, tmp_path,
+                                                         monkeypatch):
+    """The mark in its lock has the number of a torchrun; a later one may have the same."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    (tmp_path / "out").mkdir()
+    lock = tmp_path / "out" / (NAME + ".lock")
+    lock.write_text(f"failed {os.getppid()}")
+    os.utime(lock, (lock.stat().st_atime, lock.stat().st_mtime - age))
+    if made:
+        train_tiny()
+        assert names(tmp_path / "out") == [NAME + ".json", NAME + ".pt"]
+    else:
+        with pytest.raises(SystemExit, match="1 of 1 runs failed"):
+            train_tiny()
+
+
 @pytest.mark.parametrize("text", ["", "{", "\0" * 400, "[]", "null", '{"config": {}}',
                                   "[" * 100000])
 def test_a_json_that_does_not_read_is_not_finished(text, train_tiny, tmp_path):
