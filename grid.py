@@ -27,14 +27,14 @@ STARTED = time.time() - 1     # when this process started; file systems round ti
 
 def configs_of(args, device):
     """The configs of all combinations of the flags, checked. Raises ValueError, in one sentence."""
+    for flag in set(vars(args)) - {*GRID, *DEFAULTS, *IGNORED}:
+        raise ValueError(f"--{flag.replace('_', '-')} has no default in DEFAULTS in summary.py, so "
+                         "runs that differ in it would share a name")
     configs = []
     for values in itertools.product(*(getattr(args, flag) for flag in GRID)):
         config = {**vars(args), **dict(zip(GRID, values)), "device": str(device)}
         if config["lr"] is None:
             config["lr"] = default_lr(max(1, config["d"]))
-        for flag in set(config) - {*GRID, *DEFAULTS, *IGNORED}:
-            raise ValueError(f"--{flag.replace('_', '-')} has no default in DEFAULTS of summary, "
-                             "so runs that differ in it would share a name")
         check(config)
         configs.append(config)
     return configs
@@ -114,11 +114,12 @@ def make_all(configs, out, overwrite, make, wait=True, show=None):
     does not keep others from being made.
     SystemExit: with status 1 if one failed, 130 after Ctrl-C.
     """
-    shapes, grid = list(dict.fromkeys(map(shape_of, configs))), []
+    grid, shapes = [], {}
     for number, config in enumerate(configs, 1):
         title = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
         path = os.path.join(out, run_name(config))
-        grid.append(Run(config, path, title, shapes.index(shape_of(config))))
+        shape = shapes.setdefault(shape_of(config), len(shapes))
+        grid.append(Run(config, path, title, shape))
 
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if overwrite:
