@@ -47,12 +47,12 @@ def delta_rule_ref(q, k, v, beta, log_a, S=None):
     if S is None:
         S = v.new_zeros(v.shape[0], *v.shape[2:], k.shape[-1])           # (b, H, P, N)
     y = []
-    for t in range(q.shape[1]):
-        S = torch.exp(log_a[:, t])[..., None, None] * S
-        old = (S @ k[:, t, ..., None])[..., 0]                           # (b, H, P), under k_t
-        u = beta[:, t, :, None] * (v[:, t] - old)                        # (b, H, P)
-        S = S + u[..., None] * k[:, t, :, None]                          # (b, H, P, N)
-        y.append((S @ q[:, t, ..., None])[..., 0])                       # (b, H, P)
+    for q_t, k_t, v_t, beta_t, log_a_t in zip(*(w.unbind(1) for w in (q, k, v, beta, log_a))):
+        S = torch.exp(log_a_t)[..., None, None] * S
+        old = (S @ k_t[..., None])[..., 0]                               # (b, H, P), under k_t
+        u = beta_t[..., None] * (v_t - old)                              # (b, H, P)
+        S = S + u[..., None] * k_t[:, :, None]                           # (b, H, P, N)
+        y.append((S @ q_t[..., None])[..., 0])                           # (b, H, P)
     return torch.stack(y, dim=1), S
 
 

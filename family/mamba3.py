@@ -56,11 +56,13 @@ def trapezoid_ref(x, log_a, before, now, B, C, h=None, last=None):
         h = x.new_zeros(x.shape[0], *x.shape[3:], B.shape[-1])           # (b, H, P, N)
     written = torch.zeros_like(h) if last is None else outer(last[1], last[0])
     y = []
-    for t in range(x.shape[1]):
-        h = h + before[:, t, :, None, None] * written
-        written = outer(x[:, t], B[:, t])                                # (b, H, P, N)
-        h = torch.exp(log_a[:, t])[..., None, None] * h + now[:, t, :, None, None] * written
-        y.append(torch.einsum("bhpn,brhn->brhp", h, C[:, t]))            # (b, R, H, P)
+    log_a, before, now = (v[..., None, None] for v in (log_a, before, now))      # (b, L, H, 1, 1)
+    for x_t, log_a_t, before_t, now_t, B_t, C_t in zip(
+            *(v.unbind(1) for v in (x, log_a, before, now, B, C))):
+        h = h + before_t * written
+        written = outer(x_t, B_t)                                        # (b, H, P, N)
+        h = torch.exp(log_a_t) * h + now_t * written
+        y.append(torch.einsum("bhpn,brhn->brhp", h, C_t))                # (b, R, H, P)
     return torch.stack(y, dim=1), h
 
 
