@@ -9,8 +9,8 @@ decays, what it writes and what it reads: the state space model is selective.
     D, N                  channels (in the layer d_inner; self.D there is the weight of a skip
                           connection, as in the official code); states per channel
     x        (b, L, D)    input of the recurrence
-    dt       (b, L, D)    step size, positive: how long a token acts on the state
-    A        (D, N)       decay rates, negative, the same for every token
+    dt       (b, L, D)    step size, positive: a large one forgets more of the past and writes more
+    A        (D, N)       decay rates, negative; dt alone makes the decay depend on the token
     B        (b, L, N)    how a token is written to the N states, the same in all channels
     C        (b, L, N)    how the N states are read
     h        (b, D, N)    state
@@ -35,7 +35,8 @@ from fused_scan import check_shapes, parallel_scan
 
 # ---- 1. The recurrence ---------------------------------------------------------------------------
 #
-# A linear state space model sends a signal x(t) through a state h(t), with A diagonal:
+# A linear state space model sends a signal x(t), one number at any time, through a state h(t) of N
+# numbers, with A diagonal:
 #
 #     h'(t) = A h(t) + B x(t)         y(t) = C h(t)
 #
@@ -52,9 +53,15 @@ from fused_scan import check_shapes, parallel_scan
 # x, the exact one 1 B x. Ours is simpler, as dt x is the same for all N states, and the scale of B
 # is learned anyway. family/ladder.py, LTI, has the exact rule.
 #
-# Mamba computes dt, B and C from the token (paper, section 3.2, algorithm 2). With dt near 0 a
-# token leaves the state alone: nothing decays, nothing is written. With a large dt the past is
-# erased, and h becomes dt B x of this token alone.
+# Mamba has D such channels, and computes dt, B and C from the token (paper, section 3.2, algorithm
+# 2). In full, for channel d and its state n:
+#
+#     h_t[d,n] = exp(dt_t[d] A[d,n]) h_{t-1}[d,n] + dt_t[d] B_t[n] x_t[d]
+#     y_t[d]   = sum over n of C_t[n] h_t[d,n]
+#
+# With dt near 0 a token leaves the state alone: nothing decays, nothing is written. With a large dt
+# the past is erased, and h becomes dt B x of this token alone. Small and large mean compared with
+# 1 / |A|: at dt = 0.1, a state with A = -1 keeps exp(-0.1) = 0.90, one with A = -16 keeps 0.20.
 
 def selective_scan_ref(x, dt, A, B, C, h=None):
     """The recurrence of the paper (algorithm 2, lines 5 and 6), B discretized as dt B; autograd
@@ -84,7 +91,9 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
 class CausalConv1d(nn.Conv1d):
     """A causal convolution, one filter per channel: a token sees itself and the taps - 1 before it.
 
-    It is written as a sum of shifted products, which a compiler can fuse with the layer around it.
+    So what a token writes to the state can depend on the tokens just before it: recall needs this.
+    The official names and initial values are those of Conv1d. The sum is written as shifted
+    products, which a compiler can fuse with the layer around it.
     """
 
     def __init__(self, channels, taps):
@@ -100,11 +109,14 @@ class CausalConv1d(nn.Conv1d):
         else:
             taps = self.weight[:, 0].unbind(1)                           # (D,) each
             y = sum((x[:, k:k + L] * tap for k, tap in enumerate(taps)), self.bias)
-        return y, x[:, L:].mT.clone()            # the last taps - 1; a view would keep all of x
+        return y, x[:, L:].mT.clone()            # the last taps - 1; a view holds all x in memory
 
 
 class MambaState(NamedTuple):
-    """All that a Mamba layer keeps of the tokens so far, however many there were."""
+    """All that a Mamba layer keeps of the tokens so far, however many there were.
+
+    The next convolution needs the inputs in `conv`; everything older is in h alone.
+    """
     conv: torch.Tensor   # (b, d_inner, d_conv - 1), the last inputs of the convolution
     h: torch.Tensor      # (b, d_inner, d_state)
 
@@ -112,22 +124,26 @@ class MambaState(NamedTuple):
 class Mamba(nn.Module):
     r"""The Mamba layer (paper, section 3.4 and figure 3), without a residual connection or a norm.
 
-        x -> in_proj -> causal convolution -> SiLU -> selective scan -> + D x -> * -> out_proj -> y
-                    \-> z -> SiLU --------------------------------------------/
+                                                 /-> dt, B, C -\
+        x -> in_proj -> causal convolution -> SiLU ------------> scan -> + D x -> * -> out_proj
+                    \-> z -> SiLU -----------------------------------------------/
 
-    The x of D x is the input of the scan, after SiLU.
+    The x of D x is the input of the scan, after SiLU. It also gives dt, B and C: x_proj, then for
+    dt alone dt_proj and softplus.
     d_model: width of the layer's input and output; d_state: N; d_conv: taps of the convolution;
     expand: there are d_inner = expand * d_model channels; dt_rank: rank of the map from a token to
     its dt, None for ceil(d_model / 16). Parameters have the names, shapes and initial distributions
     of mamba_ssm.Mamba with its default arguments, so either can load the state dict of the other.
 
-    in_proj has no bias because the official layer has none. For negative z the gate SiLU(z) is near
-    0, so a channel lets a token pass only if z is positive. In the first layer, z is a linear map
-    of the token's embedding, and none is positive for all 16 fixed embeddings of our task at
-    d_model = 8: no channel can pass every token. That hurts: a Mamba layer followed by attention
-    learned 16 queries in 0 of 12 runs without a bias, and in 3 of 3 with one (report/README.md,
-    appendix on defaults). So `takes_bias` tells hybrid.Model to put a norm with a bias in front of
-    the layer, which gives z a constant part.
+    in_proj has no bias because the official layer has none. The output is multiplied by SiLU(z),
+    which grows with positive z and lies between -0.28 and 0 for negative: a channel passes a token
+    at full size only if z is positive. In the first layer, z is a linear map of the token's
+    embedding. At d_model = 8, no linear map is positive for all 16 fixed embeddings of our task,
+    because 0 is one of their weighted means: no channel can pass every token. That hurts: a Mamba
+    layer followed by attention learned 16 queries in 0 of 12 runs without a bias, and in 3 of 3
+    with one (report/README.md, appendix on defaults). So `takes_bias` tells hybrid.Model to put a
+    norm with a bias in front of the layer, which gives x and z a constant part. A bias of in_proj
+    would do so, too, but official state dicts have none.
     """
 
     takes_bias = True
@@ -142,8 +158,9 @@ class Mamba(nn.Module):
         self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d_inner)
         # A = -1, ..., -N in each channel (S4D-Real, Gu et al. 2022, arXiv 2206.11893): state n
-        # forgets within about 1 / (n dt) steps, so a channel has long and short memories side by
-        # side. The logarithm is trained, so that A stays negative and the state cannot explode.
+        # forgets within about 1 / (n dt) steps, the first in 10 to 1,000 with the dt below. So a
+        # channel has long and short memories side by side. The logarithm is trained, so that A
+        # stays negative and the state cannot explode.
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
@@ -162,7 +179,8 @@ class Mamba(nn.Module):
     def forward(self, x, state=None):
         """Run a segment of a sequence, continuing from `state`: a MambaState, None at the start.
 
-        x (b, L, d_model) -> y (b, L, d_model) and the MambaState after the last token.
+        x (b, L, d_model) -> y (b, L, d_model) and the MambaState after the last token. Any cut of a
+        sequence into segments gives what one call gives; segments of one token are decoding.
         """
         window, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, dim=-1)                          # (b, L, d_inner) each
@@ -188,9 +206,9 @@ class Mamba(nn.Module):
 # The gradient. Indices are left out: C_t dy_t is C_t[n] dy_t[d], for every state n and channel d.
 #
 # 1.  h_t is used twice, by y_t and by h_{t+1}. So g obeys the same recurrence, backwards in time:
-#         g_t = C_t dy_t + a_{t+1} g_{t+1}
+#         g_t = C_t dy_t + a_{t+1} g_{t+1}         (dy_t, the gradient of y_t, is given)
 #     After the last step there is no g_{t+1}. Instead, the last g also receives dh, the gradient of
-#     the final state, which is returned beside y:
+#     the final state, which is also a result:
 #         g_L = C_L dy_L + dh
 #     No y reads the initial state h_0, so its gradient has no first term: it is a_1 g_1.
 # 2.  h_t is linear in u_t, which N states share, and in B_t, which D channels share:
@@ -206,7 +224,7 @@ class Mamba(nn.Module):
 # All h_t and a_t would take 2 N times the memory of x. So the backward pass takes the chunks from
 # last to first, computes a and h of a chunk again from the state before it, then runs backwards to
 # get g. Nothing overflows, however long the sequence or strong the decay: there is no exp of a
-# positive number, and no division.
+# positive number, and no division by a product of decays, as in some closed forms.
 #
 # In the code, _k is a chunk and _t a step. Inside both passes time comes first, so that one step is
 # contiguous, and b and D come last, so that the innermost loops are long: arguments are x, dt, y
@@ -238,13 +256,14 @@ class ChunkedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, h, T):
         """-> y (L, b, D) and the last state (N, b, D)."""
-        ctx.T, arguments = T, (x, dt, A, B, C)
+        ctx.T = T
+        arguments = x, dt, A, B, C
         x, dt, A, B, C = _broadcast(*arguments)                          # A is now (N, b, D)
         u = dt * x
         y = torch.empty_like(x[:, 0])
         # All chunks share two buffers: fresh memory for each would cost time in page faults.
         a, hs = x.new_empty(2, T, *A.shape)                              # (T, N, b, D) each
-        # They are cut into single steps once, not per chunk: this takes a tenth of a short scan.
+        # They are cut into single steps once: per chunk, it took up to a third of a short scan.
         a_steps, h_steps = a.unbind(), hs.unbind()
         starts = []                                      # the state before each chunk (N, b, D)
         for dt_k, u_k, B_k, C_k, y_k in zip(*(v.split(T) for v in (dt, u, B, C, y))):
@@ -252,8 +271,9 @@ class ChunkedScan(torch.autograd.Function):
             steps = len(dt_k)                                            # T, or fewer in the last
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
             # exp(v) for v from -87 to -103 is a denormal float32, below 1.2e-38, and CPUs are 10 to
-            # 50 times slower with those. So both passes clamp dt A at -80: a decay of 2e-35 is
-            # effectively 0. A trained model runs up to twice as fast.
+            # 50 times slower with those. So both passes clamp dt A at -80, and -80 leaves room for
+            # a product with h: a decay of 2e-35 is effectively 0, and so is its gradient. A trained
+            # model, where dt can be large, runs up to twice as fast.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)                                 # u_t B_t, until _recur
             h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs
@@ -291,19 +311,19 @@ class ChunkedScan(torch.autograd.Function):
             _recur(a_steps, h_steps[:steps], start)
             torch.mul(C_k, dy_k, out=g_k)
             g_k[-1] += later
-            # g_t, which holds C_t dy_t, += a_{t+1} g_{t+1}, from the last step but one to the
-            # first: so a_steps are taken from the second on, and both lists are reversed.
+            # Rule 1: g_t, which holds C_t dy_t, += a_{t+1} g_{t+1}, from the last step but one to
+            # the first: so a_steps are taken from the second on, and both lists are reversed.
             _recur(a_steps[1:steps][::-1], g_steps[:steps - 1][::-1], g_k[-1])
             later = a_k[0] * g_k[0]
-            # Rules 3, 4 and 2. Products overwrite buffers that are no longer needed.
-            d_dtA = a_k.mul_(g_k).mul_(h_before)                         # a_t g_t h_{t-1}
-            dA[:steps].addcmul_(d_dtA, dt_k)
-            torch.sum(d_dtA.mul_(A), 1, out=ddt_k)
-            torch.sum(h_k.mul_(dy_k), 3, out=dC_k)
-            torch.sum(torch.mul(g_k, u_k, out=h_k), 3, out=dB_k)
-            torch.sum(g_k.mul_(B_k), 1, out=du_k)
-        ddt.addcmul_(du, x[:, 0])
-        dx = du.mul_(dt[:, 0])
+            # Products overwrite buffers that are no longer needed.
+            d_dtA = a_k.mul_(g_k).mul_(h_before)                         # rule 3
+            dA[:steps].addcmul_(d_dtA, dt_k)                             # rule 5
+            torch.sum(d_dtA.mul_(A), 1, out=ddt_k)                       # rule 5, its second term
+            torch.sum(h_k.mul_(dy_k), 3, out=dC_k)                       # rule 4
+            torch.sum(torch.mul(g_k, u_k, out=h_k), 3, out=dB_k)         # rule 2
+            torch.sum(g_k.mul_(B_k), 1, out=du_k)                        # rule 2
+        ddt.addcmul_(du, x[:, 0])                                        # rule 5, its first term
+        dx = du.mul_(dt[:, 0])                                           # rule 5
         return dx, ddt, dA.sum((0, 2)).t(), dB.mT, dC.mT, later, None
 
 
@@ -327,22 +347,23 @@ def chunked_scan(x, dt, A, B, C, h=None):
 #
 # The first row that fits, from the top:
 #
-#     torch.func           selective_scan_ref, also under forward-mode AD: others do not support it
-#     one step or none     selective_scan_ref: there is nothing to cut
+#     torch.func           selective_scan_ref, also under forward-mode AD: the fast forms lack both
+#     one step or none     selective_scan_ref: a decode step is one turn of its loop
 #     torch.compile        parallel_scan, on any device: one operator; loops would be unrolled
 #     CUDA                 parallel_scan, fused_scan.py: a GPU is fast if all chunks run at once
 #     CPU, MPS             chunked_scan: one chunk at a time fits into the cache
+#
+# For a second derivative, call selective_scan_ref: the fast forms raise a RuntimeError.
 
 def selective_scan(x, dt, A, B, C, h=None):
     """The fastest form for the device: arguments and results of selective_scan_ref, up to rounding.
 
-    States and sums have the dtype of A, or float32 if that is wider; y has the dtype of x. The fast
-    forms have no second derivative.
+    States and sums have the dtype of A, or float32 if that is wider; y has the dtype of x.
     """
     dtype = torch.promote_types(A.dtype, torch.float32)
     A = A.to(dtype)
     h = None if h is None else h.to(dtype)
-    # Is a torch.func transform active, or forward-mode AD? torch has no public way to ask either.
+    # torch has no public way to ask whether a torch.func transform or forward-mode AD is active.
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if x.shape[1] == 1 or x.numel() == 0 or transformed:
         scan = selective_scan_ref
