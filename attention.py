@@ -137,7 +137,8 @@ def extend(state, k, v):
 
 
 def rotary(x, start, base=10000.0, rotated=1.0, scale=1.0):
-    """Rotate the channels of each head by their token's position (RoFormer, Su et al. 2021, 3.4.2).
+    """Rotate the channels of each head by the position of their token (Su et al. 2021, arXiv
+    2104.09864, section 3.4.2).
 
     Channels j and j + P/2 are the coordinates of a point; at position t it turns by the angle
     t base^(-2j/P). The product of a query at t and a key at s then depends on t - s, not on t.
@@ -169,8 +170,8 @@ def check_heads(d_model, n_heads, kv_heads, position):
     if position not in ("none", "rope"):
         raise ValueError(f"position is {position!r}, but it must be 'none' or 'rope'")
     if position == "rope" and (d_model // n_heads) % 2:
-        raise ValueError(f"--n-heads {n_heads} at width {d_model} gives heads of odd size "
-                         f"{d_model // n_heads}, but rope rotates pairs of channels")
+        raise ValueError(f"--d is {d_model}, but with --n-heads {n_heads} this gives heads of odd "
+                         f"size {d_model // n_heads}, and rope rotates pairs of channels")
     if kv_heads < 1 or n_heads % kv_heads:
         raise ValueError(f"kv_heads is {kv_heads}, but it must divide the {n_heads} heads")
 

@@ -63,7 +63,7 @@ def share_right(model, tokens, labels, at):
 
 
 def rows_per_call(model, tokens):
-    """How many sequences of so many tokens fit into a call: a power of two.
+    """The number of sequences of this length per call: a power of two.
 
     So the parts of a test have the same shape, and a compiler meets one.
     """
@@ -75,7 +75,7 @@ def groups(lengths, tau):
     """Split lengths into groups that can share their contexts: lists of lengths, sorted.
 
     In a group, the longest has at most about twice as many positions for the query as the shortest.
-    Neighbours are in different groups, because lengths that share contexts also share their luck:
+    Neighbours are in different groups, because lengths that share contexts also share their error:
     in a single group, the mean of a curve would be as uncertain as one of its points. With eight
     groups for each factor of two, its standard deviation is below 0.004 for 1,024 sequences.
     """
@@ -93,7 +93,8 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
 
     The first tokens of a context are a shorter context, provided that its value is among them, and
     the query's position in it is uniform too. So draw contexts of a group's longest length, with
-    positions spread evenly, read them once, and ask the query at every length of the group.
+    positions spread evenly (each equally often, if there are four contexts or more for each), read
+    them once, and ask the query at every length of the group.
     """
     generator, accuracy = stream(seed, "evaluation", device), {}
     scale = ON_CUDA if torch.device(device).type == "cuda" else 1

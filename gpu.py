@@ -150,7 +150,7 @@ class Fast:
         self.first_seconds = 0.0
 
     def compile_if_it_pays(self, calls_left):
-        """Compile if so many more calls are then likely to end sooner."""
+        """Compile if that is likely to save time over the next `calls_left` calls."""
         if not self.on_cuda or not self.undecided or self.calls < FIRST_CALLS:
             return
         known = [seconds for (name, _), seconds in compile_seconds.items() if name == self.name]

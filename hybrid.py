@@ -108,6 +108,8 @@ def build_layer(word, d, L, n_heads, d_state, before):
     if word == "window":
         return SlidingWindow(d, n_heads, window=max(2, L // 4), recency=recency)
     if word == "grouped":
+        if d % 4:
+            raise ValueError(f"--d is {d}, but 'grouped' has 4 heads, which must divide it")
         return Attention(d, n_heads=4, kv_heads=2)
     if word == "mamba":
         return Mamba(d, d_state)

@@ -1,4 +1,4 @@
-"""What scripts print and write: names and numbers, short errors, progress, whole files.
+"""Helpers to print and write: names and numbers, short errors, progress, whole files.
 
 Needs no torch, because plot.py does not.
 """
@@ -85,7 +85,7 @@ class Progress(tqdm):
             self.n += n
 
     def report(self, words):
-        """Say how it goes: words that stand before the bar, or make a line."""
+        """Show progress: text before the bar, or a line of its own."""
         self.set_description_str(words, refresh=False)      # the next update shows them
         now = time.monotonic()
         if self.disable and not self.quiet and now - self.said > SAY_SECONDS:

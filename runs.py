@@ -76,7 +76,7 @@ def model_from(config):
 
 
 def shape_of(config):
-    """What decides the shapes of a run's tensors: runs that agree in it share compiled kernels."""
+    """The settings that fix the shapes of tensors: runs with equal ones share compiled kernels."""
     flags = ["task", "model", "K", "d", "L", "batch_size", "n_heads", "d_state", "train_lengths"]
     if config["task"] != "recall":                           # M pairs, tokens to copy
         flags.append("M")
@@ -143,7 +143,7 @@ def memory(device):
 
 
 def environment(device):
-    """What a result says of the machine and the code that made it."""
+    """The machine and the version of the code, for a result."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"torch": torch.__version__, "python": platform.python_version(),
             "system": platform.platform(), "device": name, "threads": torch.get_num_threads(),
@@ -254,7 +254,7 @@ def save_progress(path, parts, **progress):
     try:
         write_file(path + ".resume.pt", hashlib.sha256(data).digest() + data)
     except OSError as error:
-        say(f"{path}.resume.pt was not saved: {error.strerror}; the run goes on")
+        say(f"{path}.resume.pt was not saved: {error.strerror}; the run continues")
 
 
 def load_progress(path, parts, device, title=""):

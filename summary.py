@@ -41,7 +41,7 @@ def default_lr(d):
 
 
 def n_answers(config):
-    """How many tokens may be the answer: a guess is right once in so many."""
+    """The number of possible answers: chance is 1 over it."""
     K = config["K"]
     return {"mqar": K // 2, "copy": max(1, K - 2), "parity": 2}.get(config["task"], K)
 
@@ -124,7 +124,7 @@ def rank(value):
 
 
 def values(run, flags):
-    """What a run's flags are, None for those that it lacks."""
+    """The values of these flags in a run, None for those that it lacks."""
     return tuple(run["config"].get(flag) for flag in flags)
 
 
@@ -166,19 +166,19 @@ def median(runs, kind):
     if kind == "length":
         x = x[[all(n in run[kind][0] for run in runs) for n in x]]
     else:
-        x = x[x >= max(run[kind][0][0] for run in runs)]     # who has stopped keeps its accuracy
+        x = x[x >= max(run[kind][0][0] for run in runs)]     # a run that ended keeps its last one
     return x, np.median([np.interp(x, *run[kind]) for run in runs], axis=0)
 
 
 def name_of(flag, curve):
-    """What a curve of `group` is called."""
+    """The label of a curve of `group`."""
     base, extra = curve
     first = text(base) if flag == "model" else f"{flag} = {text(base)}"
     return ", ".join([first, *(f"{flag} = {text(value)}" for flag, value in extra)])
 
 
 def verdict(runs, kind, what="at"):
-    """What the median of some seeds says: a key of the phrases in `finding`, None if not tested."""
+    """The verdict on some seeds' median: a key of the phrases in `finding`, None if not tested."""
     x, y = median(runs, "length")
     at, lowest = middle(runs, "at"), middle(runs, "lowest")
     if kind == "length":                                     # as far as the figure goes, not to 3L
@@ -219,7 +219,7 @@ def finding(cells, flags, kind, what="at"):
             some = "; ".join(", ".join(place) for place in places)
             if len(shown) == 1:                              # M = 4; M = 8 -> M = 4, 8
                 some = some.replace(f"; {flags[shown[0]]} =", ",")
-            if places == everywhere[name] or kind != "model":      # of rows, only who always stays
+            if places == everywhere[name] or kind != "model":      # rows: who stays in all
                 names.append(name if places == everywhere[name] else f"{name} ({some})")
         if not parts and not phrase.startswith("{}"):
             phrase = phrase[0].upper() + phrase[1:]

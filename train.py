@@ -129,7 +129,7 @@ def make_optimizer(model, config, device):
 
 
 def one_step(model, optimizer, config, generator):
-    """A training step, and the three functions it is given, which torch.compile may replace."""
+    """training_step and its arguments draw_batch, loss_of, clip; the compiler may replace those."""
     B, L, K, M, tau = (config[flag] for flag in ("batch_size", "L", "K", "M", "tau"))
     uniform, device = config["train_lengths"] == "uniform", generator.device
 
@@ -169,7 +169,7 @@ def run(config, path, title="", runs_left=0):
     parts = {"model": model, "optimizer": optimizer, "training": training, "testing": testing}
     step, curves, seconds = runs.load_progress(path, parts, device, title)
 
-    # A training step and a test, on a GPU faster than they are written.
+    # training_step above and a test, on a GPU captured and perhaps compiled.
     def test(model):
         return accuracy_now(model, config, testing, device)
 
@@ -204,7 +204,7 @@ def run(config, path, title="", runs_left=0):
         next_step.compile_if_it_pays(to_go)
         next_test.compile_if_it_pays(to_go // every)
 
-        # Say how it goes, and save what a killed run needs to continue.
+        # Report progress, and save what a killed run needs to continue.
         bar.report(f"{title}step {step:,} of {steps:,}, accuracy {accuracy:.3f}, loss {loss:.4f}")
         now = time.monotonic()
         if now - saved_at > SAVE_SECONDS and step < last:
@@ -227,8 +227,9 @@ def run(config, path, title="", runs_left=0):
     runs.write_json(path + ".json", result)
     runs.remove(path + ".resume.pt")
     ended = f"stopped at step {step:,}, not solved; a larger --steps may help"
-    if solved_at(curves):
-        first, third = solved_at(curves, 1), solved_at(curves)
+    third = solved_at(curves)
+    if third:
+        first = solved_at(curves, 1)
         ended = (f"first test at {SOLVED} at step {first:,}, {SOLVED_TESTS} in a row by "
                  f"step {third:,}, stopped at {step:,}")
     say(f"{title}{ended}; wrote {path}.json")

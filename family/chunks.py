@@ -1,4 +1,4 @@
-"""What the chunked forms of recurrences share.
+"""Helpers of the chunked forms of recurrences.
 
 A chunk is computed by matmuls over all pairs of its steps. The decay between two steps is the exp
 of a difference of running sums of log decays. Last come the checks that the files of family/ print.

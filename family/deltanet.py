@@ -11,15 +11,15 @@ gate a_t lets all of S decay (Gated DeltaNet, Yang et al. 2024, arXiv 2412.06464
     q, k     queries and keys (b, L, H, N); the layer makes k of length 1, q of length 1 / sqrt(N)
     v        values (b, L, H, P)
     beta     how much of the old value is replaced (b, L, H), in 0 ... 1
-    log_a    the logarithm of the decay (b, L, H), at most 0; DeltaNet has 0
+    log_a    the logarithm of the decay a (b, L, H), at most 0; DeltaNet has 0
     S        state (b, H, P, N)
     b, L     sequences in the batch, steps
     H        heads
     N, P     size of a key, size of a value
     c, T     chunks, and steps per chunk
 
-With beta_t = 1, S_t k_t = v_t exactly, whatever the decay: the rule overwrites, as associative
-recall needs it.
+With beta_t = 1 and |k_t| = 1, S_t k_t = v_t exactly, whatever the decay: the rule overwrites, as
+associative recall needs it.
 
 `python -m family.deltanet` shows that recurrence, chunks and single steps agree, and their times.
 """
@@ -83,7 +83,7 @@ class GatedDeltaNet(nn.Module):
         super().__init__()
         channels = expand * d_model
         if n_heads < 1 or channels % n_heads:
-            raise ValueError(f"n_heads is {n_heads}, but it must divide {channels} channels")
+            raise ValueError(f"--n-heads is {n_heads}, but it must divide {channels} channels")
         self.n_heads, self.d_state, self.headdim = n_heads, d_state, channels // n_heads
         self.gated, self.taps = gated, conv or 1
         self.sizes = [n_heads * d_state, n_heads * d_state, channels]    # of q, k and v
@@ -179,13 +179,13 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
         T = 64 if v.is_cuda else 16
     S = None if S is None else S.to(dtype)
     if L == 1:                                                           # there is nothing to cut
-        y, S = delta_rule_ref(*(u.to(dtype) for u in (q, k, v, beta, log_a)), S)
+        y, S = delta_rule_ref(*(w.to(dtype) for w in (q, k, v, beta, log_a)), S)
         return y.to(y_dtype), S
-    q, k, v = (u.to(matmul_dtype) for u in (q, k, v))
+    q, k, v = (w.to(matmul_dtype) for w in (q, k, v))
     beta, log_a = beta.to(dtype), log_a.to(dtype)
     (k, v, beta, log_a), nan = set_nan_aside(k, v, beta, log_a)          # nan (b, L)
-    q, k, v, beta, log_a = (split(u, T).transpose(0, 1).transpose(2, 3)
-                            for u in (q, k, v, beta, log_a))
+    q, k, v, beta, log_a = (split(w, T).transpose(0, 1).transpose(2, 3)
+                            for w in (q, k, v, beta, log_a))
     # q, k (c, b, H, T, N); v (c, b, H, T, P); beta, log_a (c, b, H, T). The steps that fill up the
     # last chunk have beta = 0 and log_a = 0 and leave the state alone.
     c, b, H, T, P = v.shape
@@ -200,7 +200,7 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     # 2. The triangular system: corrections u = known - waiting @ S_0^T, where known solves for
     # beta v and waiting for beta exp(g) k.
     kk, qk = (torch.cat([k, q], dim=-2) @ k.mT).split(T, dim=-2)         # (c, b, H, T, T) each
-    system = beta * decay * kk
+    system = beta * decay * kk                       # read below its diagonal, which counts as 1
     if c == 1 and S is None:                         # one chunk, from zero: nothing waits
         corrections = UnitTriangularSolve.apply(system, (beta * v).to(matmul_dtype))
         S, y = (corrections.mT @ k_to_end)[0].to(dtype), 0.0

@@ -146,7 +146,8 @@ class LTI(nn.Module):
 
 
 class Retention(nn.Module):
-    """Linear attention with a fixed decay: RetNet (Sun et al. 2023, arXiv 2307.08621), 2.1 and 2.2.
+    """Linear attention with a fixed decay: RetNet (Sun et al. 2023, arXiv 2307.08621,
+    sections 2.1 and 2.2).
 
         S_t = gamma S_{t-1} + v_t k_t^T          y_t = S_t q_t
 
@@ -163,7 +164,7 @@ class Retention(nn.Module):
     def __init__(self, d_model, n_heads=4):
         super().__init__()
         if d_model % n_heads:
-            raise ValueError(f"d is {d_model}, but retention's {n_heads} heads must divide it")
+            raise ValueError(f"--d is {d_model}, but retention's {n_heads} heads must divide it")
         self.n_heads = n_heads
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.gate = nn.Linear(d_model, d_model, bias=False)
@@ -208,7 +209,7 @@ class RGLRU(nn.Module):
         self.in_proj = nn.Linear(d_model, 2 * d_model)
         self.conv1d = CausalConv1d(d_model, d_conv)
         self.gates = nn.Linear(d_model, 2 * d_model)
-        a_8 = torch.empty(d_model).uniform_(0.9, 0.999)  # where a^8 starts (section 2.4)
+        a_8 = torch.empty(d_model).uniform_(0.9, 0.999)  # where a^8 starts (paper, 2.4)
         self.a_logit = nn.Parameter(torch.logit(a_8 ** (1 / self.POWER)))
         self.out_proj = nn.Linear(d_model, d_model)
 

@@ -123,7 +123,7 @@ def test_a_disk_that_is_full_does_not_end_a_run_that_can_go_on(train_tiny, monke
     monkeypatch.setattr(train, "SAVE_SECONDS", -1)
     result, = train_tiny()
     lines = [line for line in capsys.readouterr().out.splitlines() if "No space left" in line]
-    assert len(lines) == 5 and all("the run goes on" in line for line in lines)
+    assert len(lines) == 5 and all("the run continues" in line for line in lines)
     assert len(os.listdir(tmp_path / "out")) == 2 and len(result["train"]["step"]) == 20
 
 

@@ -242,5 +242,5 @@ def test_empty_segments_and_batches(kind):
 
 
 def test_heads_that_do_not_fit():
-    with pytest.raises(ValueError, match="n_heads is 3, but it must divide 16 channels"):
+    with pytest.raises(ValueError, match="--n-heads is 3, but it must divide 16 channels"):
         GatedDeltaNet(8, 3)
