@@ -72,9 +72,13 @@ def say(line):
 
 
 class Progress(tqdm):
-    """A progress bar; where there is no terminal, a line now and then instead."""
+    """A progress bar; where there is no terminal, a line now and then instead.
+
+    Under torchrun only the first process has one: all would write on the same line.
+    """
 
     def __init__(self, total, quiet=False, **options):
+        quiet = quiet or int(os.environ.get("RANK", "0")) > 0
         super().__init__(total=total, leave=False, dynamic_ncols=True, disable=quiet or None,
                          bar_format="{desc} |{bar}| {elapsed}<{remaining}", **options)
         self.quiet, self.said = quiet, time.monotonic()

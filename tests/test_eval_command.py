@@ -1,5 +1,6 @@
 """eval.py as a command: what it prints, what it saves, and what it refuses."""
 
+import io
 import itertools
 import json
 import os
@@ -99,6 +100,21 @@ def test_lines_of_progress_are_half_a_minute_apart(monkeypatch, capsys):
     for n in range(9):
         progress.report(f"line {n}")
     assert capsys.readouterr().out.splitlines() == ["line 3", "line 7"]
+
+
+@pytest.mark.parametrize("rank, shown", [("0", True), ("1", False)])
+def test_under_torchrun_the_first_process_alone_shows_progress(rank, shown, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("RANK", rank)
+    terminal = Terminal()
+    progress = output.Progress(2, file=terminal, mininterval=0)
+    progress.report("step 1")
+    progress.update()
+    progress.close()
+    assert ("step 1" in terminal.getvalue()) == shown
 
 
 def test_default_lengths_repeat_what_train_measured(folder):
