@@ -39,16 +39,6 @@ GROUP_CHUNKS = 16   # most chunks in a group
 _compiled = None    # see compiled_scan
 
 
-def check_shapes(x, dt, A, B, C, h):
-    """Raise ValueError unless all shapes fit. Broadcast arguments would get wrong gradients."""
-    (b, L, D), N = x.shape, A.shape[-1]
-    right = {"dt": (b, L, D), "A": (D, N), "B": (b, L, N), "C": (b, L, N), "h": (b, D, N)}
-    for (name, shape), v in zip(right.items(), (dt, A, B, C, h)):
-        if v is not None and v.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(v.shape)}, but with x {tuple(x.shape)} "
-                             f"and A {tuple(A.shape)} it must be {shape}")
-
-
 def two_chunks(scan, x, dt, A, B, C, h):
     """The idea, for two chunks. scan is mamba.selective_scan_ref; the rest is as there."""
     (x1, x2), (dt1, dt2), (B1, B2), (C1, C2) = (v.chunk(2, dim=1) for v in (x, dt, B, C))
@@ -57,6 +47,16 @@ def two_chunks(scan, x, dt, A, B, C, h):
     y1, _ = scan(x1, dt1, A, B1, C1, h)                                  # 3. both at once
     y2, last = scan(x2, dt2, A, B2, C2, start2)
     return torch.cat([y1, y2], dim=1), last
+
+
+def check_shapes(x, dt, A, B, C, h):
+    """Raise ValueError unless all shapes fit. Broadcast arguments would get wrong gradients."""
+    (b, L, D), N = x.shape, A.shape[-1]
+    right = {"dt": (b, L, D), "A": (D, N), "B": (b, L, N), "C": (b, L, N), "h": (b, D, N)}
+    for (name, shape), v in zip(right.items(), (dt, A, B, C, h)):
+        if v is not None and v.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(v.shape)}, but with x {tuple(x.shape)} "
+                             f"and A {tuple(A.shape)} it must be {shape}")
 
 
 def split(v, most):
