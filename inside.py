@@ -72,7 +72,8 @@ def look_into(model, tokens):
     """Run the model on tokens (L,) -> logits (K,), a list of one dict per layer:
 
     attention   {"maps": (H, L, L)}
-    Mamba       {"dt": (D, L), step sizes, "left": (D, L), share_left averaged over the N states}
+    Mamba       {"dt": (D, L), step sizes, "left": (D, L), share_left averaged over the N states,
+                 "taps": of its convolution}
     other       {}
     """
     seen, hooks = {}, []
@@ -98,7 +99,10 @@ def look_into(model, tokens):
             dt = F.softplus(seen[layer])                                    # (L, D)
             left = share_left(dt, -torch.exp(layer.A_log)).mean(-1)         # (L, D)
             found["dt"], found["left"] = dt.T, left.T
-        layers.append({name: value.numpy() for name, value in found.items()})
+        found = {name: value.numpy() for name, value in found.items()}
+        if isinstance(layer, Mamba):
+            found["taps"] = layer.d_conv
+        layers.append(found)
     return logits.numpy(), layers
 
 
@@ -123,18 +127,18 @@ def look(path):
             "label": label.item(), "answer": int(logits.argmax()), "layers": layers}
 
 
-def count_keepers(dt, q, v):
+def count_keepers(dt, q, v, taps):
     """The number of channels that hold v for a million tokens, None if the context is too short.
 
-    dt (D, L + 1). In such a channel, dt exceeds 0.1 at a token where the convolution sees v, and
-    its mean over the tokens that do not matter is below 1e-6. These are all tokens except the first
-    3, those where the convolution sees q or v, and the last q.
+    dt (D, L + 1). In such a channel, dt exceeds WRITES at a token where the convolution sees v, and
+    its mean over the tokens that do not matter is below IDLE. These are all tokens except the first
+    taps - 1, those where the convolution sees q or v, and the last q.
     """
     idle = np.ones(dt.shape[1], bool)
-    idle[:3] = idle[q:v + 4] = idle[-1] = False
+    idle[:taps - 1] = idle[q:v + taps] = idle[-1] = False
     if not idle.any():
         return None
-    return int(((dt[:, v:v + 4].max(1) > WRITES) & (dt[:, idle].mean(1) < IDLE)).sum())
+    return int(((dt[:, v:v + taps].max(1) > WRITES) & (dt[:, idle].mean(1) < IDLE)).sum())
 
 
 # ---- the figure ----
@@ -154,7 +158,7 @@ def images(layer, found):
     rows = np.ptp(layer["dt"], axis=1).argsort()[::-1]     # the most selective channels on top
     dt, left = layer["dt"][rows], layer["left"][rows]
     step = dict(norm=LogNorm(1e-3, 3, clip=True))
-    count = count_keepers(dt, q, v)
+    count = count_keepers(dt, q, v, layer["taps"])
     keep = (f"\n{count} of {len(dt)} would hold v for a million tokens:\n"
             "Δ > 0.1 soon after v, Δ < 1e-6 elsewhere")
     keep = keep if count else ""
@@ -210,7 +214,9 @@ def draw(found):
                 ax.set(xlabel="token looked at (key)", ylabel="token that looks (query)")
             mark(ax, found, rows=attends)
         if not attends:
-            axes[-1].set_xlabel("token, mixed by the convolution with the 3 before it")
+            before = layer["taps"] - 1
+            mixed = f", mixed by the convolution with the {before} before it" if before else ""
+            axes[-1].set_xlabel(f"token{mixed}")
     verdict = "right" if found["answer"] == found["label"] else "wrong"
     M, tau, d, L, seed = (config[flag] for flag in ("M", "tau", "d", "L", "seed"))
     fig.suptitle(f"{text(config['model'])}, M = {M}, tau = {tau}, d = {d}, L = {L}, seed {seed}\n"

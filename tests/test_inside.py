@@ -84,8 +84,9 @@ def test_channels_that_keep_the_value():
     dt[0, [3, 4, 10, 23]] = 2e-6                               # over 16 idle tokens a mean of 5e-7
     dt[1, 10] = 1e-4                                           # leaks
     dt[3, 10] = 0.2                                            # writes too late
-    assert inside.count_keepers(dt, 5, 6) == 2                 # channels 0 and 2
-    assert inside.count_keepers(dt[:, :5], 1, 3) is None
+    assert inside.count_keepers(dt, 5, 6, taps=4) == 2         # channels 0 and 2
+    assert inside.count_keepers(dt, 5, 6, taps=5) == 4         # seen until 10: the next two as well
+    assert inside.count_keepers(dt[:, :5], 1, 3, taps=4) is None
 
 
 def a_look(layers, K=16):
@@ -122,7 +123,7 @@ def test_the_figure_of_mamba_keeps_channels_together():
     dt[1] = 0.0
     dt[1, 12] = 2.0                                            # a wide range: on top
     left = np.linspace(0.5, 1, 50).reshape(2, 25)
-    fig = inside.draw(a_look([{"dt": dt, "left": left}]))
+    fig = inside.draw(a_look([{"dt": dt, "left": left, "taps": 4}]))
     axes = [ax for ax in fig.axes if ax.images and ax.get_title()]
     shown = [ax.images[0].get_array() for ax in axes]
     for image, expected in zip(shown, (dt, left, dt * left)):
