@@ -137,8 +137,8 @@ def extend(state, k, v):
 
 
 def rotary(x, start, base=10000.0, rotated=1.0, scale=1.0):
-    """Rotate the channels of each head by the position of their token (Su et al. 2021, arXiv
-    2104.09864, section 3.4.2).
+    """Rotate the channels of each head by their token's position (RoFormer, Su et al. 2021, section
+    3.4.2).
 
     Channels j and j + P/2 are the coordinates of a point; at position t it turns by the angle
     t base^(-2j/P). The product of a query at t and a key at s then depends on t - s, not on t.

@@ -156,7 +156,7 @@ def _gradient_C(x, dt, A, B, C, dy, h):
 
 
 def _sum_of_chunks(v):
-    return v.sum((0, 1))     # compiled, half the time of torch's own, and less memory
+    return v.sum((0, 1))     # compiled, up to twice as fast as torch's own, and in less memory
 
 
 # ---- Across chunks -------------------------------------------------------------------------------

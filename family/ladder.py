@@ -209,7 +209,7 @@ class RGLRU(nn.Module):
         self.in_proj = nn.Linear(d_model, 2 * d_model)
         self.conv1d = CausalConv1d(d_model, d_conv)
         self.gates = nn.Linear(d_model, 2 * d_model)
-        a_8 = torch.empty(d_model).uniform_(0.9, 0.999)  # where a^8 starts (paper, 2.4)
+        a_8 = torch.empty(d_model).uniform_(0.9, 0.999)  # where a^8 starts (paper, section 2.4)
         self.a_logit = nn.Parameter(torch.logit(a_8 ** (1 / self.POWER)))
         self.out_proj = nn.Linear(d_model, d_model)
 

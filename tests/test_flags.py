@@ -24,6 +24,7 @@ ABSURD = ["--L 1000000000", "--batch-size 1000000000", "--d 1000000", "--K 10000
     ("--seed -1", "--seed is -1"), ("--seed 1073741824", "--seed is 1073741824"),
     ("--model gpt", "hybrid-a, hybrid-b"), ("--model rope gpt", "'gpt'"),
     ("--model rope --d 6 --n-heads 2", "--n-heads 2"), ("--model rope --d 7", "odd size 7"),
+    ("--model grouped --d 10", "--d is 10"), ("--model retention --d 10", "--d is 10"),
     ("--model nope --n-heads 3", "3"), ("--model jamba --d 6", "4"),
     ("--model nope --n-heads 0", "--n-heads is 0"), ("--model mamba --d-state 0", "--d-state is 0"),
     ("--train-lengths some", "--train-lengths"), ("--step 20", "did you mean --steps?"),
