@@ -91,8 +91,9 @@ class Attention(nn.Module):
             return x, state
         q, k, v = self.heads(x)
         S = 0 if state is None else state.k.shape[2]
-        if self.position == "rope":
-            q, k = self.rotate(q, S), self.rotate(k, S)
+        if self.position == "rope":                                      # q and k in one call
+            both = self.rotate(torch.cat([q, k], dim=1), S)              # (B, H + G, L, P)
+            q, k = both.split([self.n_heads, self.kv_heads], dim=1)
         cache = extend(state, k, v)
         if last_only:
             q = q[:, :, -1:]                                             # (B, H, 1, P)

@@ -12,9 +12,8 @@ Step 2 is the recurrence again, with one step per chunk. With more than 16 chunk
 same way: groups of chunks play the part of the chunks. The backward pass is the same with g instead
 of h (mamba.py derives it), and a chunk hands a_1 g_1 to the chunk before it.
 
-The standard parallel prefix sum (Blelloch 1990) is the same tree with two branches per node: 2
-log2(L) passes over states in memory. Here a node has 8 or 16 branches, and only one state per chunk
-leaves the registers. For that, 1 and 3 both compute every state, which is cheap.
+The standard parallel prefix sum (Blelloch 1990) is this tree with two branches per node: 2 log2(L)
+passes over all states in memory. Here a chunk's states stay in registers, except for one.
 
     symbol      shape            meaning
     c, T                         chunks; steps per chunk
@@ -70,11 +69,10 @@ def split(v, most):
 
 # ---- Inside a chunk ------------------------------------------------------------------------------
 #
-# Each function that goes through _kernel becomes one kernel, its loop over steps unrolled, or two
-# in _ends and _group_ends, which also sum dt. A kernel can sum over states, for dx and ddt,
-# or over channels, for dB and dC; and dB needs g where dC needs h. So the backward pass has three,
-# and each recomputes the states it needs. All is computed in A's dtype, float32 or wider. dB and dC
-# are rounded only at the end: after each sum, this made the kernel write every state to memory.
+# Each function that goes through _kernel becomes one kernel, its loop over steps unrolled; those
+# that also sum dt become two. A kernel can sum over states, for dx and ddt, or over channels, for
+# dB and dC; and dB needs g where dC needs h. So the backward pass has three, and each recomputes
+# the states it needs, in A's dtype. Rounding dB and dC after each sum wrote every state to memory.
 
 def _decay(dt, A):
     """exp(dt A) for one step's dt (b, c, D): (b, c, D, N)."""
@@ -293,8 +291,10 @@ def parallel_scan(x, dt, A, B, C, h=None):
     check_shapes(x, dt, A, B, C, h)
     if x.numel() == 0:
         return x.clone(), A.new_zeros(x.shape[0], *A.shape) if h is None else h
-    # Cut outside of the scan's kernels: padding inside them made their loads twice as slow.
+    # Cut outside of the scan's kernels: padding inside them made their loads twice as slow. If not
+    # compiled, chunks are short, which means fewer calls, while one group has room for them.
     steps = CHUNK_STEPS if x.shape[1] < LONG else 2 * CHUNK_STEPS
+    steps = steps if compiled else min(steps, -(-x.shape[1] // GROUP_CHUNKS))
     x_k, dt_k, B_k, C_k = (split(v, steps) for v in (x, dt, B, C))       # (b, c, T, D or N)
     y, h, _, _ = _scan(x_k, dt_k, A.contiguous(), B_k, C_k, h, compiled)
     return y.flatten(1, 2)[:, :x.shape[1]], h
