@@ -5,20 +5,20 @@ decays, what it writes and what it reads: the state space model is selective.
 `python mamba.py` shows that all forms of the recurrence agree, and how long each takes.
 
     symbol   shape        meaning
-    b, L                  sequences in the batch; tokens, which are also called steps
+    b, L                  sequences in the batch; tokens, also called steps
     D, N                  channels (in the layer d_inner; self.D there is the weight of a skip
-                          connection, as in the official code); states per channel
+                          connection, as in the official code); states, the numbers a channel keeps
     x        (b, L, D)    input of the recurrence
     dt       (b, L, D)    step size, positive: a large one forgets more of the past and writes more
     A        (D, N)       decay rates, negative; dt alone makes the decay depend on the token
     B        (b, L, N)    how a token is written to the N states, the same in all channels
     C        (b, L, N)    how the N states are read
-    h        (b, D, N)    state
+    h        (b, D, N)    all states together, "the state"
     y        (b, L, D)    output
-    a, u                  decay exp(dt A), and dt x, which B writes to the state
+    a, u                  decay exp(dt A); scaled input dt x: a step adds u B to h
     T                     steps in a chunk
     g                     gradient of the loss with respect to h
-    dx, ddt, dA, ...      gradient of the loss with respect to x, dt, A, ... (dt is no gradient)
+    dx, ddt, dA, ...      gradient of the loss with respect to x, dt, A, ... (dt itself is none)
 """
 
 import math
@@ -35,7 +35,7 @@ from fused_scan import check_shapes, parallel_scan
 
 # ---- 1. The recurrence ---------------------------------------------------------------------------
 #
-# A linear state space model sends a signal x(t), one number at any time, through a state h(t) of N
+# A linear state space model sends a signal x(t), one number at each time, through a state h(t) of N
 # numbers, with A diagonal:
 #
 #     h'(t) = A h(t) + B x(t)         y(t) = C h(t)
@@ -49,9 +49,10 @@ from fused_scan import check_shapes, parallel_scan
 #
 #     h_t = exp(dt A) h_{t-1} + dt B x_t         y_t = C h_t
 #
-# The two agree for small dt |A| and differ for large dt |A|: at A = -1 and dt = 10 ours writes 10 B
-# x, the exact one 1 B x. Ours is simpler, as dt x is the same for all N states, and the scale of B
-# is learned anyway. family/ladder.py, LTI, has the exact rule.
+# The two agree for small dt |A|: at 0.1 ours writes 5 % more, at 1.6, about the largest at the
+# start of training, twice as much. The exact factor never exceeds 1 / |A|, ours grows with dt: at
+# A = -1 and dt = 10 ours writes 10 B x, the exact rule 1 B x. But dt x is the same for all N
+# states, which is simpler, and B is learned with it. LTI in family/ladder.py has the exact rule.
 #
 # Mamba has D such channels, and computes dt, B and C from the token (paper, section 3.2, algorithm
 # 2). In full, for channel d and its state n:
@@ -78,12 +79,12 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
     if h is None:
         h = x.new_zeros(x.shape[0], *A.shape)                            # (b, D, N)
     y = []
-    # x[:, t] would allocate a gradient of the size of all of x at every step; unbind does not.
+    # x[:, t] would allocate a gradient as large as x at every step; unbind does not.
     for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)):
         decay = torch.exp(dt_t[..., None] * A)                           # (b, D, N)
         h = decay * h + (dt_t * x_t)[..., None] * B_t[:, None]           # (b, D, N)
         y.append((h * C_t[:, None]).sum(-1))                             # (b, D)
-    return (torch.stack(y, dim=1) if y else x.clone()), h
+    return (torch.stack(y, dim=1) if y else x.clone()), h                # L = 0 gives no y_t
 
 
 # ---- 2. The layer --------------------------------------------------------------------------------
@@ -91,8 +92,9 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
 class CausalConv1d(nn.Conv1d):
     """A causal convolution, one filter per channel: a token sees itself and the taps - 1 before it.
 
-    So what a token writes to the state can depend on the tokens just before it: recall needs this.
-    The official names and initial values are those of Conv1d. The sum is written as shifted
+    Recall needs it: a value must be stored under the token just before it, but dt, B and x are
+    computed from a single token. The convolution mixes in the tokens before. Parameters have
+    Conv1d's names and initial values, as in the official code; the sum is written as shifted
     products, which a compiler can fuse with the layer around it.
     """
 
@@ -104,46 +106,47 @@ class CausalConv1d(nn.Conv1d):
         y (b, L, D) and the next window."""
         L, before = x.shape[1], self.kernel_size[0] - 1
         x = F.pad(x, (0, 0, before, 0)) if window is None else torch.cat([window.mT, x], dim=1)
-        if L == 1:                               # a decode step: three operations, not eight
+        if L == 1:                               # a decode step: 3 operations, not 8
             y = ((x.mT * self.weight[:, 0]).sum(-1) + self.bias)[:, None]
         else:
             taps = self.weight[:, 0].unbind(1)                           # (D,) each
             y = sum((x[:, k:k + L] * tap for k, tap in enumerate(taps)), self.bias)
-        return y, x[:, L:].mT.clone()            # the last taps - 1; a view holds all x in memory
+        return y, x[:, L:].mT.clone()            # the last taps - 1; a view would keep all of x
 
 
 class MambaState(NamedTuple):
     """All that a Mamba layer keeps of the tokens so far, however many there were.
 
-    The next convolution needs the inputs in `conv`; everything older is in h alone.
+    h sums up all tokens so far. The next convolution also needs the last inputs themselves.
     """
     conv: torch.Tensor   # (b, d_inner, d_conv - 1), the last inputs of the convolution
     h: torch.Tensor      # (b, d_inner, d_state)
 
 
 class Mamba(nn.Module):
-    r"""The Mamba layer (paper, section 3.4 and figure 3), without a residual connection or a norm.
+    r"""The Mamba layer (paper, section 3.4 and figure 3), without a residual connection or norm.
 
                                                  /-> dt, B, C -\
         x -> in_proj -> causal convolution -> SiLU ------------> scan -> + D x -> * -> out_proj
                     \-> z -> SiLU -----------------------------------------------/
 
-    The x of D x is the input of the scan, after SiLU. It also gives dt, B and C: x_proj, then for
-    dt alone dt_proj and softplus.
+    After SiLU, x goes to the scan, to D x, and to x_proj, which gives B, C and, through dt_proj and
+    softplus, dt.
+
     d_model: width of the layer's input and output; d_state: N; d_conv: taps of the convolution;
     expand: there are d_inner = expand * d_model channels; dt_rank: rank of the map from a token to
     its dt, None for ceil(d_model / 16). Parameters have the names, shapes and initial distributions
     of mamba_ssm.Mamba with its default arguments, so either can load the state dict of the other.
 
-    in_proj has no bias because the official layer has none. The output is multiplied by SiLU(z),
-    which grows with positive z and lies between -0.28 and 0 for negative: a channel passes a token
-    at full size only if z is positive. In the first layer, z is a linear map of the token's
-    embedding. At d_model = 8, no linear map is positive for all 16 fixed embeddings of our task,
-    because 0 is one of their weighted means: no channel can pass every token. That hurts: a Mamba
-    layer followed by attention learned 16 queries in 0 of 12 runs without a bias, and in 3 of 3
-    with one (report/README.md, appendix on defaults). So `takes_bias` tells hybrid.Model to put a
-    norm with a bias in front of the layer, which gives x and z a constant part. A bias of in_proj
-    would do so, too, but official state dicts have none.
+    in_proj has no bias, like the official one, so that state dicts fit. On our task, to recall one
+    of 16 tokens, that hurts. The output is multiplied by SiLU(z), which lies between -0.28 and 0
+    for negative z: a channel lets a token through only if z is positive for it. In the first layer,
+    z is a linear map of the token's embedding. At d_model = 8, some weighted mean of our 16 random,
+    fixed embeddings is zero. The same mean of z is then zero as well, so z is not positive for all
+    16, and every channel blocks some token. A Mamba layer followed by attention learned 16 queries
+    in 0 of 12 runs without a bias, and in 3 of 3 with one (report/README.md, appendix on defaults).
+    So `takes_bias` tells hybrid.Model to put a norm with a bias in front of the layer, which gives
+    x and z a constant part.
     """
 
     takes_bias = True
@@ -158,15 +161,16 @@ class Mamba(nn.Module):
         self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d_inner)
         # A = -1, ..., -N in each channel (S4D-Real, Gu et al. 2022, arXiv 2206.11893): state n
-        # forgets within about 1 / (n dt) steps, the first in 10 to 1,000 with the dt below. So a
-        # channel has long and short memories side by side. The logarithm is trained, so that A
-        # stays negative and the state cannot explode.
+        # fades to 1/e in 1 / (n dt) steps, the first in 10 to 1,000 with the dt below. So a channel
+        # has long and short memories side by side. The logarithm is trained, so that A stays
+        # negative and the state cannot explode.
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
-        # dt starts between 0.001 and 0.1 (paper, section 3.6), uniform on a log scale as in the
-        # official code. forward applies softplus, so the bias is its inverse, log(exp(dt) - 1).
+        # The bias alone gives a dt between 0.001 and 0.1 (paper, section 3.6), uniform on a log
+        # scale as in the official code; the weights vary it by token. forward applies softplus, so
+        # the bias is the inverse of softplus at dt, log(exp(dt) - 1).
         nn.init.uniform_(self.dt_proj.weight, -self.dt_rank**-0.5, self.dt_rank**-0.5)
         dt = torch.exp(torch.empty(d_inner).uniform_(math.log(1e-3), math.log(1e-1)))
         with torch.no_grad():
@@ -200,42 +204,42 @@ class Mamba(nn.Module):
 # The loop of selective_scan_ref is slow: it makes a dozen small calls per step, and autograd stores
 # the state of every step. But only h_t = a_t h_{t-1} + u_t B_t has to be computed step by step. The
 # decays a = exp(dt A), the inputs u = dt x and the sums over states can be computed for many steps
-# in one call. So cut time into chunks of T steps that fit into the cache, and store only the state
-# before each chunk.
+# in one call. So cut time into chunks of T steps, whose states fit in the CPU's cache, and store
+# only the state before each chunk.
 #
 # The gradient. Indices are left out: C_t dy_t is C_t[n] dy_t[d], for every state n and channel d.
+# Nothing is summed unless it says so.
 #
 # 1.  h_t is used twice, by y_t and by h_{t+1}. So g obeys the same recurrence, backwards in time:
 #         g_t = C_t dy_t + a_{t+1} g_{t+1}         (dy_t, the gradient of y_t, is given)
 #     After the last step there is no g_{t+1}. Instead, the last g also receives dh, the gradient of
-#     the final state, which is also a result:
+#     the final state, which is also an output:
 #         g_L = C_L dy_L + dh
 #     No y reads the initial state h_0, so its gradient has no first term: it is a_1 g_1.
 # 2.  h_t is linear in u_t, which N states share, and in B_t, which D channels share:
 #         du_t = sum over states of g_t B_t           dB_t = sum over channels of g_t u_t
-# 3.  The gradient of a_t is g_t h_{t-1}, in the first step g_1 h_0. exp is its own derivative:
+# 3.  The gradient of a_t is g_t h_{t-1}. exp is its own derivative:
 #         d(dt_t A) = a_t g_t h_{t-1}
-# 4.  C_t acts on y_t alone:
+# 4.  C_t affects y_t alone:
 #         dC_t = sum over channels of h_t dy_t
 # 5.  u_t = dt_t x_t and dt_t A are products, and dt_t is a factor of both:
 #         dx_t = dt_t du_t                            dA = sum over b and t of dt_t d(dt_t A)
 #         ddt_t = x_t du_t + sum over states of A d(dt_t A)
 #
-# All h_t and a_t would take 2 N times the memory of x. So the backward pass takes the chunks from
-# last to first, computes a and h of a chunk again from the state before it, then runs backwards to
-# get g. Nothing overflows, however long the sequence or strong the decay: there is no exp of a
+# All h_t and a_t would take 2 N times the memory of x. So the backward pass visits the chunks from
+# last to first, recomputes a and h of a chunk from the state before it, then runs backwards to get
+# g. Nothing overflows, however long the sequence or however strong the decay: there is no exp of a
 # positive number, and no division by a product of decays, as in some closed forms.
 #
-# In the code, _k is a chunk and _t a step. Inside both passes time comes first, so that one step is
-# contiguous, and b and D come last, so that the innermost loops are long: arguments are x, dt, y
-# (L, b, D); B, C (L, b, N); A (D, N), and _broadcast prepares them for states (N, b, D).
+# In the code, _k is a chunk and _t a step. Inside both passes time comes first: x, dt, y (L, b, D);
+# B, C (L, b, N). States are (N, b, D), so that the innermost loops, over b and D, are long.
 
-CHUNK_ELEMENTS = 2**18   # of a buffer (T, N, b, D): 1 MiB; 2^17 and 2^19 are equally fast
+CHUNK_ELEMENTS = 2**18   # of a buffer (T, N, b, D), 1 MiB; 2^17 and 2^19 are as fast
 
 
 def _broadcast(x, dt, A, B, C):
-    """x, dt (L, b, D); A (D, N); B, C (L, b, N) -> views of shapes (L, 1, b, D); (N, b, D), copied;
-    (L, N, b, 1), so that products broadcast to (L, N, b, D)."""
+    """Shapes that broadcast to (L, N, b, D): x, dt (L, 1, b, D) and B, C (L, N, b, 1), which are
+    views; A (N, b, D), contiguous."""
     A = A.t()[:, None].expand(-1, x.shape[1], -1).contiguous()
     return x[:, None], dt[:, None], A, B.mT[..., None], C.mT[..., None]
 
@@ -243,7 +247,7 @@ def _broadcast(x, dt, A, B, C):
 def _recur(a, w, h):
     """h_t = a_t h_{t-1} + w_t for lists of decays a_t and writes w_t, (N, b, D) each.
 
-    h_t overwrites w_t, which saves memory. Returns the last h.
+    h_t overwrites w_t, which saves memory; a may be longer than w. Returns the last h.
     """
     for a_t, w_t in zip(a, w):
         h = w_t.addcmul_(a_t, h)
@@ -263,7 +267,7 @@ class ChunkedScan(torch.autograd.Function):
         y = torch.empty_like(x[:, 0])
         # All chunks share two buffers: fresh memory for each would cost time in page faults.
         a, hs = x.new_empty(2, T, *A.shape)                              # (T, N, b, D) each
-        # They are cut into single steps once: per chunk, it took up to a third of a short scan.
+        # They are cut into single steps once: per chunk, that took up to a third of a short scan.
         a_steps, h_steps = a.unbind(), hs.unbind()
         starts = []                                      # the state before each chunk (N, b, D)
         for dt_k, u_k, B_k, C_k, y_k in zip(*(v.split(T) for v in (dt, u, B, C, y))):
@@ -271,11 +275,12 @@ class ChunkedScan(torch.autograd.Function):
             steps = len(dt_k)                                            # T, or fewer in the last
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
             # exp(v) for v from -87 to -103 is a denormal float32, below 1.2e-38, and CPUs are 10 to
-            # 50 times slower with those. So both passes clamp dt A at -80, and -80 leaves room for
-            # a product with h: a decay of 2e-35 is effectively 0, and so is its gradient. A trained
-            # model, where dt can be large, runs up to twice as fast.
+            # 50 times slower on those; from there on it is 0. So both passes clamp dt A at -80. A
+            # decay of 2e-35 is effectively 0, as is its gradient, and its product with h is not
+            # denormal unless |h| < 1e-3. A trained model, where dt can be large, runs up to twice
+            # as fast. The other forms do not clamp: GPUs are as fast on denormals.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
-            torch.mul(u_k, B_k, out=h_k)                                 # u_t B_t, until _recur
+            torch.mul(u_k, B_k, out=h_k)         # h_k is u_t B_t, and after _recur h_t
             h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs
             torch.mul(h_k, C_k, out=a_k)                                 # a is no longer needed
             torch.sum(a_k, 1, out=y_k)                                   # (T, b, D)
@@ -295,7 +300,7 @@ class ChunkedScan(torch.autograd.Function):
         du, ddt = torch.empty_like(x[:, 0]), torch.empty_like(x[:, 0])   # (L, b, D)
         dB, dC = torch.empty_like(B[..., 0]), torch.empty_like(C[..., 0])    # (L, N, b)
         dA = x.new_zeros(T, *A.shape)            # (T, N, b, D), summed over T and b at the end
-        # a_{t+1} g_{t+1} (N, b, D), the gradient from later chunks:
+        # The gradient from later chunks (N, b, D): at first dh, then a_{t+1} g_{t+1}.
         later = torch.zeros_like(starts[0]) if dh is None else dh.contiguous()
         a, g = x.new_empty(2, T, *A.shape)
         hs = x.new_empty(T + 1, *A.shape)                # row 0: the state before the chunk
@@ -311,8 +316,8 @@ class ChunkedScan(torch.autograd.Function):
             _recur(a_steps, h_steps[:steps], start)
             torch.mul(C_k, dy_k, out=g_k)
             g_k[-1] += later
-            # Rule 1: g_t, which holds C_t dy_t, += a_{t+1} g_{t+1}, from the last step but one to
-            # the first: so a_steps are taken from the second on, and both lists are reversed.
+            # Rule 1, backwards in time: g_t, now C_t dy_t, += a_{t+1} g_{t+1}. So the lists are
+            # reversed, and the decays start at the second.
             _recur(a_steps[1:steps][::-1], g_steps[:steps - 1][::-1], g_k[-1])
             later = a_k[0] * g_k[0]
             # Products overwrite buffers that are no longer needed.
@@ -324,6 +329,7 @@ class ChunkedScan(torch.autograd.Function):
             torch.sum(g_k.mul_(B_k), 1, out=du_k)                        # rule 2
         ddt.addcmul_(du, x[:, 0])                                        # rule 5, its first term
         dx = du.mul_(dt[:, 0])                                           # rule 5
+        # Before the first chunk, `later` is a_1 g_1, the gradient of the initial state (rule 1).
         return dx, ddt, dA.sum((0, 2)).t(), dB.mT, dC.mT, later, None
 
 
@@ -347,13 +353,15 @@ def chunked_scan(x, dt, A, B, C, h=None):
 #
 # The first row that fits, from the top:
 #
-#     torch.func           selective_scan_ref, also under forward-mode AD: the fast forms lack both
+#     torch.func           selective_scan_ref, also in forward-mode AD: no fast form supports them
 #     one step or none     selective_scan_ref: a decode step is one turn of its loop
 #     torch.compile        parallel_scan, on any device: one operator; loops would be unrolled
-#     CUDA                 parallel_scan, fused_scan.py: a GPU is fast if all chunks run at once
-#     CPU, MPS             chunked_scan: one chunk at a time fits into the cache
+#     CUDA                 parallel_scan, fused_scan.py: it fills a GPU with all chunks at once,
+#                          because h is linear in the state before a chunk
+#     CPU, MPS             chunked_scan: one chunk at a time fits in the cache
 #
-# For a second derivative, call selective_scan_ref: the fast forms raise a RuntimeError.
+# The fast forms have no second derivative and raise a RuntimeError: call selective_scan_ref, or for
+# Mamba layers, set mamba.selective_scan = mamba.selective_scan_ref.
 
 def selective_scan(x, dt, A, B, C, h=None):
     """The fastest form for the device: arguments and results of selective_scan_ref, up to rounding.
@@ -401,7 +409,7 @@ def compare_forms(b=8, L=256, D=32, N=16):
                               ("chunks, one after another", chunked_scan, torch.float32),
                               ("chunks, all at once, for a GPU", parallel_scan, torch.float32),
                               ("single decode steps", decode, torch.float32)]:
-        for _ in range(2):                                   # the second call is warmed up
+        for _ in range(2):                                   # the first is a warm-up
             inputs = [v.to(dtype).requires_grad_() for v in (x, dt, A, B, C)]
             times = [time.perf_counter()]
             y, h = scan(*inputs)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import fused_scan
-from mamba import chunked_scan
+import mamba
 from conftest import relative
 from fused_scan import parallel_scan, two_chunks
-from mamba import decode, selective_scan, selective_scan_ref
+from mamba import chunked_scan, decode, selective_scan, selective_scan_ref
 
 CHUNK = 8  # steps in a chunk of either scan, under the fixture small_chunks
 NAMES = ["y", "last state", "x", "dt", "A", "B", "C", "h"]
@@ -304,3 +304,10 @@ def test_refuses_a_second_derivative(scan):
     y, _ = scan(x.requires_grad_(), *others)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_a_layer_has_a_second_derivative_with_the_recurrence(monkeypatch):
+    monkeypatch.setattr(mamba, "selective_scan", mamba.selective_scan_ref)
+    layer = mamba.Mamba(2, d_state=2).double()
+    x = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], x)
