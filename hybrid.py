@@ -86,7 +86,7 @@ RUNGS = {  # of linear attention: each has one idea more than the one before
     "gated-deltanet": {"delta": True},
     "linear-rotation": {"delta": True, "rotation": True},
 }
-RUNGS |= {f"{word}-noconv": {**options, "conv": None} for word, options in RUNGS.items()}
+RUNGS |= {f"{word}-noconv": {**options, "d_conv": None} for word, options in RUNGS.items()}
 ROTARY = {  # rotary attention with slower or faster angles, or half of the channels
     "rope-fast": {"base": 100.0},
     "rope-slow": {"base": 1e6},

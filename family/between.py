@@ -1,9 +1,9 @@
 """Between Mamba and Mamba-2: where a token's B and C come from.
 
 B says how a token is written to the state and C how the state is read: the key and the query of
-attention. In Mamba they are linear maps of x, the channels that are written, after the convolution:
-key and value share those channels. In Mamba-2 they are channels of their own, beside x, of the same
-convolution. The two layers here move B and C:
+attention. In Mamba they are shared: linear maps of x, the channels that are written, after the
+convolution, so that key and value come from the same channels. In Mamba-2 they are channels of
+their own, beside x, in the same convolution. The two layers here move B and C:
 
     mamba-own        Mamba, with B and C as in Mamba-2
     mamba2-shared    Mamba-2, with B and C as in Mamba
@@ -27,6 +27,7 @@ class MambaOwn(Mamba):
     def __init__(self, d_model, d_state=16, d_conv=4, expand=2, dt_rank=None):
         super().__init__(d_model, d_state, d_conv, expand, dt_rank)
         self.channels = self.d_inner + 2 * d_state                       # x, B and C
+        # These replace the maps of Mamba, which have other sizes.
         self.in_proj = nn.Linear(d_model, self.channels + self.d_inner, bias=False)
         self.conv1d = CausalConv1d(self.channels, d_conv)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank, bias=False)
@@ -49,6 +50,7 @@ class Mamba2Shared(Mamba2):
 
     def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64):
         super().__init__(d_model, d_state, d_conv, expand, headdim)
+        # These replace the maps of Mamba-2, which have other sizes.
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner + self.nheads, bias=False)
         self.conv1d = CausalConv1d(self.d_inner, d_conv)
         self.x_proj = nn.Linear(self.d_inner, 2 * d_state, bias=False)

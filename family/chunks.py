@@ -13,10 +13,10 @@ def set_nan_aside(*inputs):
     """Returns the inputs (b, L, ...) with 0 where they are not finite, and nan (b, L): 0 where all
     inputs of a token are finite, otherwise NaN or infinite.
 
-    In a chunk, matmuls give later tokens the weight 0. But 0 times NaN is NaN, and would reach the
-    outputs before it. So a chunked form computes with finite numbers alone, and in the end adds
-    nan.cumsum(1) to its outputs and nan.sum(1) to its last state. What reads the state, C or q,
-    enters the token's own output alone and need not be set aside.
+    A chunk's matmul leaves later tokens out of y_t by multiplying them by 0. But 0 times NaN is
+    NaN, which would spoil outputs before it. So a chunked form computes with finite numbers only,
+    and at the end adds nan.cumsum(1) to its outputs and nan.sum(1) to its last state. C and q enter
+    their own token's output only, so they can stay.
     """
     finite, nan = [], 0.0
     for v in inputs:
@@ -29,7 +29,7 @@ def set_nan_aside(*inputs):
 
 
 def at_least_float32(v):
-    """v, in float32 if it is of a half type."""
+    """v in float32 if it is float16 or bfloat16, otherwise unchanged."""
     return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
@@ -38,19 +38,20 @@ def widest(device):
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def exp(difference, dtype):
-    """exp of a difference of running sums, at most 0 where it is used: nothing overflows.
+def clamped_exp(difference, dtype):
+    """exp(difference) for differences of running sums, clamped to -80 ... 0.
 
-    Positive differences belong to later steps, whose weights tril discards. The sums are float64:
-    after one strong decay, a float32 sum would lose the digits of the weak ones that follow. Below
-    -80, where the result is effectively 0, a CPU's exp is slow.
+    Nothing overflows: positive differences belong to later steps, whose weights tril discards. The
+    sums are float64: after one strong decay, a float32 sum would lose the digits of the weak ones
+    that follow. exp below -87 gives denormal floats, which CPUs compute 10 to 50 times slower; at
+    -80 it is effectively 0.
     """
     return difference.to(dtype).clamp(-80, 0).exp()
 
 
 class AcrossChunks(torch.autograd.Function):
-    """The recurrence from chunk to chunk, h <- decay_k h + end_k, where end_k is the last state of
-    chunk k from zero -> the state before each chunk, in the shape of ends, and the last state.
+    """The recurrence from chunk to chunk, h <- decay_i h + end_i, where end_i is the last state of
+    chunk i from zero -> the state before each chunk, in the shape of ends, and the last state.
 
     decay (b, c, ..., 1, 1); ends (b, c, ..., P, N); h (b, ..., P, N). Autograd can do this too, but
     keeps every state twice and sums the gradient of each decay in a kernel of its own: on an H100,
@@ -60,9 +61,9 @@ class AcrossChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, decay, ends, h):
         starts = []
-        for decay_k, end_k in zip(decay.unbind(1), ends.unbind(1)):
+        for decay_i, end_i in zip(decay.unbind(1), ends.unbind(1)):
             starts.append(h)
-            h = decay_k * h + end_k
+            h = decay_i * h + end_i
         starts = torch.stack(starts, dim=1)
         ctx.save_for_backward(decay, starts)
         return starts, h
@@ -70,12 +71,12 @@ class AcrossChunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_starts, dh):
         decay, starts = ctx.saved_tensors
-        # dh is the gradient of the state after a chunk, which is that of end_k, too. The state
-        # before it also has a gradient of its own, d_start, and decay_k multiplies all of it.
+        # dh is the gradient of the state after a chunk, which is that of end_i, too. The state
+        # before it also has a gradient of its own, d_start, and decay_i multiplies all of it.
         d_ends = []
-        for decay_k, d_start in zip(decay.unbind(1)[::-1], d_starts.unbind(1)[::-1]):
+        for decay_i, d_start in zip(decay.unbind(1)[::-1], d_starts.unbind(1)[::-1]):
             d_ends.append(dh)
-            dh = d_start + decay_k * dh
+            dh = d_start + decay_i * dh
         d_ends = torch.stack(d_ends[::-1], dim=1)
         return (d_ends * starts).sum((-2, -1), keepdim=True), d_ends, dh
 

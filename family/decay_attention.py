@@ -1,16 +1,18 @@
 """Attention whose scores decay, by a fixed amount per token or by one that each token sets.
 
-ALiBi (Press et al. 2022, arXiv 2108.12409) subtracts from a score the distance of query and key
-times a slope m of the head. The forgetting transformer (FoX, Lin et al. 2025, arXiv 2503.02130) has
-a gate per token and head, f_t in 0 ... 1; each later token r adds log f_r <= 0 to a key's score:
+ALiBi (Press et al. 2022, arXiv 2108.12409) subtracts from each score the distance between query and
+key times a slope m, one per head. The forgetting transformer (FoX, Lin et al. 2025, arXiv
+2503.02130) has a gate per token and head, f_t in 0 ... 1; each later token r adds log f_r <= 0 to a
+key's score:
 
     score_ts = q_t . k_s / sqrt(P) + log f_{s+1} + ... + log f_t
     y_t = sum over s <= t of softmax_s(score_ts) v_s
 
     alibi         log f_t = -m                          m = 2^(-8 h / H) for the heads h = 1 ... H
-    forgetting    log f_t = log sigmoid(w x_t + b)      the attention that corresponds to Mamba's dt
+    forgetting    log f_t = log sigmoid(W x_t + b)      each token sets how much the past decays, as
+                                                        dt does in Mamba
 
-Both know order through the decay and use no other information on positions.
+Neither has a position encoding: order comes from the decay and from the causal mask.
 
     symbol   meaning
     B, L     sequences in the batch, tokens in this call
@@ -18,7 +20,7 @@ Both know order through the decay and use no other information on positions.
     H, P     heads, and channels per head; d = H P
     Q        queries: all L tokens, or the last one alone
 
-`python -m family.decay_attention` shows that one call, single steps and the formula agree.
+`python -m family.decay_attention` shows that one call, single steps and the definition agree.
 """
 
 import math
@@ -32,6 +34,23 @@ from attention import extend, visible
 from family.chunks import show_steps
 
 
+def decay_attention_ref(layer, x):
+    """The definition, one score at a time. x (B, L, d) -> y (B, L, d)."""
+    q, k, v = layer.qkv(x).unflatten(-1, (3, layer.n_heads, -1)).unbind(2)
+    log_f = layer.log_f(x)
+    y = torch.zeros_like(v)                                              # (B, L, H, P)
+    for h in range(layer.n_heads):
+        for t in range(x.shape[1]):
+            scores = []
+            for s in range(t + 1):
+                product = (q[:, t, h] * k[:, s, h]).sum(-1)              # (B,)
+                decay = log_f[:, h, s + 1:t + 1].sum(-1)                 # (B,)
+                scores.append(product / math.sqrt(q.shape[-1]) + decay)
+            w = torch.softmax(torch.stack(scores, dim=-1), dim=-1)       # (B, t + 1)
+            y[:, t, h] = (w[..., None] * v[:, :t + 1, h]).sum(1)
+    return layer.out_proj(y.flatten(2))
+
+
 class DecayCache(NamedTuple):
     """Keys and values of all tokens so far, and how much each has decayed since."""
     k: torch.Tensor        # (B, H, S, P)
@@ -40,7 +59,7 @@ class DecayCache(NamedTuple):
 
 
 class DecayAttention(nn.Module):
-    """Multi-head causal attention with decaying scores, without a residual connection or a norm.
+    """Multi-head causal attention with decaying scores, without a residual connection or norm.
 
     decay: "alibi" or "forgetting". Left out of FoX: its "Pro" block (output gate and norm, norm of
     q and k, a mix of neighbouring keys and values). Differs: q, k and v have biases, as in
@@ -82,8 +101,9 @@ class DecayAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)     # (B, L, H, P) each
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)        # (B, H, L, P) each
 
-        # sums: log f summed from the start of the segment to a token. At query t, the score of key
-        # s gets sums_t + offset_s; for a key of an earlier segment, offset is its decay so far.
+        # sums: log f summed from the start of the segment. log f_{s+1} + ... + log f_t is sums_t -
+        # sums_s, so query t adds sums_t and key s adds offset_s = -sums_s. For a key of an earlier
+        # segment, offset is its decay up to this segment.
         sums = self.log_f(x).cumsum(-1)                                  # (B, H, L)
         offset = -sums                                                   # (B, H, L)
         k, v = extend(state, k, v)                                       # (B, H, S+L, P) each
@@ -93,41 +113,25 @@ class DecayAttention(nn.Module):
         if last_only:
             q, sums = q[:, :, -1:], sums[:, :, -1:]
 
-        Q, keys = q.shape[2], k.shape[2]
+        Q, length = q.shape[2], k.shape[2]
         bias = sums[..., :, None] + offset[..., None, :]                 # (B, H, Q, S+L)
         score = q @ k.mT / math.sqrt(q.shape[-1]) + bias                 # (B, H, Q, S+L)
-        seen = visible(Q, keys, x.device)                                # (Q, S+L)
+        seen = visible(Q, length, x.device)                              # (Q, S+L)
         w = score.masked_fill(~seen, -math.inf).softmax(-1).to(v.dtype)
         y = w @ v                                                        # (B, H, Q, P)
         return self.out_proj(y.transpose(1, 2).flatten(2)), cache
 
 
-def formula(layer, x):
-    """The definition, one score at a time. x (B, L, d) -> y (B, L, d)."""
-    q, k, v = layer.qkv(x).unflatten(-1, (3, layer.n_heads, -1)).unbind(2)
-    log_f = layer.log_f(x)
-    y = torch.zeros_like(v)                                              # (B, L, H, P)
-    for h in range(layer.n_heads):
-        for t in range(x.shape[1]):
-            scores = []
-            for s in range(t + 1):
-                product = (q[:, t, h] * k[:, s, h]).sum(-1)              # (B,)
-                decay = log_f[:, h, s + 1:t + 1].sum(-1)                 # (B,)
-                scores.append(product / math.sqrt(q.shape[-1]) + decay)
-            w = torch.softmax(torch.stack(scores, dim=-1), dim=-1)       # (B, t + 1)
-            y[:, t, h] = (w[..., None] * v[:, :t + 1, h]).sum(1)
-    return layer.out_proj(y.flatten(2))
-
-
 @torch.no_grad()
 def main():
-    """Show that one call, single steps and the formula agree."""
+    """Show that one call, single steps and the definition agree."""
     torch.manual_seed(0)
     for decay in ("alibi", "forgetting"):
         layer, x = DecayAttention(16, 2, decay), torch.randn(2, 24, 16)
-        exact = formula(layer, x)
+        exact = decay_attention_ref(layer, x)
         y, _ = layer(x)
-        print(f"{decay}: one call and formula  difference {(y - exact).norm() / exact.norm():.0e}")
+        difference = (y - exact).norm() / exact.norm()
+        print(f"{decay}: one call and definition  difference {difference:.0e}")
         show_steps(layer, x)
 
 

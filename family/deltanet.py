@@ -1,9 +1,10 @@
 """DeltaNet and Gated DeltaNet: a state that is corrected, not only added to.
 
 Linear attention keeps a matrix S that maps keys to values, and adds v_t k_t^T to it for each token.
-What is written twice under one key is then read as a sum. The delta rule first looks up what S has
-under k_t, and moves that by a share beta_t towards v_t (Yang et al. 2024, arXiv 2406.06484); the
-gate a_t lets all of S decay (Gated DeltaNet, Yang et al. 2024, arXiv 2412.06464, equation 10):
+If two values are written under one key, a read returns their sum. The delta rule first looks up the
+value that S has under k_t, and moves it a fraction beta_t of the way to v_t (Yang et al. 2024,
+arXiv 2406.06484). The gate a_t lets all of S decay (Gated DeltaNet, Yang et al. 2024, arXiv
+2412.06464, equation 10):
 
     S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T          y_t = S_t q_t
 
@@ -13,13 +14,15 @@ gate a_t lets all of S decay (Gated DeltaNet, Yang et al. 2024, arXiv 2412.06464
     beta     how much of the old value is replaced (b, L, H), in 0 ... 1
     log_a    the logarithm of the decay a (b, L, H), at most 0; DeltaNet has 0
     S        state (b, H, P, N)
+    u        correction (b, L, H, P): what a step adds under its key
+    y        outputs (b, L, H, P)
     b, L     sequences in the batch, steps
     H        heads
     N, P     size of a key, size of a value
     c, T     chunks, and steps per chunk
 
-With beta_t = 1 and |k_t| = 1, S_t k_t = v_t exactly, whatever the decay: the rule overwrites, as
-associative recall needs it.
+With beta_t = 1 and |k_t| = 1, S_t k_t = v_t exactly, whatever the decay: the rule overwrites,
+which is what associative recall needs.
 
 `python -m family.deltanet` shows that recurrence, chunks and single steps agree, and their times.
 """
@@ -31,8 +34,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from family.chunks import (at_least_float32, exp, set_nan_aside, show_agreement, show_steps,
-                           widest)
+from family.chunks import (at_least_float32, clamped_exp, set_nan_aside, show_agreement,
+                           show_steps, widest)
 from family.triangular import UnitTriangularSolve
 from fused_scan import split
 from mamba import CausalConv1d
@@ -58,7 +61,7 @@ def delta_rule_ref(q, k, v, beta, log_a, S=None):
 
 class DeltaState(NamedTuple):
     """All that a GatedDeltaNet layer keeps of the tokens so far, however many there were."""
-    conv: torch.Tensor   # (b, H (2 N + P), conv - 1), the last inputs of the convolution
+    conv: torch.Tensor   # (b, H (2 N + P), d_conv - 1), the last inputs of the convolution
     S: torch.Tensor      # (b, H, P, N)
 
 
@@ -71,7 +74,7 @@ class GatedDeltaNet(nn.Module):
 
     n_heads: H; d_state: N; the H heads divide expand * d_model channels of values among them.
     gated: False for DeltaNet, without the decay a and without the gate after the norm.
-    conv: taps of the convolution, None for no convolution.
+    d_conv: taps of the convolution, None for no convolution.
 
     Names and initial values follow the published code, except: q, k and v share one map and one
     convolution, which has a bias; A starts in 1 ... 16, there in 0 ... 16.
@@ -79,18 +82,18 @@ class GatedDeltaNet(nn.Module):
 
     takes_bias = True
 
-    def __init__(self, d_model, n_heads=1, d_state=16, expand=2, gated=True, conv=4):
+    def __init__(self, d_model, n_heads=1, d_state=16, expand=2, gated=True, d_conv=4):
         super().__init__()
         channels = expand * d_model
         if n_heads < 1 or channels % n_heads:
             raise ValueError(f"--n-heads is {n_heads}, but it must divide {channels} channels")
         self.n_heads, self.d_state, self.headdim = n_heads, d_state, channels // n_heads
-        self.gated, self.taps = gated, conv or 1
+        self.gated, self.taps = gated, d_conv or 1
         self.sizes = [n_heads * d_state, n_heads * d_state, channels]    # of q, k and v
         self.qkv = nn.Linear(d_model, sum(self.sizes), bias=False)
         self.b_proj = nn.Linear(d_model, n_heads, bias=False)
         if self.taps > 1:
-            self.conv1d = CausalConv1d(sum(self.sizes), conv)
+            self.conv1d = CausalConv1d(sum(self.sizes), d_conv)
         if gated:
             self.a_proj = nn.Linear(d_model, n_heads, bias=False)
             self.g_proj = nn.Linear(d_model, channels, bias=False)
@@ -144,7 +147,7 @@ class GatedDeltaNet(nn.Module):
 
 
 def unit(v, eps=1e-6):
-    """v / |v| over the last dimension. Squares and sums are at least float32."""
+    """v / |v| over the last dimension; eps keeps a zero vector zero. Sums are at least float32."""
     wide = at_least_float32(v)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(v.dtype)
 
@@ -157,14 +160,14 @@ def unit(v, eps=1e-6):
 #
 #     S_t = exp(g_t) S_0 + sum over s <= t of exp(g_t - g_s) u_s k_s^T
 #
-# and with it put into u_t, the corrections of a chunk solve a triangular system of T equations:
+# Put into u_t for S_{t-1}, this makes the corrections of a chunk solve a triangular system:
 #
 #     u_t + sum over s < t of beta_t exp(g_t - g_s) (k_t . k_s) u_s
 #         = beta_t v_t - beta_t exp(g_t) S_0 k_t
 #
-# The right-hand side has a part that is known, beta v, and one that waits for S_0. Solve for both
-# in all chunks at once; then only S_0 goes from chunk to chunk. Every argument of exp, g_t and
-# g_t - g_s, is at most 0: nothing overflows.
+# The right-hand side has a known part, beta v, and a part that needs S_0, "waiting" in the code.
+# Solve for both in all chunks at once; then only S_0 goes from chunk to chunk. Every argument of
+# exp, g_t and g_t - g_s, is at most 0: nothing overflows.
 
 def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     """delta_rule_ref in chunks of at most T steps: same arguments, same results and gradients.
@@ -173,7 +176,8 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     matmuls are bfloat16 if v is, otherwise at least float32. T: None for 64 on CUDA, 16 elsewhere.
     There is no second derivative; delta_rule_ref has one.
     """
-    dtype, y_dtype, L = torch.promote_types(v.dtype, torch.float32), v.dtype, v.shape[1]
+    y_dtype, L = v.dtype, v.shape[1]
+    dtype = torch.promote_types(y_dtype, torch.float32)
     matmul_dtype = y_dtype if y_dtype == torch.bfloat16 else dtype
     if T is None:
         T = 64 if v.is_cuda else 16
@@ -193,9 +197,10 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
 
     # 1. The decays in a chunk.
     g = log_a.to(widest(v.device)).cumsum(-1)                            # (c, b, H, T)
-    decay = exp(g[..., :, None] - g[..., None, :], dtype).tril()         # (c, b, H, T, T)
-    from_start = exp(g, dtype)[..., None]                                # (c, b, H, T, 1)
-    k_to_end = (exp(g[..., -1:] - g, dtype)[..., None] * k).to(matmul_dtype)     # (c, b, H, T, N)
+    decay = clamped_exp(g[..., :, None] - g[..., None, :], dtype).tril()  # (c, b, H, T, T)
+    from_start = clamped_exp(g, dtype)[..., None]                        # (c, b, H, T, 1)
+    to_end = clamped_exp(g[..., -1:] - g, dtype)[..., None]              # (c, b, H, T, 1)
+    k_to_end = (to_end * k).to(matmul_dtype)                             # (c, b, H, T, N)
 
     # 2. The triangular system: corrections u = known - waiting @ S_0^T, where known solves for
     # beta v and waiting for beta exp(g) k.
@@ -222,39 +227,40 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
 class DeltaAcrossChunks(torch.autograd.Function):
     """Step 3 of delta_rule: in each chunk
 
-        u = known - waiting S^T          S <- decay S + u^T k
+        u = known - waiting S^T          S <- decay S + u^T keys
 
     Its gradient is a recurrence too, in which only dS goes from chunk to chunk. known (c, b, H, T,
-    P); waiting (c, b, H, T, N); decay of a whole chunk (c, b, H, 1, 1); k, decayed to the chunk's
-    end (c, b, H, T, N); S (b, H, P, N), None for zero -> starts (c, b, H, P, N), corrections u
-    (c, b, H, T, P), the last state (b, H, P, N). S has the dtype of decay, starts that of k.
+    P); waiting (c, b, H, T, N); decay of a whole chunk (c, b, H, 1, 1); keys, k_to_end (c, b, H, T,
+    N); S (b, H, P, N), None for zero -> starts (c, b, H, P, N), corrections u (c, b, H, T, P), the
+    last state (b, H, P, N). S has the dtype of decay, starts that of keys.
     """
 
     @staticmethod
-    def forward(ctx, known, waiting, decay, k, S):
+    def forward(ctx, known, waiting, decay, keys, S):
         starts, corrections = [], []
-        for known_i, waiting_i, decay_i, k_i in zip(known, waiting, decay, k):
+        P, N = known.shape[-1], keys.shape[-1]
+        for known_i, waiting_i, decay_i, keys_i in zip(known, waiting, decay, keys):
             if S is None:                            # zero before the first chunk: nothing waits
-                starts.append(k_i.new_zeros(*k_i.shape[:2], known.shape[-1], k_i.shape[-1]))
+                starts.append(keys_i.new_zeros(*keys_i.shape[:2], P, N))
                 corrections.append(known_i)
-                S = (known_i.mT @ k_i).to(decay.dtype)                   # (b, H, P, N)
+                S = (known_i.mT @ keys_i).to(decay.dtype)                # (b, H, P, N)
                 continue
-            starts.append(S.to(k.dtype))
+            starts.append(S.to(keys.dtype))
             corrections.append(known_i - waiting_i @ starts[-1].mT)      # (b, H, T, P)
-            S = decay_i * S + corrections[-1].mT @ k_i                   # (b, H, P, N)
+            S = decay_i * S + corrections[-1].mT @ keys_i                # (b, H, P, N)
         starts, corrections = torch.stack(starts), torch.stack(corrections)
-        ctx.save_for_backward(waiting, decay, k, starts, corrections)
+        ctx.save_for_backward(waiting, decay, keys, starts, corrections)
         return starts, corrections, S
 
     @staticmethod
     def backward(ctx, d_starts, d_corrections, dS):
         if torch.is_grad_enabled():                                      # create_graph
             raise RuntimeError("delta_rule has no second derivative; delta_rule_ref has one")
-        waiting, decay, k, starts, corrections = ctx.saved_tensors
+        waiting, decay, keys, starts, corrections = ctx.saved_tensors
         d_ends, du = [], []
-        for i in reversed(range(len(k))):
-            d_ends.append(dS.to(k.dtype))            # the gradient of the state after chunk i
-            du.append(d_corrections[i] + k[i] @ d_ends[-1].mT)
+        for i in reversed(range(len(keys))):
+            d_ends.append(dS.to(keys.dtype))         # the gradient of the state after chunk i
+            du.append(d_corrections[i] + keys[i] @ d_ends[-1].mT)
             dS = d_starts[i] + decay[i] * dS - du[-1].mT @ waiting[i]
         d_ends, du = torch.stack(d_ends[::-1]), torch.stack(du[::-1])
         d_decay = (d_ends * starts).sum((-2, -1), keepdim=True, dtype=decay.dtype)
@@ -266,7 +272,7 @@ class DeltaAcrossChunks(torch.autograd.Function):
 def main():
     """Show that recurrence, chunks and single steps of the layer agree, and their times."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)     # for operations this small; two may be far slower
+    torch.set_num_threads(1)     # for operations this small, two threads can be far slower
     b, L, H, N, P = 4, 256, 4, 16, 16
     q, k = unit(torch.randn(2, b, L, H, N))
     v, beta, log_a = torch.randn(b, L, H, P), torch.rand(b, L, H), -torch.rand(b, L, H)

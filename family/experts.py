@@ -6,7 +6,7 @@ Mamba and attention, adds to Mamba.
 
     symbol   meaning
     b, L     sequences in the batch, tokens in this call
-    d, F     width of the tokens, hidden width of an MLP
+    d, f     width of the tokens, hidden width of an MLP
     E, k     experts, and how many of them each token uses
     n        b L, all tokens
 
@@ -25,7 +25,7 @@ from mamba import Mamba
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 6): W2 (SiLU(W1 x) * W3 x), no biases.
 
-    hidden: F, None for 8/3 d, so that it has the 8 d^2 parameters of an MLP of 4 d with two maps.
+    hidden: f, None for 8/3 d, so that it has the 8 d^2 parameters of an MLP of 4 d with two maps.
     """
 
     def __init__(self, d_model, hidden=None):
@@ -36,8 +36,20 @@ class MLP(nn.Module):
 
     def forward(self, x, state=None):
         """x (b, L, d) -> y (b, L, d), and None: there is nothing to remember."""
-        gate, up = self.up(x).chunk(2, dim=-1)                           # (b, L, F) each
+        gate, up = self.up(x).chunk(2, dim=-1)                           # (b, L, f) each
         return self.down(F.silu(gate) * up), None
+
+
+def mixture_ref(layer, x):
+    """The definition, one token and one expert at a time: x (b, L, d) -> y (b, L, d)."""
+    y = torch.zeros_like(x)
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            w = layer.router(x[b, t]).softmax(0)                         # (E,)
+            for e in w.topk(layer.top_k).indices:
+                gate, up = (x[b, t] @ layer.up[e]).chunk(2)
+                y[b, t] += w[e] * ((F.silu(gate) * up) @ layer.down[e])
+    return y
 
 
 class MixtureOfExperts(nn.Module):
@@ -50,11 +62,10 @@ class MixtureOfExperts(nn.Module):
     sum to 1; Mixtral does that. Left out: the loss that keeps a few experts from winning
     everything.
 
-    How many tokens an expert gets is known only when it runs, but a CUDA graph needs fixed shapes.
-    So `forward` sorts the n k pairs of a token and an expert by expert, and fills up the rows of
-    each expert to whole blocks. There are at most n k / block + E blocks, each of one expert, and a
-    batched matmul computes them all. With blocks of two rows, tokens that want experts 1, 0 and 1
-    go to the rows 2, 0 and 3.
+    How many tokens an expert gets is known only at run time, but a CUDA graph needs fixed shapes.
+    So `forward` sorts the n k (token, expert) pairs by expert, and pads each expert's rows to whole
+    blocks. There are at most n k / block + E blocks, each for one expert, and one batched matmul
+    computes them all. With blocks of two rows, tokens with experts 1, 0, 1 go to rows 2, 0, 3.
     """
 
     def __init__(self, d_model, experts=4, top_k=2):
@@ -66,7 +77,7 @@ class MixtureOfExperts(nn.Module):
         mlps = [MLP(d_model) for _ in range(experts)]                    # for their initial values
         self.up = nn.Parameter(torch.stack([mlp.up.weight.detach().T for mlp in mlps]))
         self.down = nn.Parameter(torch.stack([mlp.down.weight.detach().T for mlp in mlps]))
-        # up (E, d, 2F), down (E, F, d)
+        # up (E, d, 2 f), down (E, f, d)
 
     def route(self, tokens):
         """tokens (n, d) -> the k chosen experts' weights, and which they are, (n, k) each."""
@@ -77,19 +88,21 @@ class MixtureOfExperts(nn.Module):
         tokens = x.flatten(0, 1)                                         # (n, d)
         weights, chosen = self.route(tokens)                             # (n, k) each
 
-        # Sort the pairs by expert. pair = token k + choice.
+        # Sort the (token, expert) pairs by expert. pair = token * top_k + choice.
         expert, pair = chosen.flatten().sort(stable=True)                # (n k,) each
         experts = torch.arange(self.experts, device=x.device)
         counts = (expert[:, None] == experts).sum(0)                     # (E,) pairs per expert
 
-        # Give each expert whole blocks of rows. Few blocks: each copies its expert's weights.
+        # Give each expert whole blocks of rows: about 8, because each block copies its expert's
+        # weights, and of at least 16 rows.
         block = max(16, len(expert) // (8 * self.experts))
         rows = (counts + block - 1) // block * block                     # (E,) rows per expert
-        end = rows.cumsum(0)
-        within = torch.arange(len(expert), device=x.device) - (counts.cumsum(0) - counts)[expert]
+        end = rows.cumsum(0)                                             # (E,) end of its rows
+        first_pair = counts.cumsum(0) - counts                           # (E,)
+        within = torch.arange(len(expert), device=x.device) - first_pair[expert]
         row = (end - rows)[expert] + within                              # (n k,)
 
-        # The expert of each block; blocks after the last row belong to any.
+        # The expert of each block. Blocks after the last row are zeros; the last expert gets them.
         blocks = len(expert) // block + self.experts
         first_row = torch.arange(blocks, device=x.device) * block
         owner = (first_row[:, None] >= end).sum(1).clamp(max=self.experts - 1)
@@ -98,7 +111,7 @@ class MixtureOfExperts(nn.Module):
         up, down = self.up.index_select(0, owner), self.down.index_select(0, owner)
         inputs = x.new_zeros(blocks * block, x.shape[-1])
         inputs = inputs.index_copy(0, row, tokens[pair // self.top_k]).view(blocks, block, -1)
-        gate, up = (inputs @ up).chunk(2, dim=-1)                        # (blocks, block, F) each
+        gate, up = (inputs @ up).chunk(2, dim=-1)                        # (blocks, block, f) each
         y = ((F.silu(gate) * up) @ down).flatten(0, 1)[row]              # (n k, d), by expert
         y = torch.empty_like(y).index_copy(0, pair, y)                   # (n k, d), by token
         y = weights[..., None] * y.view(*chosen.shape, x.shape[-1])     # (n, k, d)
@@ -120,27 +133,15 @@ class NormedMamba(Mamba):
         return norm_dt(low_rank_dt), norm_B(B), norm_C(C)
 
 
-def one_by_one(layer, x):
-    """The definition, one token and one expert at a time: x (b, L, d) -> y (b, L, d)."""
-    y = torch.zeros_like(x)
-    for b in range(x.shape[0]):
-        for t in range(x.shape[1]):
-            w = layer.router(x[b, t]).softmax(0)                         # (E,)
-            for e in w.topk(layer.top_k).indices:
-                gate, up = (x[b, t] @ layer.up[e]).chunk(2)
-                y[b, t] += w[e] * ((F.silu(gate) * up) @ layer.down[e])
-    return y
-
-
 @torch.no_grad()
 def main():
     """Show that the two forms agree, and their times."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)     # for operations this small; two may be far slower
+    torch.set_num_threads(1)     # for operations this small, two threads can be far slower
     layer, x = MixtureOfExperts(64), torch.randn(8, 64, 64)
     layer(x)                                                             # warms up
     times = [time.perf_counter()]
-    exact = one_by_one(layer, x)
+    exact = mixture_ref(layer, x)
     times.append(time.perf_counter())
     y, _ = layer(x)
     times.append(time.perf_counter())

@@ -1,10 +1,10 @@
 """From a filter and the simplest recurrent network to gated linear recurrences, one idea at a time.
 
     ShortConv    y_t = w_0 x_t + w_1 x_{t-1} + ...      a memory of the last few tokens only
-    RNN          h_t = tanh(A h_{t-1} + B x_t)          a state; a loop that nothing can shorten
+    RNN          h_t = tanh(A h_{t-1} + B x_t)          a state; step t waits for step t - 1
     LTI          h_t = A h_{t-1} + B x_t, A diagonal    linear: it is also one long convolution
-    Retention    S_t = gamma S_{t-1} + v_t k_t^T        the state is a matrix, to look things up in
-    RGLRU        h_t = a_t h_{t-1} + ..., a_t of x_t    the decay depends on the token: gates
+    Retention    S_t = gamma S_{t-1} + v_t k_t^T        the state is a matrix: a key finds its value
+    RGLRU        h_t = a(x_t) h_{t-1} + ...             the decay depends on the token: gates
 
 Then mamba.py: the decay, what is written and what is read all depend on the token. Each layer maps
 x (b, L, d) and a state, None at the start, to y (b, L, d) and the next state.
@@ -12,10 +12,14 @@ x (b, L, d) and a state, None at the start, to y (b, L, d) and the next state.
     symbol   meaning
     b, L     sequences in the batch, tokens in this call
     d        channels, the width of x and y
-    n, N     size of the RNN's state, size of the state per channel
+    h, S     state: RNN (b, n), LTI (b, d, N), Retention (b, H, P, P), RGLRU (b, d, 1)
+    n        size of the RNN's state
+    N        size of the LTI's state per channel
     H, P     heads, and channels per head
+    q, k, v  what is looked up, under what, and what is stored (b, L, H, P)
 
-`python -m family.ladder` shows that a whole sequence and single steps agree, and the times of both.
+`python -m family.ladder` shows that a whole sequence and single steps agree, and for Retention and
+RGLRU, which use the scans of other files, that both agree with the recurrence as written here.
 """
 
 import math
@@ -35,8 +39,8 @@ class ShortConv(nn.Module):
         y_t = bias + w_0 x_t + w_1 x_{t-1} + ... + w_{d_conv - 1} x_{t - d_conv + 1}
 
     Mamba and most of its successors have one inside. Alone, in front of attention, it shows what
-    the state adds: it reaches d_conv - 1 tokens back, so a value that comes later than that after
-    its query is out of reach. As a layer of its own: "Canon" (Allen-Zhu 2025, arXiv 2512.17351).
+    the state adds: it sees d_conv - 1 earlier tokens, so it cannot join a query to a value that
+    comes later than that. As a layer of its own: "Canon" (Allen-Zhu 2025, arXiv 2512.17351).
     """
 
     def __init__(self, d_model, d_conv=4):
@@ -51,7 +55,9 @@ class ShortConv(nn.Module):
 
 
 class RNN(nn.Module):
-    """Elman's network (1990): h_t = tanh(A h_{t-1} + B x_t + bias), y_t = C h_t.
+    """A simple recurrent network (after Elman 1990):
+
+        h_t = tanh(A h_{t-1} + B x_t + bias)          y_t = C h_t
 
     n: size of the state, None for 4 d_model.
     """
@@ -84,12 +90,13 @@ class LTI(nn.Module):
     its own in which x does not change (zero-order hold, equation 6):
 
         h_t = Abar h_{t-1} + Bbar x_t          Abar = exp(dt A)          Bbar = (Abar - 1) B / A
+        y_t = out_proj(GELU(C h_t + D x_t))
 
-    Nothing depends on the token, so y is also the convolution of x with K_l = C Abar^l Bbar
+    Nothing depends on the token, so C h is also the convolution of x with K_l = C Abar^l Bbar
     (equation 7): `recur` and `convolve` are the same function.
 
-    Differs from S4D: A is real, not complex; no bilinear rule; no gate after the output's map; one
-    learning rate for all parameters, where S4D has a smaller one for A and dt.
+    Differs from S4D: A is real, not complex; no bilinear rule; no GLU after out_proj; the same
+    learning rate for all parameters (S4D has a smaller one for A and dt).
     """
 
     def __init__(self, d_model, d_state=16):
@@ -111,9 +118,10 @@ class LTI(nn.Module):
     def recur(self, x, h):
         """One step at a time: x (b, L, d), h (b, d, N) -> y (b, L, d), the last h."""
         dtA, Bbar = self.discretised()
+        Abar = torch.exp(dtA)                                            # (d, N)
         y = []
         for x_t in x.unbind(1):
-            h = torch.exp(dtA) * h + Bbar * x_t[..., None]               # (b, d, N)
+            h = Abar * h + Bbar * x_t[..., None]                         # (b, d, N)
             y.append((self.C * h).sum(-1))                               # (b, d)
         return torch.stack(y, dim=1), h
 
@@ -122,15 +130,16 @@ class LTI(nn.Module):
         (x,), nan = set_nan_aside(x)         # the transform spreads one NaN over all of a sequence
         dtA, Bbar = self.discretised()
         L, C = x.shape[1], self.C.to(dtA.dtype)
-        powers = dtA[..., None] * torch.arange(L + 1, device=x.device)
-        powers = torch.exp(powers)                                       # (d, N, L+1), Abar^l
+        l = torch.arange(L + 1, device=x.device)
+        powers = torch.exp(dtA[..., None] * l)                           # (d, N, L+1), Abar^l
         K = torch.einsum("dn,dn,dnl->dl", C, Bbar, powers[..., :L])      # (d, L)
         # 2 L points, or the end of the convolution would wrap around to its beginning.
-        y = torch.fft.irfft(torch.fft.rfft(x.mT, 2 * L) * torch.fft.rfft(K, 2 * L), 2 * L)[..., :L]
+        product = torch.fft.rfft(x.mT, 2 * L) * torch.fft.rfft(K, 2 * L)     # (b, d, L+1)
+        y = torch.fft.irfft(product, 2 * L)[..., :L]                     # (b, d, L)
         y = y + torch.einsum("dn,dnl,bdn->bdl", C, powers[..., 1:], h)   # the decayed first state
-        inputs = torch.einsum("dn,dnl,bld->bdn", Bbar, powers[..., :L].flip(-1), x)
-        y = y.mT + nan.cumsum(1)[..., None]                              # (b, L, d)
-        return y, powers[..., L] * h + inputs + nan.sum(1)[:, None, None]    # h (b, d, N)
+        written = torch.einsum("dn,dnl,bld->bdn", Bbar, powers[..., :L].flip(-1), x)
+        h = powers[..., L] * h + written                                 # (b, d, N)
+        return y.mT + nan.cumsum(1)[..., None], h + nan.sum(1)[:, None, None]
 
     def forward(self, x, state=None):
         """x (b, L, d), state h (b, d, N) -> y (b, L, d), the last h, at least float32."""
@@ -151,14 +160,15 @@ class Retention(nn.Module):
 
         S_t = gamma S_{t-1} + v_t k_t^T          y_t = S_t q_t
 
-    with a gamma per head, 1 - 2^-5, 1 - 2^-6, ... (equation 8). In parallel form y_t is the sum
-    over s <= t of (q_t . k_s) gamma^(t-s) v_s: attention whose softmax has become a decay. That is
-    mamba2.ssd with x = v, B = k, C = q and the same step for every token, and so is the chunked
-    form (equation 7). Then each head is normed by itself and gated.
+    with a gamma per head, 1 - 2^-5, 1 - 2^-6, ... (equation 8), and k_t = (W_k x_t + bias) /
+    sqrt(P). In parallel form y_t is the sum over s <= t of (q_t . k_s) gamma^(t-s) v_s: attention
+    whose softmax has become a decay. That is mamba2.ssd with x = v, B = k, C = q and the same step
+    for every token, and so is the chunked form (equation 7). Then each head is normed by itself and
+    gated.
 
-    Left out: xPos, the rotation of q and k; values twice as wide; the two normalisations of the
-    scores, which cancel in the norm of the head. Differs: q, k and v have biases; the norm's eps is
-    1e-5.
+    Left out: xPos (the rotation of q and k), values twice as wide, and two normalisations of the
+    scores, which the norm of each head cancels. Differs: q, k and v have biases; the norm is
+    RMSNorm, as in the released code (GroupNorm in the paper), with eps 1e-5.
     """
 
     def __init__(self, d_model, n_heads=4):
@@ -175,8 +185,7 @@ class Retention(nn.Module):
         if x.shape[1] == 0:
             return x, state
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)     # (b, L, H, P) each
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        heads = torch.arange(self.n_heads, device=x.device, dtype=dtype)
+        heads = at_least_float32(torch.arange(self.n_heads, device=x.device).to(x))
         log_gamma = torch.log1p(-2.0 ** (-5 - heads))                    # (H,)
         steps = torch.ones_like(v[..., 0])                               # (b, L, H)
         y, S = ssd(v, steps, log_gamma, k / k.shape[-1]**0.5, q, state)
@@ -184,22 +193,35 @@ class Retention(nn.Module):
         return self.out_proj(F.silu(self.gate(x)) * y), S
 
 
+def retention_ref(layer, x):
+    """The recurrence of a Retention layer, one step at a time: x (b, L, d) -> y (b, L, d)."""
+    q, k, v = layer.qkv(x).unflatten(-1, (3, layer.n_heads, -1)).unbind(2)
+    gamma = 1 - 2.0 ** (-5 - torch.arange(layer.n_heads))                # (H,)
+    S, y = 0.0, []
+    for q_t, k_t, v_t in zip(q.unbind(1), k.unbind(1), v.unbind(1)):     # (b, H, P) each
+        written = v_t[..., None] * k_t[..., None, :] / k_t.shape[-1]**0.5
+        S = gamma[:, None, None] * S + written                           # (b, H, P, P)
+        y.append((S @ q_t[..., None])[..., 0])                           # (b, H, P)
+    y = F.rms_norm(torch.stack(y, dim=1), q.shape[-1:], eps=1e-5).flatten(2)
+    return layer.out_proj(F.silu(layer.gate(x)) * y)
+
+
 class RGLRU(nn.Module):
     """Griffin's recurrent block (De et al. 2024, arXiv 2402.19427, sections 2.3 and 2.4):
 
-        r_t = sigmoid(W_a x_t + b_a)         how much of the state this token lets decay
-        i_t = sigmoid(W_x x_t + b_x)         how much of this token comes in
+        r_t = sigmoid(W_a x_t + b_a)         how strongly this token makes the state decay
+        i_t = sigmoid(W_x x_t + b_x)         how much of this token is written
         a_t = a^(8 r_t)                      a = sigmoid(a_logit)
         h_t = a_t h_{t-1} + sqrt(1 - a_t^2) i_t x_t
 
     in each channel by itself, after a short convolution, and then y = out_proj(GELU(z) * h). The
-    root keeps the size of h the same whatever a_t is. It is selective_scan with one state per
-    channel and dt = -log a_t.
+    root keeps the variance of h the same for any a_t, if inputs are independent. The recurrence is
+    selective_scan with one state per channel and dt = -log a_t.
 
     Differs from the paper: as wide as the residual stream, not 4/3 of it; the gates' maps are full,
-    not block-diagonal. Differs from the released code: there a starts in 0.9 to 0.999, here a^8
-    does (as the paper says), so that memory is eight times longer at the start; there GELU is the
-    tanh form, the gates' biases start at 0, and the first token comes in without the root.
+    not block-diagonal. Differs from the released code: here a^8 starts in 0.9 to 0.999 (as in the
+    paper), there a does, so that ours remembers eight times longer at first; there GELU is the tanh
+    form, the gates' biases start at 0, and the first token comes in without the root.
     """
 
     POWER = 8.0
@@ -221,26 +243,47 @@ class RGLRU(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)                          # (b, L, d) each
         x, window = self.conv1d(x, window)
         r, i = torch.sigmoid(self.gates(x)).chunk(2, dim=-1)             # (b, L, d) each
-        # selective_scan takes in dt B x, so divide by dt first. At dt = 0 that would be 0 / 0, and
-        # the root would have no derivative. In half precision 1e-12 would be 0.
-        r, i, u = at_least_float32(r), at_least_float32(i), at_least_float32(x)
+        # selective_scan writes dt B x, so divide by dt first. The clamp avoids 0 / 0, and the
+        # root's infinite slope at dt = 0; in float32, because float16 would round 1e-12 to 0.
+        r, i = at_least_float32(r), at_least_float32(i)
         dt = -self.POWER * r * F.logsigmoid(at_least_float32(self.a_logit))
         dt = dt.clamp(min=1e-12)                                         # (b, L, d), -log a_t
-        u = torch.sqrt(-torch.expm1(-2 * dt)) * i * u                    # the root of 1 - a_t^2
+        root = torch.sqrt(-torch.expm1(-2 * dt))                         # of 1 - a_t^2
+        u = root * i * at_least_float32(x)                               # (b, L, d)
         A = -u.new_ones(u.shape[2], 1)
         ones = torch.ones_like(u[..., :1])                               # (b, L, 1), B and C
         y, h = selective_scan(u / dt, dt, A, ones, ones, h)              # (b, L, d)
         return self.out_proj(F.gelu(z) * y.to(x.dtype)), (window, h)
 
 
+def rglru_ref(layer, x):
+    """The recurrence of an RGLRU layer, one step at a time: x (b, L, d) -> y (b, L, d)."""
+    x, z = layer.in_proj(x).chunk(2, dim=-1)
+    x, _ = layer.conv1d(x)
+    r, i = torch.sigmoid(layer.gates(x)).chunk(2, dim=-1)
+    a = torch.sigmoid(layer.a_logit) ** (layer.POWER * r)                # (b, L, d)
+    u = torch.sqrt(1 - a**2) * i * x                                     # (b, L, d)
+    h, hs = 0.0, []
+    for a_t, u_t in zip(a.unbind(1), u.unbind(1)):
+        h = a_t * h + u_t                                                # (b, d)
+        hs.append(h)
+    return layer.out_proj(F.gelu(z) * torch.stack(hs, dim=1))
+
+
 @torch.no_grad()
 def main():
-    """Show that a whole sequence and single steps agree, and their times."""
+    """Show that a whole sequence, single steps and the recurrence agree, and times."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)     # for operations this small; two may be far slower
+    torch.set_num_threads(1)     # for operations this small, two threads can be far slower
     x = torch.randn(4, 64, 32)
     for kind in (ShortConv, RNN, LTI, Retention, RGLRU):
         show_steps(kind(32), x)
+    for kind, recurrence in ((Retention, retention_ref), (RGLRU, rglru_ref)):
+        layer, wide = kind(32).double(), x.double()
+        exact = recurrence(layer, wide)
+        difference = (layer(wide)[0] - exact).norm() / exact.norm()
+        print(f"{kind.__name__:<16}recurrence in float64                              "
+              f"difference {difference:.0e}")
 
 
 if __name__ == "__main__":

@@ -3,19 +3,26 @@
 The layers of family/ differ in many things at once. These form a ladder: each rung changes one
 thing in the recurrence of the one before, and keeps its projections, its norm and its gate.
 
-    linear-fixed      S_t = gamma S_{t-1} + beta_t v_t k_t^T             a decay that never changes
-    linear-decay      S_t = a_t S_{t-1} + beta_t v_t k_t^T               a decay that the token sets
-    gated-deltanet    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T
-    linear-rotation   the same, and q_t and k_t turn by angles that the tokens so far set
+    linear-fixed      S_t = gamma S_{t-1} + beta_t v_t k_t^T       a fixed decay
+    linear-decay      S_t = a_t S_{t-1} + beta_t v_t k_t^T         a decay that the token sets
+    gated-deltanet    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T       it replaces
+    linear-rotation   the same, with q_t and k_t rotated by the sum of all angles up to t
 
-y_t = S_t q_t in all of them, with q_t of length 1 / sqrt(N); symbols and shapes are those of
-family/deltanet.py. The decay of the first is RetNet's (Sun et al. 2023, arXiv 2307.08621), that of
+    symbol   meaning
+    q, k     queries and keys (b, L, H, N): k of length 1, q of length 1 / sqrt(N)
+    v, y     values and outputs (b, L, H, P); y_t = S_t q_t in all rungs
+    beta     weight of a value, or how much of the old one it replaces (b, L, H), in 0 ... 1
+    a        decay (b, L, H); gamma is 1 - 2^-5 in the first head, 1 - 2^-6 in the second, ...
+    S        state (b, H, P, N)
+
+The decay of the first is RetNet's (Sun et al. 2023, arXiv 2307.08621), that of
 the second Mamba-2's (Dao and Gu 2024, arXiv 2405.21060), one number per head; in gated linear
 attention it is one per key channel (Yang et al. 2023, arXiv 2312.06635). The third is Gated
 DeltaNet (arXiv 2412.06464), the rotation Mamba-3's (arXiv 2603.15569, section 3.2). With the suffix
 -noconv, a rung has no short convolution.
 
-`python -m family.linear_attention` writes twice under one key and shows what three rules then read.
+`python -m family.linear_attention` writes twice under one key, shows what three rules then read,
+and that one call and single steps agree.
 """
 
 import math
@@ -24,7 +31,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from family.chunks import widest
+from family.chunks import show_steps, widest
 from family.deltanet import GatedDeltaNet, delta_rule, unit
 from family.mamba3 import rotate, trapezoid
 
@@ -39,18 +46,18 @@ class RungState(NamedTuple):
 class LinearAttention(GatedDeltaNet):
     """A rung of the ladder: Gated DeltaNet with parts of its recurrence taken away or added.
 
-    fixed_decay: gamma = 1 - 2^-5 in the first head, 1 - 2^-6 in the second, ..., not a_t. delta:
-    whether a value replaces what its key had, or is added to it. rotation: whether q and k turn.
-    conv: taps of the convolution, None for none. For the rest see GatedDeltaNet.
+    fixed_decay: gamma instead of a_t. delta: a value replaces what its key had; otherwise it is
+    added. rotation: q and k rotate. d_conv: taps of the convolution, None for none. For the rest
+    see GatedDeltaNet.
     """
 
     def __init__(self, d_model, n_heads=1, d_state=16, expand=2, fixed_decay=False, delta=False,
-                 rotation=False, conv=4):
-        super().__init__(d_model, n_heads, d_state, expand, gated=True, conv=conv)
+                 rotation=False, d_conv=4):
+        super().__init__(d_model, n_heads, d_state, expand, gated=True, d_conv=d_conv)
         if fixed_decay and rotation:
             raise ValueError("rotation needs a decay per token, whose step size scales the angles")
         self.delta, self.fixed = delta, fixed_decay
-        if self.fixed:
+        if self.fixed:                   # the layer that this one extends has made the decay's maps
             del self.a_proj, self.A_log, self.dt_bias
         self.angle_proj = None
         if rotation:
@@ -67,19 +74,18 @@ class LinearAttention(GatedDeltaNet):
         """As GatedDeltaNet.forward, with a RungState."""
         if x.shape[1] == 0:
             return x, state
-        window, S, angle = (None, None, None) if state is None else state
+        window, S, start = (None, None, None) if state is None else state
         q, k, v, window = self.qkv_of(x, window)
         if self.angle_proj is None:
             angle = x.new_zeros(len(x), self.n_heads, 0)
         else:
-            # As in Mamba-3, up to pi per unit of the step size, which starts small.
-            turn = math.pi * torch.tanh(self.angle_proj(x)).unflatten(-1, (self.n_heads, -1))
-            angles = (turn * self.step_size(x)[..., None]).to(widest(x.device)).cumsum(1)
-            if angle is not None:
-                angles = angles + angle[:, None]                         # (b, L, H, N / 2)
-            angle = angles[:, -1].remainder(2 * math.pi)
-            q = rotate(q, angles.remainder(2 * math.pi).to(q.dtype))
-            k = rotate(k, angles.remainder(2 * math.pi).to(k.dtype))
+            # As in Mamba-3: per token, a pair turns by at most pi dt, and dt starts small.
+            rate = math.pi * torch.tanh(self.angle_proj(x)).unflatten(-1, (self.n_heads, -1))
+            turn = (rate * self.step_size(x)[..., None]).to(widest(x.device))
+            angles = turn.cumsum(1) if start is None else turn.cumsum(1) + start[:, None]
+            angles = angles.remainder(2 * math.pi)                       # (b, L, H, N / 2)
+            angle = angles[:, -1].clone()
+            q, k = rotate(q, angles.to(q.dtype)), rotate(k, angles.to(k.dtype))
         beta = torch.sigmoid(self.b_proj(x))                             # (b, L, H)
         recurrence = delta_rule if self.delta else additive_rule
         y, S = recurrence(q / self.d_state**0.5, k, v, beta, self.log_decay(x), S)
@@ -99,20 +105,27 @@ def additive_rule(q, k, v, beta, log_a, S=None):
 
 @torch.no_grad()
 def main():
-    """Write 3 and then 5 under one key, and read after 0, 10 and 40 other tokens."""
+    """Write 3 and then 5 under one key and read later; one call and single steps of each rung."""
     key, others = unit(torch.eye(4)[:1]), unit(torch.eye(4)[1:])         # orthogonal keys
     print("3, then 5 written under one key, with beta = 1; read after 0, 10 and 40 more tokens")
     for name, log_a, rule in [("linear-fixed", math.log(1 - 2**-5), additive_rule),
                               ("linear-decay, a = 1", 0.0, additive_rule),
                               ("delta rule, a = 1", 0.0, delta_rule)]:
         read = []
-        for more in (0, 10, 40):
-            keys = torch.cat([key, key, others[torch.arange(more) % 3]])[None, :, None]
-            values = torch.tensor([3.0, 5.0] + [0.0] * more).view(1, -1, 1, 1)
-            L = values.shape[1]
+        for delay in (0, 10, 40):
+            # The other tokens have other keys and the value 0: they only let the state decay.
+            L = 2 + delay
+            keys = torch.cat([key, key, others[torch.arange(delay) % 3]])[None, :, None]
+            values = torch.tensor([3.0, 5.0] + [0.0] * delay).view(1, L, 1, 1)
             _, S = rule(keys, keys, values, torch.ones(1, L, 1), torch.full((1, L, 1), log_a))
             read.append((S[0, 0, 0] @ key[0]).item())
         print(f"{name:<20}" + "".join(f"{value:8.2f}" for value in read))
+    torch.manual_seed(0)
+    for name, options in [("linear-fixed", {"fixed_decay": True}), ("linear-decay", {}),
+                          ("gated-deltanet", {"delta": True}),
+                          ("linear-rotation", {"delta": True, "rotation": True})]:
+        print(name)
+        show_steps(LinearAttention(32, **options), torch.randn(2, 64, 32))
 
 
 if __name__ == "__main__":

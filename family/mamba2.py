@@ -1,6 +1,7 @@
 """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060): a state space model that is also attention.
 
-The recurrence is Mamba's, but all channels of a head share one number A < 0 and one step size dt_t:
+The recurrence is Mamba's, but all channels and states of a head share one number A < 0 and one
+step size dt_t. For one channel, whose x_t is a number and whose h_t and B_t have N:
 
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t          y_t = C_t h_t
 
@@ -11,6 +12,8 @@ The recurrence is Mamba's, but all channels of a head share one number A < 0 and
     dt       step size (b, L, H), positive
     A        decay rate (H,), negative
     h        state (b, H, P, N)
+    y        outputs (b, L, H, P)
+    u        dt x: a step adds u B to h
     b, L     sequences in the batch, steps
     H, P     heads, and channels per head
     N        size of the state per channel            size of a key
@@ -22,8 +25,8 @@ Unrolled, with the decay a_ts = exp(A (dt_{s+1} + ... + dt_t)) between two steps
     y_t = sum over s <= t of (C_t . B_s) a_ts dt_s x_s
 
 This is attention whose softmax has become a decay (the paper's "duality", its section 5). The sum
-costs L^2 products; the recurrence has L steps, one after another. Between them is the form for a
-GPU, made of matmuls:
+costs L^2 products; the recurrence takes L steps, one after another. ssd combines them, so that a
+GPU does most of the work in matmuls:
 
     ssd_ref     the recurrence, one step at a time
     Mamba2      the layer
@@ -40,8 +43,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from family.chunks import (AcrossChunks, exp, set_nan_aside, show_agreement, show_steps,
-                           widest)
+from family.chunks import (AcrossChunks, clamped_exp, set_nan_aside, show_agreement,
+                           show_steps, widest)
 from fused_scan import split
 from mamba import CausalConv1d
 
@@ -75,11 +78,11 @@ class Mamba2State(NamedTuple):
 
 
 class Mamba2(nn.Module):
-    r"""The Mamba-2 layer (paper, section 7.1 and figure 6), without a residual or a norm.
+    r"""The Mamba-2 layer (paper, section 7.1 and figure 6), without a residual connection or norm.
 
-        x -> in_proj -> x, B, C -> causal convolution -> SiLU -> ssd -> gated norm -> out_proj -> y
-                    \-> dt -> softplus --------------------------/       /
-                    \-> z ----------------------------------------------/
+        x -> in_proj -> x, B, C -> conv1d -> SiLU -> ssd -> + D x -> gated norm -> out_proj -> y
+                    \-> dt -> softplus --------------/               /
+                    \-> z ------------------------------------------/
 
     In Mamba, dt, B and C are computed from x after the convolution. Here one map of the input makes
     z, x, B, C and dt at once, and x, B and C pass through the convolution.
@@ -147,18 +150,30 @@ class GatedNorm(nn.Module):
 
 
 # ---- Chunks --------------------------------------------------------------------------------------
+#
+# Let h_0 be the state before a chunk, and count its steps from 1 to T. Write s_t for the sum of
+# dt A over steps 1 to t (`sums`). Unrolled inside the chunk,
+#
+#     h_t = exp(s_t) h_0 + sum over r <= t of exp(s_t - s_r) u_r B_r
+#     y_t = exp(s_t) C_t h_0 + sum over r <= t of (C_t . B_r) exp(s_t - s_r) u_r
+#
+# Neither sum needs h_0. So all chunks compute them at once: that of y by attention (step 1), that
+# of h_T by one more matmul (step 2). Then h_0 goes from chunk to chunk (step 3), and adds the first
+# term of y (step 4). Every argument of exp is at most 0: nothing overflows.
 
 def ssd(x, dt, A, B, C, h=None, T=None):
     """ssd_ref in chunks of at most T steps: same arguments, same results and gradients.
 
     States and sums are at least float32; y has the dtype of x. Inputs of matmuls are bfloat16 if x
     is, otherwise at least float32: products of float16 would overflow. T: None for 16 on a CPU,
-    where longer chunks are more arithmetic; on a GPU for 128 if L is at most that or the states are
-    large (P N >= 4,096), otherwise 64. The four steps are those of the paper's listing 1.
+    where longer chunks cost more arithmetic; on a GPU for 128 if L <= 128 or P N >= 4,096,
+    otherwise 64. The four steps are those of the paper's listing 1.
     """
-    dtype, x_dtype = torch.promote_types(x.dtype, torch.float32), x.dtype
+    x_dtype = x.dtype
+    dtype = torch.promote_types(x_dtype, torch.float32)
     matmul_dtype = x_dtype if x_dtype == torch.bfloat16 else dtype
-    L, (H, P), (G, N) = x.shape[1], x.shape[2:], B.shape[2:]
+    L, H, P = x.shape[1:]
+    G, N = B.shape[2:]
     if L == 1:                                       # there is nothing to cut
         y, h = ssd_ref(*(v.to(dtype) for v in (x, dt, A, B, C)), None if h is None else h.to(dtype))
         return y.to(x_dtype), h
@@ -166,12 +181,13 @@ def ssd(x, dt, A, B, C, h=None, T=None):
         T = 16
         if x.is_cuda:
             T = 128 if L <= 128 or P * N >= 64 * 64 else 64
-    heads, dt = (G, H // G), dt.to(dtype)
+    grouped = (G, H // G)                                                # groups, heads in each
+    dt = dt.to(dtype)
     # Numbers that are not finite would reach earlier outputs.
     (u, log_decay, B), nan = set_nan_aside(dt[..., None] * x, dt * A.to(dtype), B.to(matmul_dtype))
-    u = split(u, T).unflatten(3, heads)                                  # (b, c, T, G, H/G, P)
+    u = split(u, T).unflatten(3, grouped)                                  # (b, c, T, G, H/G, P)
     B, C = split(B, T), split(C.to(matmul_dtype), T)                     # (b, c, T, G, N)
-    log_decay = split(log_decay, T).unflatten(3, heads).movedim(2, -1)   # (b, c, G, H/G, T)
+    log_decay = split(log_decay, T).unflatten(3, grouped).movedim(2, -1)   # (b, c, G, H/G, T)
     sums = log_decay.to(widest(x.device)).cumsum(-1)                     # (b, c, G, H/G, T)
 
     # 1. In a chunk: attention. Its weights, (T, T) per head, are the largest tensors of all; so a
@@ -183,21 +199,21 @@ def ssd(x, dt, A, B, C, h=None, T=None):
         y = within_chunks(*within)                                       # (b, c, T, G, H/G, P)
 
     # 2. The state at the end of each chunk, had it started from zero.
-    to_end = exp(sums[..., -1:] - sums, dtype).movedim(-1, 2)            # (b, c, T, G, H/G)
+    to_end = clamped_exp(sums[..., -1:] - sums, dtype).movedim(-1, 2)    # (b, c, T, G, H/G)
     ends = torch.einsum("bctghp, bctgn -> bcghpn", (to_end[..., None] * u).to(matmul_dtype), B)
 
     # 3. The recurrence from chunk to chunk.
-    decay = exp(sums[..., -1], dtype)[..., None, None]                   # (b, c, G, H/G, 1, 1)
+    decay = clamped_exp(sums[..., -1], dtype)[..., None, None]           # (b, c, G, H/G, 1, 1)
     from_zero = h is None
     if from_zero:
         h = torch.zeros_like(ends[:, 0], dtype=dtype)
     else:
-        h = h.to(dtype).unflatten(1, heads)                              # (b, G, H/G, P, N)
+        h = h.to(dtype).unflatten(1, grouped)                              # (b, G, H/G, P, N)
     starts, h = AcrossChunks.apply(decay, ends.to(dtype), h)             # (b, c, G, H/G, P, N)
 
     # 4. The contribution of each chunk's first state to its outputs.
     if sums.shape[1] > 1 or not from_zero:
-        from_start = exp(sums, dtype).movedim(-1, 2)[..., None]          # (b, c, T, G, H/G, 1)
+        from_start = clamped_exp(sums, dtype).movedim(-1, 2)[..., None]  # (b, c, T, G, H/G, 1)
         starts = starts.to(matmul_dtype)
         y = y + from_start * torch.einsum("bctgn, bcghpn -> bctghp", C, starts)
     y = y.flatten(3, 4).flatten(1, 2)[:, :L] + nan.cumsum(1)[..., None, None]
@@ -207,20 +223,23 @@ def ssd(x, dt, A, B, C, h=None, T=None):
 def within_chunks(sums, C, B, u, dtype):
     """Step 1 of ssd: y_t = sum over s <= t of (C_t . B_s) a_ts u_s, where a_ts, the decay from s to
     t, is the exp of a difference of sums."""
-    a = exp(sums[..., :, None] - sums[..., None, :], dtype).tril()       # (b, c, G, H/G, T, T)
+    a = clamped_exp(sums[..., :, None] - sums[..., None, :], dtype).tril()  # (b, c, G, H/G, T, T)
     scores = torch.einsum("bctgn, bcsgn -> bcgts", C, B)[:, :, :, None]
     return torch.einsum("bcghts, bcsghp -> bctghp", (scores * a).to(u.dtype), u)
 
 
 @torch.no_grad()
 def main():
-    """Show that recurrence, chunks and single steps of the layer agree, and their times."""
+    """Show that recurrence, chunks, attention and single steps of the layer agree, and times."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)     # for operations this small; two may be far slower
+    torch.set_num_threads(1)     # for operations this small, two threads can be far slower
     b, L, H, P, N = 4, 256, 4, 32, 16
     x, dt, A = torch.randn(b, L, H, P), torch.rand(b, L, H), -torch.rand(H)
     B, C = torch.randn(2, b, L, 1, N)
     show_agreement(ssd_ref, ssd, (x, dt, A, B, C))
+    exact, _ = ssd_ref(x, dt, A, B, C)
+    y, _ = ssd(x, dt, A, B, C, T=L)                  # a single chunk: attention over all tokens
+    print(f"attention                difference {(y - exact).norm() / exact.norm():.0e}")
     show_steps(Mamba2(32, d_state=N, headdim=16), torch.randn(2, 64, 32))
 
 

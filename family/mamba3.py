@@ -2,27 +2,32 @@
 
 The differential equation is that of Mamba-2, h' = A h + B x, y = C h. Three things are new:
 
-1. The trapezoidal rule. Mamba takes in B x as it is at the end of a step. Mamba-3 takes a mean of
-   both ends, weighted by lambda_t in 0 ... 1, which the token chooses. lambda = 1 is Mamba-2; with
-   1/2 the error falls with dt^2. As x_{t-1} enters step t too, no short convolution is needed.
+1. The trapezoidal rule. Mamba takes B x at the end of a step as its input over the whole step.
+   Mamba-3 takes a weighted mean of both ends, with a weight lambda_t in 0 ... 1 for the end, which
+   the token chooses. lambda = 1 is Mamba-2; with 1/2 the error is of order dt^2, not dt. As x_{t-1}
+   enters step t too, no short convolution is needed.
 2. A complex state. Pairs of states turn by angles that the token chooses. A state that turns by pi
    for a 1 and stays for a 0 knows the parity of a sequence; one that only decays cannot.
-3. More inputs and outputs (MIMO). With rank R, a token writes R outer products and reads R times.
+3. More inputs and outputs (MIMO). With rank R, a token writes R outer products and reads R times;
+   B_t x_t below is their sum.
 
-    h_t = exp(dt_t A_t) Q_t (h_{t-1} + (1 - lambda_t) dt_t B_{t-1} x_{t-1}) + lambda_t dt_t B_t x_t
-    y_t = C_t h_t
+    h_t = exp(dt_t A_t) Q_t (h_{t-1} + before_t B_{t-1} x_{t-1}) + now_t B_t x_t
+    y_t = C_t h_t               before_t = (1 - lambda_t) dt_t          now_t = lambda_t dt_t
 
 where Q_t rotates pairs of states back by the token's angles. Rotations of one pair add up. So
-`forward` rotates B_t and C_t by the sum of all angles up to t instead of the state, and the same
-remains without Q_t (the paper's "RoPE trick"; in attention.rotary the angles do not depend on the
-token).
+instead of the state, `forward` rotates B_t and C_t by the sum of all angles up to t, and the
+recurrence needs no Q_t (the paper's "RoPE trick"; in attention.rotary the angles do not depend on
+the token).
 
     symbol   meaning
     x        inputs (b, L, R, H, P)
     B, C     how a token is written, how the state is read (b, L, R, H, N)
-    log_a    dt A, at most 0 (b, L, H)
-    before   (1 - lambda) dt, the weight of the token before (b, L, H)
-    now      lambda dt, the weight of the token itself (b, L, H)
+    dt, A    step size; decay rate, negative (b, L, H)
+    log_a    dt A, the logarithm of the decay (b, L, H)
+    lam      lambda (b, L, H)
+    before   the weight of the token before (b, L, H)
+    now      the weight of the token itself (b, L, H)
+    angle    the sum of all angles up to a token (b, L, H, S)
     h        state (b, H, P, N)
     b, L     sequences in the batch, steps
     H, P     heads, and channels per head
@@ -40,8 +45,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from family.chunks import (AcrossChunks, at_least_float32, exp, set_nan_aside, show_agreement,
-                           show_steps, widest)
+from family.chunks import (AcrossChunks, at_least_float32, clamped_exp, set_nan_aside,
+                           show_agreement, show_steps, widest)
 from fused_scan import split
 
 
@@ -54,7 +59,11 @@ def trapezoid_ref(x, log_a, before, now, B, C, h=None, last=None):
     """
     if h is None:
         h = x.new_zeros(x.shape[0], *x.shape[3:], B.shape[-1])           # (b, H, P, N)
-    written = torch.zeros_like(h) if last is None else outer(last[1], last[0])
+    if last is None:
+        written = torch.zeros_like(h)
+    else:
+        B_last, x_last = last
+        written = outer(x_last, B_last)                                  # (b, H, P, N)
     y = []
     log_a, before, now = (v[..., None, None] for v in (log_a, before, now))      # (b, L, H, 1, 1)
     for x_t, log_a_t, before_t, now_t, B_t, C_t in zip(
@@ -89,7 +98,7 @@ class Mamba3State(NamedTuple):
 
 
 class Mamba3(nn.Module):
-    r"""The Mamba-3 layer (paper, section 3.4), without a residual connection or a norm.
+    r"""The Mamba-3 layer (paper, section 3.4), without a residual connection or norm.
 
         x -> in_proj -> x ------------------------------> recurrence -> + D x -> * -> out_proj -> y
                     \-> B, C -> norm, bias, rotation ---/                       /
@@ -111,14 +120,14 @@ class Mamba3(nn.Module):
         super().__init__()
         self.d_inner, self.d_state, self.headdim = expand * d_model, d_state, headdim
         self.nheads, self.rank = self.d_inner // headdim, mimo_rank if is_mimo else 1
-        self.angles = int(d_state * rope_fraction) // 2                  # S
+        self.n_angles = int(d_state * rope_fraction) // 2                  # S
         if self.nheads * headdim != self.d_inner:
             raise ValueError(f"headdim is {headdim}, but it must divide {self.d_inner} channels")
-        if self.angles < 1 or rope_fraction > 1:
+        if self.n_angles < 1 or rope_fraction > 1:
             raise ValueError(f"rope_fraction is {rope_fraction}, but it must be at most 1 and make "
                              f"a pair of the {d_state} states rotate")
         H, RN = self.nheads, self.rank * d_state
-        self.sizes = [self.d_inner, self.d_inner, RN, RN, H, H, H, self.angles]
+        self.sizes = [self.d_inner, self.d_inner, RN, RN, H, H, H, self.n_angles]
         self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=False)
         # dt starts between 0.001 and 0.1, uniform on a log scale; the bias is the inverse of
         # softplus.
@@ -144,17 +153,18 @@ class Mamba3(nn.Module):
         """
         if x.shape[1] == 0:
             return x, state
-        z, x, B, C, dt, A, trap, angle = self.in_proj(x).split(self.sizes, dim=-1)
+        z, x, B, C, dt, A, lam, rate = self.in_proj(x).split(self.sizes, dim=-1)
         z = z.unflatten(-1, (self.nheads, self.headdim))                 # (b, L, H, P)
         x = x.unflatten(-1, (self.nheads, self.headdim))                 # (b, L, H, P)
 
         dt = F.softplus(at_least_float32(dt + self.dt_bias))             # (b, L, H), positive
+        # At most -1e-4, the official A_floor: no head remembers forever.
         A = -F.softplus(at_least_float32(A)).clamp(min=1e-4)             # (b, L, H), negative
-        share = torch.sigmoid(at_least_float32(trap))                    # (b, L, H), lambda
+        lam = torch.sigmoid(at_least_float32(lam))                       # (b, L, H)
 
         # Angles add up over the whole sequence: float64, and whole turns taken away.
         wide = widest(x.device)
-        turn = torch.tanh(angle.to(wide))[:, :, None] * math.pi * dt[..., None].to(wide)
+        turn = torch.tanh(rate.to(wide))[:, :, None] * math.pi * dt[..., None].to(wide)
         angle = turn.cumsum(1)                                           # (b, L, H, S)
         if state is not None:
             angle = angle + state.angle[:, None]
@@ -169,7 +179,7 @@ class Mamba3(nn.Module):
         if state is not None:
             h, last = state.h, (state.B, per_rank(state.x, self.mimo_x))
         xs = per_rank(x, self.mimo_x)                                    # (b, L, R, H, P)
-        y, h = trapezoid(xs, dt * A, (1 - share) * dt, share * dt, B, C, h, last)
+        y, h = trapezoid(xs, dt * A, (1 - lam) * dt, lam * dt, B, C, h, last)
         y = y + self.D[:, None] * xs
         y = y * F.silu(per_rank(z, self.mimo_z))                         # (b, L, R, H, P)
         if self.mimo_o is not None:
@@ -190,9 +200,10 @@ def per_rank(v, weight):
 #
 #     g_t = h_t + before_{t+1} B_t x_t = exp(log_a_t) g_{t-1} + (now_t + before_{t+1}) B_t x_t
 #
-# which is the recurrence of Mamba-2. Its own token is the exception: C_t reads h_t, not g_t. So,
-# with the decay a_ts between two steps, y_t = sum over s < t of (C_t . B_s) a_ts (now_s +
-# before_{s+1}) x_s, and (C_t . B_t) now_t x_t.
+# which is the recurrence of Mamba-2. But C_t reads h_t, not g_t, so its own token keeps the weight
+# now_t. With a_ts, the decay between two steps,
+#
+#     y_t = sum over s < t of (C_t . B_s) a_ts (now_s + before_{s+1}) x_s + (C_t . B_t) now_t x_t
 
 def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     """trapezoid_ref in chunks of at most T steps: same arguments, same results and gradients.
@@ -200,7 +211,9 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     States and sums are at least float32; y has the dtype of x. T: None for 64 / R on a GPU, 16 / R
     on a CPU: a chunk's matrices have T R rows.
     """
-    x_dtype, (b, L, R, H, P), N = x.dtype, x.shape, B.shape[-1]
+    x_dtype = x.dtype
+    b, L, R, H, P = x.shape
+    N = B.shape[-1]
     x, log_a, before, now, B, C = (at_least_float32(v) for v in (x, log_a, before, now, B, C))
     if L == 1:                                                           # there is nothing to cut
         h = None if h is None else h.to(x.dtype)
@@ -208,39 +221,43 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
         y, h = trapezoid_ref(x, log_a.to(x.dtype), before, now, B, C, h, last)
         return y.to(x_dtype), h
     (x, log_a, before, now, B), nan = set_nan_aside(x, log_a, before, now, B)    # nan (b, L)
-    T = T or max(1, (64 if x.is_cuda else 16) // R)
+    if T is None:
+        T = max(1, (64 if x.is_cuda else 16) // R)
     if h is None:
         h = x.new_zeros(b, H, P, N)
     h = h.to(x.dtype)
     if last is not None:
-        h = h + before[:, 0, :, None, None] * outer(last[1].to(x.dtype), last[0].to(x.dtype))
-    later = F.pad(before[:, 1:], (0, 0, 0, 1))                           # (b, L, H), before_{t+1}
+        B_last, x_last = last
+        written = outer(x_last.to(x.dtype), B_last.to(x.dtype))          # (b, H, P, N)
+        h = h + before[:, 0, :, None, None] * written
+    before_next = F.pad(before[:, 1:], (0, 0, 0, 1))                     # (b, L, H), before_{t+1}
 
-    log_a, now, later = (split(v, T).transpose(2, 3) for v in (log_a, now, later))
+    log_a, now, before_next = (split(v, T).transpose(2, 3) for v in (log_a, now, before_next))
     x, B, C = (split(v, T).movedim(4, 2).flatten(3, 4) for v in (x, B, C))
-    # log_a, now, later (b, c, H, T); x (b, c, H, T R, P); B, C (b, c, H, T R, N)
+    # log_a, now, before_next (b, c, H, T); x (b, c, H, T R, P); B, C (b, c, H, T R, N)
 
+    # A step has R rows in a chunk's matrices, one per rank, with the same decay.
     def repeat_per_rank(v, *dims):
         for dim in dims:
             v = v.repeat_interleave(R, dim)
         return v
 
     # 1. In a chunk: attention.
-    sums = log_a.to(widest(x.device)).cumsum(-1)                    # (b, c, H, T)
-    a = exp(sums[..., :, None] - sums[..., None, :], x.dtype).tril(-1)   # (b, c, H, T, T)
-    weight = a * (now + later)[..., None, :] + torch.diag_embed(now)
-    y = (repeat_per_rank(weight, -1, -2) * (C @ B.mT)) @ x                      # (b, c, H, T R, P)
+    sums = log_a.to(widest(x.device)).cumsum(-1)                         # (b, c, H, T)
+    a = clamped_exp(sums[..., :, None] - sums[..., None, :], x.dtype).tril(-1)  # (b, c, H, T, T)
+    weight = a * (now + before_next)[..., None, :] + torch.diag_embed(now)
+    y = (repeat_per_rank(weight, -1, -2) * (C @ B.mT)) @ x               # (b, c, H, T R, P)
 
     # 2. The state at the end of each chunk, had it started from zero.
-    to_end = exp(sums[..., -1:] - sums, x.dtype) * (now + later)         # (b, c, H, T)
-    ends = (repeat_per_rank(to_end, -1)[..., None] * x).mT @ B                  # (b, c, H, P, N)
+    to_end = clamped_exp(sums[..., -1:] - sums, x.dtype) * (now + before_next)  # (b, c, H, T)
+    ends = (repeat_per_rank(to_end, -1)[..., None] * x).mT @ B           # (b, c, H, P, N)
 
     # 3. The recurrence from chunk to chunk.
-    decay = exp(sums[..., -1], x.dtype)[..., None, None]                 # (b, c, H, 1, 1)
+    decay = clamped_exp(sums[..., -1], x.dtype)[..., None, None]         # (b, c, H, 1, 1)
     starts, h = AcrossChunks.apply(decay, ends, h)                       # (b, c, H, P, N)
 
     # 4. The contribution of each chunk's first state to its outputs.
-    from_start = repeat_per_rank(exp(sums, x.dtype), -1)[..., None]      # (b, c, H, T R, 1)
+    from_start = repeat_per_rank(clamped_exp(sums, x.dtype), -1)[..., None]  # (b, c, H, T R, 1)
     y = y + from_start * (C @ starts.mT)
     y = y.unflatten(3, (-1, R)).movedim(2, 4).flatten(1, 2)[:, :L]       # (b, L, R, H, P)
     y = y + nan.cumsum(1)[..., None, None, None]
@@ -251,7 +268,7 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
 def main():
     """Show that recurrence, chunks and single steps of the layer agree, and their times."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)     # for operations this small; two may be far slower
+    torch.set_num_threads(1)     # for operations this small, two threads can be far slower
     b, L, H, P, N = 4, 256, 4, 16, 16
     for R in (1, 2):
         x, B, C = (torch.randn(b, L, R, H, size) for size in (P, N, N))

@@ -2,7 +2,7 @@
 
 torch.linalg.solve_triangular takes one row after another. A GPU is faster with matmuls: the inverse
 by blocks of doubling size made the delta rule a fifth faster on an H100, 0.46 instead of 0.57 ms at
-(b, L, H, P, N) = (64, 256, 2, 64, 16).
+(b, L, H, P, N) = (64, 256, 2, 64, 16). `python -m family.triangular` shows that both agree.
 """
 
 import torch
@@ -37,7 +37,8 @@ class UnitTriangularSolve(torch.autograd.Function):
 
 
 def unit_inverse(system):
-    """The inverse of a triangular matrix (..., T, T), read below its diagonal, which counts as 1.
+    """The inverse of a triangular matrix (..., T, T) with ones on its diagonal; only the part below
+    the diagonal is read.
 
     On CUDA by blocks; elsewhere torch's triangular solver, applied to the identity.
     """
@@ -57,21 +58,23 @@ def unit_inverse_by_blocks(system):
 
     So start from blocks of one step, and double their size until one is left.
     """
-    steps, T = system.shape[-1], 1
-    while T < steps:
-        T *= 2
-    system = F.pad(system, (0, T - steps, 0, T - steps))                 # unit rows, as 1 counts
-    blocks = system.new_ones(*system.shape[:-1], 1, 1)                   # (..., T, 1, 1)
-    while blocks.shape[-1] < T:
+    T, padded = system.shape[-1], 1
+    while padded < T:
+        padded *= 2
+    system = F.pad(system, (0, padded - T, 0, padded - T))     # an identity: its ones are implied
+    # A block of one step is 1, and so is its inverse.
+    blocks = system.new_ones(*system.shape[:-1], 1, 1)                   # (..., padded, 1, 1)
+    while blocks.shape[-1] < padded:
         s = blocks.shape[-1]
-        pairs = T // (2 * s)
+        pairs = padded // (2 * s)
         X, Y = blocks.unflatten(-3, (pairs, 2)).unbind(-3)               # (..., pairs, s, s)
+        # B: the lower left corner of each block of 2 s steps on the diagonal.
         B = system.unflatten(-1, (pairs, 2 * s)).unflatten(-3, (pairs, 2 * s))
         B = B.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)[..., s:, :s]    # (..., pairs, s, s)
         corner = -product(Y, product(B, X))
         first = torch.cat([X, torch.zeros_like(X)], dim=-1)
         blocks = torch.cat([first, torch.cat([corner, Y], dim=-1)], dim=-2)
-    return blocks[..., 0, :steps, :steps]
+    return blocks[..., 0, :T, :T]
 
 
 def product(A, B):
@@ -79,3 +82,17 @@ def product(A, B):
     if A.shape[-1] > 8:
         return A @ B
     return (A[..., :, :, None] * B[..., None, :, :]).sum(-2)
+
+
+@torch.no_grad()
+def main():
+    """Show that the inverse by blocks equals that of torch's solver."""
+    torch.manual_seed(0)
+    system = torch.randn(4, 20, 20) / 20**0.5                            # (b, T, T)
+    exact = unit_inverse(system)
+    difference = (unit_inverse_by_blocks(system) - exact).norm() / exact.norm()
+    print(f"inverse by blocks against the solver: difference {difference:.0e}")
+
+
+if __name__ == "__main__":
+    main()

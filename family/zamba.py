@@ -2,13 +2,17 @@
 
 Zamba: Glorioso et al. 2024, arXiv 2405.16712, section II. Zamba2: arXiv 2411.15242, figure 2.
 
-Attention and MLP have most of a hybrid's parameters. Here all uses of a block share them, while
-each use has a cache of its own. A use of the block at depth l computes
+Attention with its MLP has 12 d^2 parameters, about twice those of a Mamba layer. Here all uses of a
+block share them, while each use has a cache of its own. A use of the block at depth l computes
 
     y_l = out_proj_l(block([x_l, e]))
 
 from the residual stream x_l and the token's embedding e, side by side. A use owns out_proj_l and,
 in Zamba2, a small correction to the block's MLP (LoRA, Hu et al. 2021, arXiv 2106.09685).
+
+    symbol   meaning
+    b, L     sequences in the batch, tokens in this call
+    d, f     width of x and e; hidden width of the block's MLP. The block has width 2 d
 
 Differs from the published models: y_l is added to the residual stream (there to the input of the
 next Mamba layer only); the block has two residual connections (there none); its attention has
@@ -42,24 +46,24 @@ class SharedBlock(nn.Module):
     def forward(self, x, state, lora=None):
         """x (b, L, 2d), state a KVCache or None -> y (b, L, 2d), the next KVCache.
 
-        lora: a map that is added to the MLP's first, None for none.
+        lora: a map whose result is added to that of the MLP's first map, or None.
         """
         y, state = self.attention(self.norms[0](x), state)
         x = x + y                                                        # (b, L, 2d)
         u = self.norms[1](x)
-        hidden = self.mlp.up(u)                                          # (b, L, 2F)
+        hidden = self.mlp.up(u)                                          # (b, L, 2 f)
         if lora is not None:
             hidden = hidden + lora(u)
-        gate, up = hidden.chunk(2, dim=-1)                               # (b, L, F) each
+        gate, up = hidden.chunk(2, dim=-1)                               # (b, L, f) each
         return x + self.mlp.down(F.silu(gate) * up), state
 
 
 class SharedUse(nn.Module):
     """One use of a SharedBlock. Its state is a KVCache of its own.
 
-    before: the layers in front of it. Among those, uses of the same kind, with the same arguments,
-        share their block with this one; the first creates it.
-    blocks: how many blocks take turns; Zamba2 has two.
+    before: the layers below this one. Among them and this one, uses with the same arguments share
+        blocks: the first `blocks` uses create one each, and later ones take turns.
+    blocks: how many blocks there are; Zamba2 has two.
     rank: of the correction to the MLP's first map, 0 for none, as in Zamba. Zamba2's 1.2B model
         corrects its attention too, which is left out.
     """
@@ -73,8 +77,9 @@ class SharedUse(nn.Module):
         if len(uses) < blocks:
             self.block = SharedBlock(2 * d_model, n_heads, position)
         else:
-            # Not registered as a submodule: the first use has it, and parameters(), state_dict()
-            # and torch.func.functional_call must find it once.
+            # This use has the block of the use `blocks` places before it. It is not registered as
+            # a submodule: the first use has it, and parameters(), state_dict() and
+            # torch.func.functional_call must find it once.
             object.__setattr__(self, "block", uses[-blocks].block)
         self.out_proj = nn.Linear(2 * d_model, d_model, bias=False)
         self.lora = None

@@ -169,9 +169,9 @@ LINEAR_ATTENTION = [
     ("2.0 ** (-5 - heads)", "2.0 ** (-4 - heads)"),
     ("self.delta, self.fixed = delta", "self.delta, self.fixed = True"),
     ("math.pi * torch.tanh", "torch.tanh"),
-    ("turn * self.step_size(x)[..., None]", "turn"),
-    ("angles = angles + angle[:, None]", "angles = angles"),
-    ("k = rotate(k, ", "k = rotate(k, 0 * "),
+    ("rate * self.step_size(x)[..., None]", "rate"),
+    ("turn.cumsum(1) + start[:, None]", "turn.cumsum(1)"),
+    ("rotate(k, angles", "rotate(k, 0 * angles"),
     ("before=torch.zeros_like(beta), now=beta", "before=beta, now=beta"),
     ("q / self.d_state**0.5", "q"),
 ]
@@ -183,13 +183,13 @@ DELTANET = [
     ("exp(g[..., -1:] - g, dtype)", "exp(g, dtype)"),
     ("from_start * (q @", "(q @"),
     ("c == 1 and S is None:", "c == 1:"),
-    ("d_corrections[i] + k[i]", "k[i]"),
+    ("d_corrections[i] + keys[i]", "keys[i]"),
     ("d_starts[i] + decay[i] * dS", "decay[i] * dS"),
     ("(d_ends * starts)", "(d_starts * starts)"),
     ("torch.sigmoid(self.b_proj(x))", "self.b_proj(x)"),
     ("-torch.exp(self.A_log) * self.step_size(x)", "-self.step_size(x)"),
     ("y = F.rms_norm(y, (self.headdim,), self.o_norm, eps=1e-5)", "y = y * self.o_norm"),
-    ("starts.append(k_i.new_zeros", "starts.append(k_i.new_ones"),
+    ("starts.append(keys_i.new_zeros", "starts.append(keys_i.new_ones"),
     ("dS = dS if ctx.needs_input_grad[4] else None", ""),
 ]
 
@@ -231,7 +231,7 @@ LADDER = [
     ("nn.init.orthogonal_(self.A.weight)", "nn.init.normal_(self.A.weight, std=0.1)"),
     ("-2.0 ** (-5 - heads)", "-2.0 ** (-4 - heads)"),
     ("uniform_(0.9, 0.999)", "uniform_(0.5, 0.999)"),
-    ("torch.sqrt(-torch.expm1(-2 * dt)) * i * u", "i * u"),
+    ("u = root * i *", "u = i *"),
 ]
 
 ZAMBA = [
@@ -298,7 +298,7 @@ INSIDE = [
 ]
 
 CHUNKS = [
-    ("dh = d_start + decay_k * dh", "dh = d_start + dh"),
+    ("dh = d_start + decay_i * dh", "dh = d_start + dh"),
     ("(d_ends * starts).sum", "(d_ends * starts.flip(1)).sum"),
     ("d_starts.unbind(1)[::-1]", "d_starts.unbind(1)"),
     ("finite[-1].nan_to_num_(0.0, 0.0, 0.0)", "pass"),

@@ -146,7 +146,7 @@ def test_a_full_correction_recalls_the_last_value():
     assert torch.allclose(S[0, 0].T, values[0, [3, 1, 2, 4], 0], atol=1e-12)
 
 
-KINDS = [dict(gated=True), dict(gated=False), dict(conv=None), dict(gated=False, conv=None)]
+KINDS = [dict(gated=True), dict(gated=False), dict(d_conv=None), dict(gated=False, d_conv=None)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,7 +157,7 @@ def test_layer_in_segments(kind, sizes):
     (whole, last), (y, state) = layer(x), in_segments(layer, x, sizes)
     assert relative(y, whole) < 1e-10 and relative(state.S, last.S) < 1e-10
     assert torch.allclose(state.conv, last.conv, atol=1e-12)
-    assert state.S.shape == (2, 2, 8, 4) and state.conv.shape[2] == (0 if "conv" in kind else 3)
+    assert state.S.shape == (2, 2, 8, 4) and state.conv.shape[2] == (0 if "d_conv" in kind else 3)
 
 
 @pytest.mark.parametrize("which", range(5))
@@ -206,7 +206,7 @@ def test_layer_is_its_figure():
 
 
 def test_what_deltanet_leaves_out():
-    names = {name.split(".")[0] for name in GatedDeltaNet(8, gated=False, conv=None).state_dict()}
+    names = {name.split(".")[0] for name in GatedDeltaNet(8, gated=False, d_conv=None).state_dict()}
     assert names == {"qkv", "b_proj", "o_norm", "o_proj"}
 
 

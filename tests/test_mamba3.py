@@ -121,7 +121,7 @@ def random_layer(d_state=8, **kind):
 def test_layer_is_a_complex_state_that_turns(kind):
     """The state of the docstring's formula, with complex numbers for the pairs that rotate."""
     layer, u = random_layer(**kind), torch.randn(2, 9, 8).double()
-    R, H, S = layer.rank, 2, layer.angles
+    R, H, S = layer.rank, 2, layer.n_angles
     z, x, B, C, dt, A, trap, angle = layer.in_proj(u).split(layer.sizes, dim=-1)
     dt, A = F.softplus(dt + layer.dt_bias), -F.softplus(A)
     share, angle = torch.sigmoid(trap), math.pi * torch.tanh(angle)
