@@ -43,7 +43,7 @@ class Attention(nn.Module):
     d_model: width of x and y; n_heads must divide it, and rope needs heads of even size.
     recency: initial value of the biases of q and k, None for torch's own. With rope, two equal
         biases add a score that is highest at distance 0: the head first looks at recent tokens.
-    base, rotated: of rope, see `rotary`. `scale`, of positions, is set after training, if at all.
+    base, rotated: see `rotary`. report/interpolate.py sets the attribute `scale` after training.
     kv_heads: G, which must divide n_heads; each key and value head serves H / G query heads
         (grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245). None for n_heads.
 
@@ -94,7 +94,7 @@ class Attention(nn.Module):
         if self.position == "rope":                                      # q and k in one call
             both = self.rotate(torch.cat([q, k], dim=1), S)              # (B, H + G, L, P)
             q, k = both.split([self.n_heads, self.kv_heads], dim=1)
-        cache = extend(state, k, v)
+        cache = append_to_cache(state, k, v)
         if last_only:
             q = q[:, :, -1:]                                             # (B, H, 1, P)
         y = attend(q, cache.k, cache.v)                                  # (B, H, Q, P)
@@ -102,9 +102,9 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v, mask=None):
-    """Softmax attention. q (B, H, Q, P), whose last query is the last token; k, v (B, G, S+L, P)
-    -> y (B, H, Q, P).
+    """Softmax attention. The last query belongs to the last key.
 
+    q (B, H, Q, P); k, v (B, G, S+L, P) -> y (B, H, Q, P).
     mask (Q, S+L), True where a query sees a key; None for all keys up to its own token.
     """
     Q, length = q.shape[2], k.shape[2]
@@ -129,7 +129,7 @@ def visible(Q, length, device, window=None):
     return mask if window is None else mask & seen.triu(length - Q - window + 1)
 
 
-def extend(state, k, v):
+def append_to_cache(state, k, v):
     """The cache with the keys and values of a segment added."""
     if state is not None:
         return KVCache(torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2))
@@ -139,29 +139,28 @@ def extend(state, k, v):
 
 def rotary(x, start, base=10000.0, rotated=1.0, scale=1.0):
     """Rotate the channels of each head by their token's position (RoFormer, Su et al. 2021, section
-    3.4.2).
+    3.2.2).
 
-    Channels j and j + P/2 are the coordinates of a point; at position t it turns by the angle
-    t base^(-2j/P). The product of a query at t and a key at s then depends on t - s, not on t.
-    rotated: the share of the channels that turn; the others know no position. scale: positions are
-    multiplied by it; below 1, a longer context has the angles of a shorter one (position
+    Channels j and j + R/2 are the coordinates of a point; at position t it turns by the angle
+    t base^(-2j/R). The product of a query at t and a key at s then depends on t - s, not on t. The
+    paper pairs channels 2j and 2j + 1, which differs by their order alone.
+    rotated: the share of the channels that turn, R; the others know no position. scale: positions
+    are multiplied by it; below 1, a longer context has the angles of a shorter one (position
     interpolation, Chen et al. 2023, arXiv 2306.15595).
 
     x (..., L, P), the first token at position `start` (from 0) -> the same shape. Angles are
-    float64: at 10^6 those of float32 are wrong by up to 0.03, above 2^24 neighbours coincide.
+    float64: at 10^6 those of float32 are wrong by up to 0.06, above 2^24 neighbours coincide.
     """
-    L, P = x.shape[-2], 2 * int(rotated * x.shape[-1] / 2)
-    if P < x.shape[-1]:
-        turned, still = x.split([P, x.shape[-1] - P], dim=-1)
-        return torch.cat([rotary(turned, start, base, scale=scale), still], dim=-1)
+    R = 2 * int(rotated * x.shape[-1] / 2)                               # channels that turn
+    turned, still = x[..., :R], x[..., R:]
     wide = torch.float32 if x.device.type == "mps" else torch.float64    # Apple's GPUs have none
-    t = torch.arange(start, start + L, device=x.device, dtype=wide)
-    frequency = base ** (-torch.arange(0, P, 2, device=x.device, dtype=wide) / P)
-    angle = scale * t[:, None] * frequency                               # (L, P/2)
+    t = torch.arange(start, start + x.shape[-2], device=x.device, dtype=wide)
+    frequency = base ** (-torch.arange(0, R, 2, device=x.device, dtype=wide) / R)
+    angle = scale * t[:, None] * frequency                               # (L, R/2)
     cos = angle.cos().to(x.dtype)
     sin = angle.sin().to(x.dtype)
-    x1, x2 = x.chunk(2, dim=-1)                                          # (..., L, P/2) each
-    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+    x1, x2 = turned.chunk(2, dim=-1)                                     # (..., L, R/2) each
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos, still], dim=-1)
 
 
 def check_heads(d_model, n_heads, kv_heads, position):
@@ -196,9 +195,9 @@ class SlidingWindow(Attention):
         if x.shape[1] == 0:
             return x, state
         q, k, v = self.heads(x)
-        k, v = extend(state, k, v)                                       # (B, H, S+L, P)
+        k, v = append_to_cache(state, k, v)                                       # (B, H, S+L, P)
         length = k.shape[2]
-        first = max(0, length - self.window + 1)
+        first = max(0, length - self.window + 1)     # the next query sees window - 1 before itself
         cache = KVCache(k[:, :, first:].clone(), v[:, :, first:].clone())
         if self.position == "rope":
             q, k = self.rotate(q, length - x.shape[1]), self.rotate(k, 0)
@@ -214,23 +213,23 @@ class LearnedPosition(nn.Module):
 
     positions: rows of the table. Rows beyond the training length stay random, so a model fails
     there; a sequence longer than the table is a ValueError. Rows start with length 0.1, embeddings
-    have length 1: at delay 5 this solved 3 of 8 runs, and starting with length 1 solved none.
+    have length 1: at tau = 5 this solved 3 of 8 runs, and starting with length 1 solved none.
     """
 
-    norms_itself = True
+    skips_norm = True
 
     def __init__(self, d_model, positions):
         super().__init__()
         self.table = nn.Parameter(random_rows(positions, d_model))
-        self.register_buffer("untrained", torch.empty(0, d_model), persistent=False)
+        self.register_buffer("extra_rows", torch.empty(0, d_model), persistent=False)
 
     def extend_positions(self, positions):
         """Make room for this many positions. The new rows are random and stay so: they are neither
         parameters nor part of the state dict."""
-        missing = positions - len(self.table) - len(self.untrained)
+        missing = positions - len(self.table) - len(self.extra_rows)
         if missing > 0:
-            rows = random_rows(missing, self.table.shape[1]).to(self.untrained)
-            self.untrained = torch.cat([self.untrained, rows])
+            rows = random_rows(missing, self.table.shape[1]).to(self.extra_rows)
+            self.extra_rows = torch.cat([self.extra_rows, rows])
 
     def forward(self, x, state=None):
         """x (B, L, d), state: the number of earlier tokens or None -> (1, L, d), the new number."""
@@ -238,7 +237,7 @@ class LearnedPosition(nn.Module):
         end = start + x.shape[1]
         table = self.table
         if end > len(table):
-            table = torch.cat([table, self.untrained])
+            table = torch.cat([table, self.extra_rows])
         if end > len(table):
             raise ValueError(f"a sequence of {end} tokens is longer than the table of {len(table)} "
                              "positions")
@@ -251,13 +250,14 @@ def random_rows(positions, d):
 
 
 def main():
-    """Show that attention equals its formula, and that one call equals single decode steps."""
+    """Show that attention equals its formula, one call and single decode steps; and rope."""
     torch.manual_seed(0)
     layer, x = Attention(8, n_heads=2).double(), torch.randn(1, 6, 8).double()
     q, k, v = layer.heads(x)
     y = torch.zeros_like(q)
     for t in range(6):
-        w = torch.softmax(q[:, :, t:t + 1] @ k[:, :, :t + 1].mT / math.sqrt(4), dim=-1)
+        score = q[:, :, t:t + 1] @ k[:, :, :t + 1].mT / math.sqrt(q.shape[-1])
+        w = torch.softmax(score, dim=-1)
         y[:, :, t:t + 1] = w @ v[:, :, :t + 1]
     y = layer.out_proj(y.transpose(1, 2).flatten(2))
     difference = (layer(x)[0] - y).abs().max()
@@ -268,7 +268,12 @@ def main():
         steps.append(y_t)
     difference = (torch.cat(steps, dim=1) - y).abs().max()
     print(f"decode steps with the cache:   largest difference {difference:.0e}")
-    print(f"the cache after 6 tokens: {2 * state.k.numel()} numbers; it grows by 16 per token")
+    numbers = state.k.numel() + state.v.numel()
+    print(f"the cache after 6 tokens: {numbers} numbers; it grows by {numbers // 6} per token")
+    q, k = torch.randn(2, 1, 8).double()                     # one query and one key
+    scores = [rotary(q, t) @ rotary(k, t - 3).mT for t in (3, 1000)]
+    difference = (scores[0] - scores[1]).abs().max()
+    print(f"rope, a key 3 tokens earlier, at t = 3 and 1,000: difference {difference:.0e}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import statistics
 import time
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C is no traceback, also during imports
+    signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C prints no traceback, even in imports
 
 import torch
 from matplotlib.figure import Figure
@@ -183,7 +183,7 @@ def model_and_step(config, device):
     """A new model, and its training step as a call without arguments."""
     model = runs.model_from(config).to(device)
     optimizer, generator = make_optimizer(model, config, device), torch.Generator(device)
-    return model, gpu.Fast(*one_step(model, optimizer, config, generator), generator, config)
+    return model, gpu.Captured(*one_step(model, optimizer, config, generator), generator, config)
 
 
 def config_for(name, **changes):

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 STREAMS = {"training": 0, "test": 1, "evaluation": 2}
+WHOLE, NEAR = 20, 2      # `show` shortens contexts longer than this; it keeps this many tokens
+                         # before and after a marked one
 
 
 def stream(seed, purpose, device="cpu"):
@@ -27,7 +29,7 @@ def stream(seed, purpose, device="cpu"):
 # ---- associative recall --------------------------------------------------------------------------
 
 def check_task(L, K=16, M=1, tau=1, task="recall"):
-    """Raise a ValueError, in one sentence, unless there is a task with these numbers."""
+    """Raise a ValueError of one sentence if no task has these numbers."""
     if task not in TASKS:
         raise ValueError(f"--task is {task!r}, but it must be one of {', '.join(TASKS)}")
     if K < 2:
@@ -76,18 +78,20 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
     draw = dict(device=device, generator=generator)
     q = torch.randint(M, (batch_size, 1), **draw)                        # (B, 1)
     others = torch.randint(K - 1, (batch_size, L + 1), **draw)           # (B, L+1)
+    # Numbers are checked on a CPU alone: asking a GPU for values would break a CUDA graph.
     if lengths is None:
         lengths = torch.full((batch_size,), L, device=device)
     elif lengths.device.type == "cpu" and not ((lengths > tau) & (lengths <= L)).all():
         raise ValueError(f"lengths must be from tau + 1 = {tau + 1} to L = {L}")
-    if i is None:                                                        # (B,), uniform to L / 2^31
-        i = torch.randint(2**31 - 1, (batch_size,), **draw) % (lengths - tau)
+    if i is None:
+        # randint has one bound for all rows, so take a remainder. Its bias is at most L / 2^31.
+        i = torch.randint(2**31 - 1, (batch_size,), **draw) % (lengths - tau)            # (B,)
     elif i.device.type == "cpu" and not ((i >= 0) & (i < lengths - tau)).all():
         raise ValueError("i must be from 0 to lengths - tau - 1: the value comes tau tokens later")
-    i, end = i[:, None], lengths[:, None]                                # (B, 1): both places of q
+    i, end = i[:, None], lengths[:, None]        # (B, 1) each: where q is, and where it is asked
 
-    tokens = others + (others >= q)              # 0 ... K-2 with a gap at q: any token except q
-    labels = tokens.gather(1, i + tau)[:, 0]     # v is any token except q, so keep the one there
+    tokens = others + (others >= q)              # skip q: 0 ... K-2 become all tokens except q
+    labels = tokens.gather(1, i + tau)[:, 0]     # that token is uniform without q: it can be v
     position = torch.arange(L + 1, device=device)
     tokens = torch.where((position == i) | (position == end), q, tokens)
     return tokens, labels
@@ -123,9 +127,11 @@ def mqar(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=
     comes once more, in random order and at random places, and the answer there is its value. Keys
     are from the lower half of the vocabulary and all different; values and all other tokens are
     from the upper half. In a longer context, the queries are farther from the pairs.
+    Returns tokens (B, L), labels and at (B, M); tau and uniform have no effect.
     """
     draw = dict(device=device, generator=generator)
     half = K // 2
+    # The first M of a random permutation: M different keys.
     keys = torch.rand(batch_size, half, **draw).argsort(1)[:, :M]                    # (B, M)
     values = torch.randint(half, K, (batch_size, M), **draw)                         # (B, M)
     pairs = torch.stack([keys, values], dim=2).flatten(1)                            # (B, 2M)
@@ -140,6 +146,7 @@ def copy(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=
     A context of L tokens has M tokens from {0 ... K-3} at random places and blanks (K-1) elsewhere.
     After it come M marks (K-2), at which the model answers the M tokens in order. In a longer
     context, there are more blanks to ignore.
+    Returns tokens (B, L + M), labels and at (B, M); tau and uniform have no effect.
     """
     draw = dict(device=device, generator=generator)
     content = torch.randint(K - 2, (batch_size, M), **draw)                          # (B, M)
@@ -154,7 +161,8 @@ def parity(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, unifor
     """Parity: at every token, is the number of ones so far odd? Tokens and answers are 0 and 1.
 
     The model has to count, not to recall. A state that only decays cannot do it; a state that can
-    change its sign can. In a longer context there are more positions to answer at.
+    change its sign at each token can. In a longer context there are more positions to answer at.
+    Returns tokens, labels and at, (B, L) each; K, M, tau and uniform have no effect.
     """
     tokens = torch.randint(2, (batch_size, L), device=device, generator=generator)   # (B, L)
     at = torch.arange(L, device=device).expand(batch_size, L)
@@ -167,7 +175,7 @@ TASKS = {"recall": recall, "mqar": mqar, "copy": copy, "parity": parity}
 # ---- the embedding, and sequences as text --------------------------------------------------------
 
 def embedding_table(K, d):
-    """The fixed embedding, (K, d): standard normal numbers, each row scaled to length 1.
+    """The fixed embedding: standard normal numbers, each row scaled to length 1.
 
     Returns (K, d) float32. The numbers are those of numpy.random.seed(0); numpy.random.randn(K, d),
     but numpy's global generator is left alone.
@@ -181,13 +189,13 @@ def show(tokens, tau):
     tokens = [int(token) for token in tokens]
     last = len(tokens) - 1
     i = tokens.index(tokens[last])
-    shown = [t for t in range(last + 1) if i - 2 <= t <= i + min(tau, 4) + 2 or t >= last - 2
-             or i + tau - 2 <= t <= i + tau + 2]
+    marks = {i: "({})", i + tau: "[{}]", last: "({})"}
+    shown = [t for t in range(last + 1)
+             if last <= WHOLE or min(abs(t - marked) for marked in marks) <= NEAR]
     words = []
     for before, t in zip([-1, *shown], shown):
         if t > before + 1:
             words.append("...")
-        marks = {i: "({})", i + tau: "[{}]", last: "({})"}
         words.append(marks.get(t, " {} ").format(tokens[t]))
     return " ".join(f"{word:>4}" for word in words)
 
@@ -199,7 +207,8 @@ if __name__ == "__main__":
         print(show(row, 2), " -> ", label.item())
     for name, task in TASKS.items():
         if name != "recall":
-            print(f"\n{name}, L = 12, M = 3: the tokens, with the answers below them")
+            print(f"\n{name}, L = 12{'' if name == 'parity' else ', M = 3'}: "
+                  "the tokens, with the answers below them")
             tokens, labels, at = task(1, 12, M=3, generator=stream(0, "training"))
             at = torch.tensor([[tokens.shape[1] - 1]]) if at is None else at     # the last token
             answers = dict(zip(at.reshape(-1).tolist(), labels.reshape(-1).tolist()))

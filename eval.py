@@ -14,7 +14,7 @@ import sys
 import time
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C is no traceback, also during imports
+    signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C prints no traceback, even in imports
 
 import torch
 
@@ -24,12 +24,13 @@ from output import Progress, say, short_errors
 from runs import load_run, pick_device, read_result, remove, write_json
 from summary import TEST_SEQUENCES
 
-SEGMENT = 4096       # most tokens per call when a long context is read
+SEGMENT = 4096       # most tokens per call when a long context is processed
 BATCH_ROWS = 512     # most contexts in a batch on a CPU
 HELD_TOKENS = 2**20  # most tokens in a batch on a CPU
-ON_CUDA = 16         # CUDA takes 16 times as many contexts and tokens
+CUDA_FACTOR = 16     # on CUDA, a batch has this many times as many contexts and tokens
 CALL_FLOATS = 2**22  # most rows x tokens x d per call: Mamba needs a kilobyte for each, 4 GB in all
 MOST_LENGTHS = 768   # tested after training; up to L = 256 these are all lengths to 3L
+MOST_LENGTHS_ALONE = 24      # of tasks whose lengths cannot share contexts
 STRIDE = 8           # a group has every eighth length of a block
 
 
@@ -38,22 +39,22 @@ def accuracy_one_by_one(model, lengths, K, M, tau, sequences=1024, device="cpu",
                         task="recall", bar=False):
     """Accuracy at each length, from sequences of exactly that length: a list like `lengths`.
 
-    This is the definition. For 191 lengths it reads 20 million tokens; `accuracy_by_length` needs
-    only 5 million.
+    This is the definition. For 191 lengths it processes 19 million tokens; `accuracy_by_length`
+    processes 5 million.
     """
     generator, accuracies = stream(seed, "evaluation", device), []
     progress = Progress(sum(lengths), quiet=not bar, desc="testing")
     for length in lengths:
         batch = TASKS[task](sequences, length, K, M, tau, device, generator)
-        accuracies.append(share_right(model, *batch).item())
+        accuracies.append(accuracy_of(model, *batch).item())
         progress.update(length)
         progress.report(f"testing: {progress.n / progress.total:.0%}")
     progress.close()
     return accuracies
 
 
-def share_right(model, tokens, labels, at):
-    """The share of right answers to a batch, a tensor (); the model reads it in parts."""
+def accuracy_of(model, tokens, labels, at):
+    """Accuracy on a batch, a tensor (). The batch is split, to limit memory."""
     rows, right = rows_per_call(model, tokens.shape[1]), []
     for start in range(0, len(tokens), rows):
         part = slice(start, start + rows)
@@ -65,7 +66,7 @@ def share_right(model, tokens, labels, at):
 def rows_per_call(model, tokens):
     """The number of sequences of this length per call: a power of two.
 
-    So the parts of a test have the same shape, and a compiler meets one.
+    The parts of a test then have one shape, so a compiler compiles once.
     """
     rows = CALL_FLOATS // (model.embedding.embedding_dim * tokens)
     return 2 ** (max(1, rows).bit_length() - 1)
@@ -77,7 +78,8 @@ def groups(lengths, tau):
     In a group, the longest has at most about twice as many positions for the query as the shortest.
     Neighbours are in different groups, because lengths that share contexts also share their error:
     in a single group, the mean of a curve would be as uncertain as one of its points. With eight
-    groups for each factor of two, its standard deviation is below 0.004 for 1,024 sequences.
+    groups for each factor of two, the standard deviation of that mean is below 0.004 for 1,024
+    sequences.
     """
     lengths = sorted(set(lengths))
     while lengths:
@@ -97,7 +99,7 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
     them once, and ask the query at every length of the group.
     """
     generator, accuracy = stream(seed, "evaluation", device), {}
-    scale = ON_CUDA if torch.device(device).type == "cuda" else 1
+    scale = CUDA_FACTOR if torch.device(device).type == "cuda" else 1
     plan = list(groups(lengths, tau))
     progress = Progress(sum(group[-1] for group in plan), quiet=not bar, desc="testing")
     for group in plan:
@@ -105,8 +107,9 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
         n = math.ceil(sequences * positions / (group[0] - tau)) + 1
         if n > 4 * positions:            # each position equally often: n is a multiple of positions
             n = -(-n // positions) * positions
-        spread = torch.rand(n, dtype=torch.float64, generator=stream(seed, "evaluation"))
-        i = ((torch.arange(n) + spread) / n * positions).long().clamp(max=positions - 1).to(device)
+        # A random place within each nth part, the same in every group.
+        jitter = torch.rand(n, dtype=torch.float64, generator=stream(seed, "evaluation"))
+        i = ((torch.arange(n) + jitter) / n * positions).long().clamp(max=positions - 1).to(device)
         correct, asked = torch.zeros(2, len(group), dtype=torch.int64, device=device)
         rows = max(1, min(scale * BATCH_ROWS, scale * HELD_TOKENS // longest))
         for i_b in i.split(min(rows, rows_per_call(model, min(longest, SEGMENT)))):
@@ -134,13 +137,13 @@ def accuracy_now(model, config, generator, device):
     """Accuracy on TEST_SEQUENCES fresh sequences of the training length, a tensor ()."""
     K, M, tau, L = (config[k] for k in ("K", "M", "tau", "L"))
     draw_batch = TASKS[config["task"]]
-    return share_right(model, *draw_batch(TEST_SEQUENCES, L, K, M, tau, device, generator))
+    return accuracy_of(model, *draw_batch(TEST_SEQUENCES, L, K, M, tau, device, generator))
 
 
 def evaluate(model, config, lengths, sequences, device, seed=0, bar=False):
     """Accuracy of a run's model at these lengths, on its own task: a list like `lengths`."""
     K, M, tau, task = (config[flag] for flag in ("K", "M", "tau", "task"))
-    torch.manual_seed(seed)                                  # of positions that are not trained
+    torch.manual_seed(seed)                                  # for rows that extend_positions adds
     model.extend_positions(max(lengths) + M + 1)             # copy ends with M marks, recall with q
     if task == "recall":
         return accuracy_by_length(model, lengths, K, M, tau, sequences, device, seed, bar)
@@ -150,14 +153,14 @@ def evaluate(model, config, lengths, sequences, device, seed=0, bar=False):
 def lengths_to_test(L, M=1, tau=1, task="recall"):
     """Every length from the shortest to 3L, or MOST_LENGTHS of them.
 
-    For tasks other than recall, lengths cannot share contexts: about eight up to L, sixteen beyond.
+    Of other tasks than recall, MOST_LENGTHS_ALONE: about eight up to L, sixteen beyond.
     """
     lengths = range(shortest(M, tau, task), 3 * L + 1)
-    most = MOST_LENGTHS if task == "recall" else 24
+    most = MOST_LENGTHS if task == "recall" else MOST_LENGTHS_ALONE
     if len(lengths) <= most:
         return list(lengths)
-    spread = {round(3 * L * k / most) for k in range(1, most + 1)} | set(some_lengths(L, tau))
-    return sorted(n for n in spread if n in lengths)
+    chosen = {round(3 * L * k / most) for k in range(1, most + 1)} | set(some_lengths(L, tau))
+    return sorted(n for n in chosen if n in lengths)
 
 
 def some_lengths(L, tau):
@@ -177,17 +180,17 @@ def print_table(result, lengths=None):
     say(f"(trained at {L})")
 
 
-def show_answers(model, c, device):
-    """Print three sequences of recall, with the model's answers. c: its config."""
-    if c["task"] != "recall":
+def show_answers(model, config, device):
+    """Print three sequences of recall, with the model's answers."""
+    if config["task"] != "recall":
         return
-    tokens, labels = recall_batch(3, c["L"], c["K"], c["M"], c["tau"], device,
-                                  stream(c["seed"], "evaluation", device))
+    L, K, M, tau, seed = (config[flag] for flag in ("L", "K", "M", "tau", "seed"))
+    tokens, labels = recall_batch(3, L, K, M, tau, device, stream(seed, "evaluation", device))
     with torch.no_grad():
         answers = model(tokens).argmax(-1)
     for row, answer, label in zip(tokens, answers.tolist(), labels.tolist()):
         verdict = "right" if answer == label else f"wrong, the value is {label}"
-        say(f"{show(row, c['tau'])}  ->  {answer}, {verdict}")
+        say(f"{show(row, tau)}  ->  {answer}, {verdict}")
 
 
 def main(argv=None):
@@ -216,7 +219,7 @@ def main(argv=None):
             raise ValueError("RUN.pt is missing: name at least one checkpoint of a finished run")
         for word in others:
             if not word.endswith(".pt"):
-                raise ValueError(f"--lengths has {word!r}, but they are whole numbers, as 64 128")
+                raise ValueError(f"--lengths has {word!r}, but lengths are whole numbers: 64 128")
         if args.sequences < 1:
             raise ValueError(f"--sequences is {args.sequences}, but it must be at least 1")
         if not 0 <= args.seed < 2**30:

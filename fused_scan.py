@@ -2,7 +2,7 @@
 
 mamba.py has the recurrence, and a scan that takes one chunk after another. A GPU has room for all
 chunks, but each needs the last state of the one before. The recurrence is linear, and that helps:
-`two_chunks` below is the whole idea. For many chunks:
+`two_chunks` below is the whole idea, `python mamba.py` checks the scan. For many chunks:
 
     1. run every chunk from a zero state, which gives its end               all at once
     2. start of the next chunk = exp(A sum of dt) start + end               one after another
@@ -13,7 +13,7 @@ same way: groups of chunks play the part of the chunks. The backward pass is the
 of h (mamba.py derives it), and a chunk hands a_1 g_1 to the chunk before it.
 
 The standard parallel prefix sum (Blelloch 1990) is this tree with two branches per node: 2 log2(L)
-passes over all states in memory. Here a chunk's states stay in registers, except for one.
+levels, with all L states in memory. Here a chunk's states stay in registers, except for its start.
 
     symbol      shape            meaning
     c, T                         chunks; steps per chunk
@@ -32,14 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_STEPS = 8     # most steps in a chunk
-LONG = 1024         # from this length on, chunks twice as long: fewer states, slower to compile
+CHUNK_STEPS = 8     # most steps in a chunk, below LONG
+LONG = 1024         # sequences this long get chunks twice as long: fewer states, slower to compile
 GROUP_CHUNKS = 16   # most chunks in a group
-_compiled = None    # see compiled_scan
+_compiled = None    # True or False within compiled_scan; None: parallel_scan decides
 
 
 def two_chunks(scan, x, dt, A, B, C, h):
-    """The idea, for two chunks. scan is mamba.selective_scan_ref; the rest is as there."""
+    """The idea, for two chunks. scan: mamba.selective_scan_ref. h (b, D, N); the rest as there."""
     (x1, x2), (dt1, dt2), (B1, B2), (C1, C2) = (v.chunk(2, dim=1) for v in (x, dt, B, C))
     _, end1 = scan(x1, dt1, A, B1, C1)                                   # 1. from zero
     start2 = torch.exp(A * dt1.sum(1)[..., None]) * h + end1             # 2. h has only decayed
@@ -70,9 +70,9 @@ def split(v, most):
 # ---- Inside a chunk ------------------------------------------------------------------------------
 #
 # Each function that goes through _kernel becomes one kernel, its loop over steps unrolled; those
-# that also sum dt become two. A kernel can sum over states, for dx and ddt, or over channels, for
-# dB and dC; and dB needs g where dC needs h. So the backward pass has three, and each recomputes
-# the states it needs, in A's dtype. Rounding dB and dC after each sum wrote every state to memory.
+# that also sum dt become two. A kernel sums over states (dx, ddt) or over channels (dB, dC), not
+# both; dB needs g, and dC needs h. So these are three kernels, and each recomputes its states. All
+# is in A's dtype, dB and dC too: rounded inside the loop, they made it write states to memory.
 
 def _decay(dt, A):
     """exp(dt A) for one step's dt (b, c, D): (b, c, D, N)."""
@@ -90,7 +90,7 @@ def _state_gradient(carry, t, A, C, dy):
     return carry + dy[:, :, t, :, None].to(A.dtype) * C[:, :, t, None]
 
 
-def _ends(x, dt, A, B):
+def _ends_forward(x, dt, A, B):
     """Every chunk's last state from zero (b, c, D, N), and its span (b, c, D)."""
     h = 0.0
     for t in range(x.shape[2]):
@@ -107,20 +107,20 @@ def _outputs(x, dt, A, B, C, h):
     return torch.stack(y, dim=2)
 
 
-def _first_carry(dt, A, C, dy):
-    """The gradient of every chunk's start through the chunk's own outputs alone: (b, c, D, N)."""
+def _ends_backward(dt, A, C, dy):
+    """The gradient of every chunk's start, from the chunk's own outputs alone: (b, c, D, N)."""
     carry = 0.0
     for t in reversed(range(dt.shape[2])):
         carry = _decay(dt[:, :, t], A) * _state_gradient(carry, t, A, C, dy)
     return carry
 
 
-def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carry):
-    """The sums over states, dx and ddt (b, c, T, D). Every chunk's part of dA overwrites carry."""
+def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carries):
+    """The sums over states, dx and ddt (b, c, T, D). Each chunk's part of dA overwrites carries."""
     h_before = [h]
     for t in range(x.shape[2] - 1):
         h_before.append(_next_state(h_before[t], t, x, dt, A, B))
-    dx, ddt, dA, arrived = [], [], 0.0, carry
+    dx, ddt, dA, carry = [], [], 0.0, carries
     for t in reversed(range(x.shape[2])):
         g = _state_gradient(carry, t, A, C, dy)                          # (b, c, D, N)
         carry = _decay(dt[:, :, t], A) * g
@@ -129,7 +129,7 @@ def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carry):
         dx.append((du * dt[:, :, t]).to(x.dtype))
         ddt.append(((d_dtA * A).sum(-1) + du * x[:, :, t]).to(dt.dtype))
         dA = dA + d_dtA * dt[:, :, t, :, None]
-    arrived.copy_(dA)
+    carries.copy_(dA)
     return torch.stack(dx[::-1], dim=2), torch.stack(ddt[::-1], dim=2)
 
 
@@ -159,8 +159,8 @@ def _sum_of_chunks(v):
 
 # ---- Across chunks -------------------------------------------------------------------------------
 #
-# Backwards, from the last chunk to the first, "ends" are first carries, and a chunk's "start" is
-# the carry that arrives at its last step.
+# Backwards, from the last chunk to the first, a chunk's "end" is the gradient of its start, and its
+# "start" is the carry that arrives at its last step.
 
 def _group_starts(span, A, ends, h, backwards):
     """Every chunk's start (b, c, D, N), and every group's last state, from the groups' starts h."""
@@ -198,7 +198,7 @@ def _across(span, A, ends, h, backwards, compiled):
 OPTIONS = {
     "max_fusion_size": 1000,               # all steps of a chunk in one kernel
     "triton.autotune_pointwise": False,    # compiles twice as long, and often chose the slower one
-    "triton.max_tiles": 1,                 # 2-d blocks grew until their states left the registers
+    "triton.max_tiles": 1,                 # 2-d tiles grew too large for the registers
 }
 
 
@@ -220,7 +220,7 @@ def _kernel(function, compiled):
 def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor | None,
           compiled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> y, the last state (b, D, N), and for the gradient every chunk's start and span."""
-    ends, span = _kernel(_ends, compiled)(x, dt, A, B)
+    ends, span = _kernel(_ends_forward, compiled)(x, dt, A, B)
     starts, last = _across(span, A, ends, h, backwards=False, compiled=compiled)
     return _kernel(_outputs, compiled)(x, dt, A, B, C, starts), last, starts, span
 
@@ -230,9 +230,9 @@ def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start
                    span: Tensor, dy: Tensor, dh: Tensor | None, compiled: bool
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> the gradients of x, dt, A, B, C and h."""
-    first_carries = _kernel(_first_carry, compiled)(dt, A, C, dy)
-    carries, dh = _across(span, A, first_carries, dh, backwards=True, compiled=compiled)
-    del first_carries                                      # as large as carries, or as starts
+    ends = _kernel(_ends_backward, compiled)(dt, A, C, dy)
+    carries, dh = _across(span, A, ends, dh, backwards=True, compiled=compiled)
+    del ends                                               # as large as carries, or as starts
     dB = _kernel(_gradient_B, compiled)(x, dt, A, B, C, dy, carries)
     dC = _kernel(_gradient_C, compiled)(x, dt, A, B, C, dy, starts)
     dx, ddt = _kernel(_gradients_x_dt_A, compiled)(x, dt, A, B, C, dy, starts, carries)
@@ -291,8 +291,8 @@ def parallel_scan(x, dt, A, B, C, h=None):
     check_shapes(x, dt, A, B, C, h)
     if x.numel() == 0:
         return x.clone(), A.new_zeros(x.shape[0], *A.shape) if h is None else h
-    # Cut outside of the scan's kernels: padding inside them made their loads twice as slow. If not
-    # compiled, chunks are short, which means fewer calls, while one group has room for them.
+    # Cut outside of the scan's kernels: padding inside them made their loads twice as slow. Not
+    # compiled, every step is a call, so chunks are shorter, as long as they all fit in one group.
     steps = CHUNK_STEPS if x.shape[1] < LONG else 2 * CHUNK_STEPS
     steps = steps if compiled else min(steps, -(-x.shape[1] // GROUP_CHUNKS))
     x_k, dt_k, B_k, C_k = (split(v, steps) for v in (x, dt, B, C))       # (b, c, T, D or N)

@@ -2,7 +2,7 @@
 
 A small model launches hundreds of kernels per step. Each runs for a few microseconds, less than the
 host needs to launch it. A captured step is launched as a whole: rope at d = 8 takes 0.5 ms instead
-of 8. Compiled, with fewer kernels, it takes 0.2 ms, but compiling takes 40 s. So `Fast` first
+of 8. Compiled, with fewer kernels, it takes 0.2 ms, but compiling takes 40 s. So `Captured` first
 captures the plain step, and compiles later if the work is then likely to end sooner. The same goes
 for the tests during training.
 """
@@ -21,27 +21,10 @@ from output import say
 from runs import shape_of
 
 FIRST_CALLS = 5        # three that are launched, the capture with a first replay, a second replay
-COMPILE_SECONDS = {"training step": 40, "test": 15}     # guesses, until this process has timed one
+GUESSED_SECONDS = {"training step": 40, "test": 15}     # to compile, until this process timed it
 SPEEDUP = 2.5          # of compiling, a guess: from 2.6 (rope) to 9 (mamba) on an H100
 SMALL_D, SMALL_L = 16, 256
-compile_seconds = {}   # (function, shape) -> what this process took to compile it
-
-
-class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW without the wrappers that import torch's compiler, 1.2 s on a CPU.
-
-    The wrapper of `step` also turns gradients off; here no_grad does. Not for use inside
-    torch.compile, nor with differentiable=True.
-    """
-
-    def _unwrapped(name):
-        method = getattr(torch.optim.AdamW, name)
-        return getattr(method, "__wrapped__", method)
-
-    add_param_group, zero_grad = _unwrapped("add_param_group"), _unwrapped("zero_grad")
-    state_dict, load_state_dict = _unwrapped("state_dict"), _unwrapped("load_state_dict")
-    step = torch.no_grad()(_unwrapped("step"))
-    del _unwrapped
+measured_seconds = {}  # (function, shape) -> what this process took to compile it
 
 
 def has_compiler():
@@ -51,6 +34,7 @@ def has_compiler():
 
 
 def is_small(config):
+    """Whether a model is so small that launching its kernels takes longer than running them."""
     return config["d"] <= SMALL_D and config["L"] <= SMALL_L
 
 
@@ -58,15 +42,16 @@ def compile_part(function, config):
     """torch.compile for a function that gets the same shapes at every step of a run.
 
     In small models, independent kernels are launched as one, and matmuls are written as sums, which
-    fuse with the operations around them (rope at d = 8: 0.22 instead of 0.27 ms). Mamba-2 and the
-    delta rule keep their matmuls, which are many and wide (mamba2: 0.33 instead of 0.37 ms).
+    fuse with the operations around them (rope at d = 8: 0.22 instead of 0.27 ms). Models named
+    after Mamba-2 or DeltaNet keep their matmuls, which are many and wide (mamba2: 0.33 instead of
+    0.37 ms).
     """
     from torch._inductor import config as inductor       # here, because importing it takes a second
     small = is_small(config)
     sums = {"decompose_mm_pass": {"min_first_dimension_decomposition": 1,
                                   "max_other_dimension_decomposition": 10**9}}
-    # The pass reads its two numbers from the global setting alone, and once; whether it runs, from
-    # the options of the compilation.
+    # torch's pass reads its two numbers from this global setting, once per process. Whether it runs
+    # at all is read from the options of each compilation.
     inductor.post_grad_fusion_options = sums
     options = {"combo_kernels": small, "comprehensive_padding": not small,
                "post_grad_fusion_options": {}}
@@ -93,7 +78,7 @@ def capture(function, generator=None):
     return replay
 
 
-class Fast:
+class Captured:
     """A function that is called many times: captured in a CUDA graph, and compiled when that pays.
 
     A call does what function(*parts) does, up to rounding, and returns its result, a tensor that
@@ -104,18 +89,27 @@ class Fast:
     """
 
     def __init__(self, function, parts, generator, config):
-        self.function, self.parts, self.generator, self.config = function, parts, generator, config
-        self.name, self.shape = function.__name__.replace("_", " "), shape_of(config)
+        self.function, self.parts = function, parts
+        self.generator, self.config = generator, config
+        self.name = function.__name__.replace("_", " ")      # a key of GUESSED_SECONDS
+        self.shape = shape_of(config)
         self.on_cuda = generator.device.type == "cuda"
         if not self.on_cuda:
             return
         # Small models use attention's plain formula, because the compiler can fuse it.
         self.backends = [SDPBackend.MATH] if is_small(config) else None
-        self.calls, self.replay, self.compiled, self.first_seconds = 0, None, False, 0.0
+        self.compiled = False
+        self.restart()
         self.undecided = config["compile"] == "auto" and has_compiler()
-        known = (self.name, self.shape) in compile_seconds
+        known = (self.name, self.shape) in measured_seconds
         if config["compile"] == "on" or (self.undecided and known):
             self.compile()
+
+    def restart(self):
+        """Forget the graph: the next FIRST_CALLS calls capture a new one."""
+        self.calls, self.replay = 0, None
+        self.seconds = 0.0            # of the last timed call
+        self.first_seconds = 0.0      # of all timed calls together
 
     def __call__(self):
         if not self.on_cuda:
@@ -134,7 +128,7 @@ class Fast:
         self.seconds = time.monotonic() - began
         self.first_seconds += self.seconds
         if self.compiled and self.calls == FIRST_CALLS:
-            compile_seconds.setdefault((self.name, self.shape), self.first_seconds)
+            measured_seconds.setdefault((self.name, self.shape), self.first_seconds)
         return result
 
     def launch(self):
@@ -146,15 +140,15 @@ class Fast:
     def compile(self):
         """Replace the parts by compiled ones. The next calls compile, then capture again."""
         self.parts = [compile_part(part, self.config) for part in self.parts]
-        self.calls, self.replay, self.compiled, self.undecided = 0, None, True, False
-        self.first_seconds = 0.0
+        self.compiled, self.undecided = True, False
+        self.restart()
 
     def compile_if_it_pays(self, calls_left):
         """Compile if that is likely to save time over the next `calls_left` calls."""
         if not self.on_cuda or not self.undecided or self.calls < FIRST_CALLS:
             return
-        known = [seconds for (name, _), seconds in compile_seconds.items() if name == self.name]
-        cost = min(known, default=COMPILE_SECONDS[self.name])
+        measured = [took for (name, _), took in measured_seconds.items() if name == self.name]
+        cost = min(measured, default=GUESSED_SECONDS[self.name])
         if calls_left * self.seconds * (1 - 1 / SPEEDUP) > cost:
             say(f"{1e3 * self.seconds:.2f} ms per {self.name}, captured; compiling it now, which "
                 f"takes about {cost:.0f} s and pays within {calls_left:,} more")
@@ -169,3 +163,20 @@ def steps_left(step, last, runs_left):
     """
     to_go = min(step, last - step)
     return to_go + runs_left * (step + to_go)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW without the wrappers that import torch's compiler.
+
+    That import takes 1.2 s, a tenth of a short run. The wrapper of `step` also turns gradients off;
+    here no_grad does. Not for use inside torch.compile, nor with differentiable=True.
+    """
+
+    def _unwrapped(name):
+        method = getattr(torch.optim.AdamW, name)
+        return getattr(method, "__wrapped__", method)
+
+    add_param_group, zero_grad = _unwrapped("add_param_group"), _unwrapped("zero_grad")
+    state_dict, load_state_dict = _unwrapped("state_dict"), _unwrapped("load_state_dict")
+    step = torch.no_grad()(_unwrapped("step"))
+    del _unwrapped

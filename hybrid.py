@@ -7,15 +7,15 @@
 
 To add a layer, write a module and give it a word: `LAYERS["mean"] = RunningMean` if it is built as
 RunningMean(d), otherwise a case in `build_layer` and the word in WORDS. A layer maps x (B, L, d)
-and a state, None at the start of a sequence, to y (B, L, d) and the next state. It must be causal,
-and feeding a sequence in segments must give the same result as one call. It must do the same in
-training and in tests, without random numbers such as those of dropout, or a continued run differs.
+and a state, None at the start of a sequence, to y (B, L, d), or (1, L, d) if it is the same for all
+sequences, and the next state. It must be causal, and feeding a sequence in segments must give the
+same result as one call. It must not use dropout or other random numbers, or a resumed run differs.
 On a GPU it is captured in a CUDA graph, so it must not ask for values (.item()). Class attributes,
 False unless a layer sets them, tell the model how to treat the layer:
 
     takes_bias        its norm has a bias, because the layer's input projection has none
     attends           in a model with such a layer, those biases start at random, otherwise at 0
-    norms_itself      no norm comes before it
+    skips_norm        no norm comes before it: it needs none, or has its own
     needs_embedding   forward takes embedding=, the embeddings of the same tokens
     answers_last      forward takes last_only=True and then returns y of the last token, (B, 1, d)
 """
@@ -48,6 +48,92 @@ MODELS = {
     "hybrid-a": "mamba+attention",
     "hybrid-b": "mamba+attention+mamba",
 }
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm, x / sqrt(mean of x^2) times a weight, plus a bias unless `bias_std` is None.
+
+    bias_std: the standard deviation of its initial values. Why Mamba needs it: see mamba.Mamba.
+    """
+
+    def __init__(self, d, bias_std=None):
+        super().__init__(d, eps=torch.finfo(torch.float32).eps)
+        self.bias = None if bias_std is None else nn.Parameter(bias_std * torch.randn(d))
+
+    def forward(self, x):
+        x = super().forward(x)
+        return x if self.bias is None else x + self.bias
+
+
+class Model(nn.Module):
+    """Embedding, x = x + layer(norm(x)) for each layer, norm, linear map to the vocabulary.
+
+    layers: a list of modules as described at the top of this file. The embedding is the fixed table
+    of data.py unless learn_embedding trains it.
+    """
+
+    def __init__(self, layers, K=16, d=8, learn_embedding=False):
+        super().__init__()
+        table = embedding_table(K, d)                                            # (K, d)
+        self.embedding = nn.Embedding.from_pretrained(table, freeze=not learn_embedding)
+        self.layers = nn.ModuleList(layers)
+        # Found by trial: with biases that start at 0, `mamba` at M = 4 reached 0.99 in 11 of 12
+        # runs, with 0.5 in 8 of 12. With attention, 0 was not compared.
+        bias_std = 0.5 if any(getattr(layer, "attends", False) for layer in layers) else 0.0
+        self.norms = nn.ModuleList()
+        for layer in layers:
+            if getattr(layer, "skips_norm", False):
+                self.norms.append(nn.Identity())
+            else:
+                takes_bias = getattr(layer, "takes_bias", False)
+                self.norms.append(RMSNorm(d, bias_std if takes_bias else None))
+        self.head = nn.Sequential(RMSNorm(d), nn.Linear(d, K, bias=False))
+
+    def run_layers(self, tokens, states=None, last_only=False):
+        """Run a segment of a sequence through the layers, continuing from `states`.
+
+        tokens (B, L) int64; states: the list returned for the previous segment, None at the start.
+        Returns x, the input of the head, and the list of states, one for each layer. x is
+        (B, L, d), or (B, 1, d) for the last token if last_only.
+        """
+        x = embedding = self.embedding(tokens)                                   # (B, L, d)
+        states = list(states or [None] * len(self.layers))
+        for i, (norm, layer) in enumerate(zip(self.norms, self.layers)):
+            options = {}
+            if getattr(layer, "needs_embedding", False):
+                options["embedding"] = embedding
+            if last_only and i == len(self.layers) - 1 and getattr(layer, "answers_last", False):
+                options["last_only"] = True
+            y, states[i] = layer(norm(x), states[i], **options)
+            # With last_only, y may be of the last token alone: x is then cut to it.
+            x = x[:, -y.shape[1]:] + y
+        return x[:, -1:] if last_only else x, states
+
+    def forward(self, tokens, at=None):
+        """tokens (B, L) int64 -> logits (B, K) of the last token.
+
+        at: the positions to answer at instead of the last, int64: (B,) for one per sequence ->
+        (B, K), (B, Q) for several -> (B, Q, K).
+        """
+        x, _ = self.run_layers(tokens, last_only=at is None)                     # (B, 1 or L, d)
+        if at is None:
+            return self.head(x[:, -1])
+        rows = torch.arange(len(x), device=x.device)
+        return self.head(x[rows, at] if at.dim() == 1 else x[rows[:, None], at])
+
+    def n_params(self):
+        """The number of trained parameters."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def extend_positions(self, positions):
+        """Enlarge tables of positions to this many tokens; the new rows stay untrained."""
+        for layer in self.layers:
+            if hasattr(layer, "extend_positions"):
+                layer.extend_positions(positions)
+
+
+# ---- from words to layers ------------------------------------------------------------------------
+
 FAMILY = {  # published models: the order of their layers, not their size
     "rnn": "2xrnn",
     "lti": "2xlti",
@@ -80,13 +166,15 @@ LAYERS = {  # words of the layers that need only a width
     "rglru": RGLRU,
 }
 
-RUNGS = {  # of linear attention: each has one idea more than the one before
+RUNGS = {  # of linear attention, each with one idea more; gated-deltanet is a GatedDeltaNet
     "linear-fixed": {"fixed_decay": True},
     "linear-decay": {},
     "gated-deltanet": {"delta": True},
     "linear-rotation": {"delta": True, "rotation": True},
 }
 RUNGS |= {f"{word}-noconv": {**options, "d_conv": None} for word, options in RUNGS.items()}
+RECENCY = 2.0     # a first rotary layer starts out looking at recent tokens: see Attention
+TAPS = {"conv": 4, "conv2": 2, "conv8": 8}
 ROTARY = {  # rotary attention with slower or faster angles, or half of the channels
     "rope-fast": {"base": 100.0},
     "rope-slow": {"base": 1e6},
@@ -96,9 +184,9 @@ ROTARY = {  # rotary attention with slower or faster angles, or half of the chan
 
 def build_layer(word, d, L, n_heads, d_state, before):
     """The layer of this word. L: training length; before: the list of layers in front of it."""
-    if word in LAYERS:                                       # first, so that a word can be replaced
+    if word in LAYERS:                                       # first, so that it can override a word
         return LAYERS[word](d)
-    recency = None if before else 2.0     # a first rotary layer starts out looking at recent tokens
+    recency = None if before else RECENCY
     if word == "attention":
         return Attention(d, n_heads)
     if word == "rope":
@@ -123,8 +211,8 @@ def build_layer(word, d, L, n_heads, d_state, before):
         return MambaOwn(d, d_state)
     if word == "mamba2-shared":
         return Mamba2Shared(d, d_state, headdim=math.gcd(2 * d, 8))
-    if word in ("conv", "conv2", "conv8"):
-        return ShortConv(d, d_conv=int(word[4:] or 4))
+    if word in TAPS:
+        return ShortConv(d, d_conv=TAPS[word])
     if word in ("mamba3", "mamba3-mimo"):
         return Mamba3(d, d_state, headdim=math.gcd(2 * d, 8), is_mimo=word == "mamba3-mimo")
     if word in ("deltanet", "gated-deltanet"):
@@ -147,13 +235,13 @@ def build_layer(word, d, L, n_heads, d_state, before):
 
 
 WORDS = [                                 # those in build_layer; LAYERS has the others
-    "attention", "rope", "position", "window", "grouped", "alibi", "forgetting", "conv", "conv2",
-    "conv8", "mamba", "mamba-noconv", "normed-mamba", "mamba-own", "mamba2", "mamba2-shared",
+    "attention", "rope", "position", "window", "grouped", "alibi", "forgetting", *TAPS, "mamba",
+    "mamba-noconv", "normed-mamba", "mamba-own", "mamba2", "mamba2-shared",
     "mamba3", "mamba3-mimo", "deltanet", "lti", "zamba", "zamba2", "zamba2-mini", *RUNGS, *ROTARY]
 
 MOST_LAYERS = 256
 WITH_HEADS = {"attention", "rope", "window", "zamba", "zamba2", "zamba2-mini", "deltanet",
-              "alibi", "forgetting", *RUNGS, *ROTARY}      # words to which n_heads means something
+              "alibi", "forgetting", *RUNGS, *ROTARY}      # layers that take n_heads
 
 
 def layer_words(name):
@@ -161,17 +249,18 @@ def layer_words(name):
     words = []
     for part in {**MODELS, **FAMILY}.get(name, name).split("+"):
         count, word = re.fullmatch(r"(?:(\d+)x)?(.*)", part, re.DOTALL).groups()
-        if word not in (*WORDS, *LAYERS) or count == "0":
+        repeats = int(count or 1)
+        if word not in (*WORDS, *LAYERS) or repeats == 0:
             known = [*MODELS, *FAMILY] if name == word else []             # no stack, no count
             near = difflib.get_close_matches(word.lower(), [*known, *WORDS, *LAYERS], 1)
-            near = f"did you mean {near[0]}? It" if near else "it"
+            hint = f"did you mean {near[0]}? It" if near else "it"
             raise ValueError(
-                f"--model is {name!r}, but {part!r} is no layer; {near} must be one of "
+                f"--model is {name!r}, but {part!r} is no layer; {hint} must be one of "
                 f"{', '.join([*MODELS, *FAMILY])}, or layers joined by + without spaces, as in "
                 f"2xmamba+mlp, of {', '.join([*WORDS, *LAYERS])}")
-        if len(words) + int(count or 1) > MOST_LAYERS:
+        if len(words) + repeats > MOST_LAYERS:
             raise ValueError(f"--model is {name!r}, but a stack has at most {MOST_LAYERS} layers")
-        words += [word] * int(count or 1)
+        words += [word] * repeats
     return words
 
 
@@ -190,93 +279,6 @@ def build_model(name, K=16, d=8, L=64, n_heads=1, d_state=16, learn_embedding=Fa
     return Model(layers, K, d, learn_embedding)
 
 
-class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm, x / sqrt(mean of x^2) times a weight, plus a bias unless `bias` is None.
-
-    bias: the standard deviation of its initial values. Why Mamba needs it: see mamba.Mamba.
-    """
-
-    def __init__(self, d, bias=None):
-        super().__init__(d, eps=torch.finfo(torch.float32).eps)
-        self.bias = None if bias is None else nn.Parameter(bias * torch.randn(d))
-
-    def forward(self, x):
-        x = super().forward(x)
-        return x if self.bias is None else x + self.bias
-
-
-class Model(nn.Module):
-    """Embedding, x = x + layer(norm(x)) for each layer, norm, linear map to the vocabulary.
-
-    layers: a list of modules as described at the top of this file. The embedding is the fixed table
-    of data.py unless learn_embedding trains it.
-    """
-
-    def __init__(self, layers, K=16, d=8, learn_embedding=False):
-        super().__init__()
-        table = embedding_table(K, d)                                            # (K, d)
-        self.embedding = nn.Embedding.from_pretrained(table, freeze=not learn_embedding)
-        self.layers = nn.ModuleList(layers)
-        # The start of the norms' biases was found by trial. `mamba` at M = 4 reached 0.99 in 11 of
-        # 12 runs from zero and in 8 of 12 from random values. Models with attention start from
-        # random values; for them no comparison is recorded (report/README.md, on defaults).
-        start = 0.5 if any(declares(layer, "attends") for layer in layers) else 0.0
-        self.norms = nn.ModuleList()
-        for layer in layers:
-            if declares(layer, "norms_itself"):
-                self.norms.append(nn.Identity())
-            else:
-                self.norms.append(RMSNorm(d, start if declares(layer, "takes_bias") else None))
-        self.head = nn.Sequential(RMSNorm(d), nn.Linear(d, K, bias=False))
-
-    def run_layers(self, tokens, states=None, last_only=False):
-        """Run a segment of a sequence through the layers, continuing from `states`.
-
-        tokens (B, L) int64; states: the list returned for the previous segment, None at the start.
-        Returns x, the input of the head, and the list of states, one for each layer. x is
-        (B, L, d), or (B, 1, d) for the last token if last_only.
-        """
-        x = embedding = self.embedding(tokens)                                   # (B, L, d)
-        states = list(states or [None] * len(self.layers))
-        for i, (norm, layer) in enumerate(zip(self.norms, self.layers)):
-            options = {}
-            if declares(layer, "needs_embedding"):
-                options["embedding"] = embedding
-            if last_only and i == len(self.layers) - 1 and declares(layer, "answers_last"):
-                options["last_only"] = True
-            y, states[i] = layer(norm(x), states[i], **options)
-            # With last_only, y may be of the last token alone: x is then cut to it.
-            x = x[:, -y.shape[1]:] + y
-        return x[:, -1:] if last_only else x, states
-
-    def forward(self, tokens, at=None):
-        """tokens (B, T) int64 -> logits (B, K) of the last token.
-
-        at: the positions to answer at instead of the last, int64: (B,) for one per sequence ->
-        (B, K), (B, Q) for several -> (B, Q, K).
-        """
-        x, _ = self.run_layers(tokens, last_only=at is None)                     # (B, 1 or T, d)
-        if at is None:
-            return self.head(x[:, -1])
-        rows = torch.arange(len(x), device=x.device)
-        return self.head(x[rows, at] if at.dim() == 1 else x[rows[:, None], at])
-
-    def n_params(self):
-        """The number of trained parameters."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
-
-    def extend_positions(self, positions):
-        """Enlarge tables of positions to this many tokens; the new rows stay untrained."""
-        for layer in self.layers:
-            if hasattr(layer, "extend_positions"):
-                layer.extend_positions(positions)
-
-
-def declares(layer, attribute):
-    """The value of a class attribute listed at the top of this file; False if it is not set."""
-    return getattr(layer, attribute, False)
-
-
 @torch.no_grad()
 def state_bytes(model, tokens):
     """The bytes of state that a model keeps for one sequence after this many tokens.
@@ -291,3 +293,8 @@ def state_bytes(model, tokens):
     model.extend_positions(tokens)
     zeros = torch.zeros(1, tokens, dtype=torch.int64, device=model.embedding.weight.device)
     return count(model.run_layers(zeros)[1])
+
+
+if __name__ == "__main__":
+    for name, stack in {**MODELS, **FAMILY}.items():
+        print(f"{name:<16}{build_model(name).n_params():>7,} parameters   {stack}")

@@ -18,7 +18,7 @@ import signal
 import textwrap
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C is no traceback, also during imports
+    signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C prints no traceback, even in imports
 
 import matplotlib
 import numpy as np

@@ -15,7 +15,7 @@ import signal
 import time
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C is no traceback, also during imports
+    signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C prints no traceback, even in imports
 
 import torch
 
@@ -31,17 +31,18 @@ from summary import SOLVED
 WARMUP = 400             # steps in which the learning rate rises
 BETAS = (0.9, 0.98)      # of AdamW
 CLIP = 0.2               # largest norm of the gradient
-MOST_TESTS = 200         # during a run
+TESTS = 200              # during a run, about
 STEPS_APART = 10         # fewest steps between two tests, if --steps is at least 200
 SOLVED_TESTS = 3         # a task is solved when this many tests in a row reach SOLVED
 COOLDOWN_STEPS = 1000    # the learning rate falls in this many steps, at most a quarter of the run,
 COOLDOWN_SHARE = 1 / 5   # or in this share of the run, if that is longer
 EVAL_SEQUENCES = 1024    # of each length, after training
+STATE_TOKENS = 64, 4096  # contexts after which the size of the state is reported
 SAVE_SECONDS = 5         # between saves of an unfinished run
 
 
 def parse(argv):
-    """The flags of train.py -> its parser, and args with all of them."""
+    """Parse the flags -> the parser, for its error messages, and args with every flag set."""
     parser = short_errors(argparse.ArgumentParser(
         description="Train a model on a task and test it against context length.",
         epilog="Flags marked * take several values and run all combinations of them."))
@@ -89,15 +90,15 @@ def parse(argv):
 def learning_rate(step, last, highest):
     """A linear rise, a plateau, and a linear fall to zero at the step `last`.
 
-    Recall is learned suddenly, after a wait that differs from run to run. A plateau allows any
-    wait; a schedule that falls from the start fixes it in advance.
+    Recall is learned suddenly, at a step that differs from run to run. A plateau suits any such
+    step; a schedule that falls from the start has to guess it.
     """
     fall = max(COOLDOWN_SHARE * last, min(COOLDOWN_STEPS, last / 4))
     return highest * min(1, (step + 1) / WARMUP, (last - step) / fall)
 
 
 def solved_at(curves, tests=SOLVED_TESTS):
-    """The step at which the task was solved, at the last of `tests` tests in a row, or None."""
+    """The step of the last of the first `tests` tests in a row that reach SOLVED, or None."""
     for k in range(tests, len(curves["step"]) + 1):
         if min(curves["accuracy"][k - tests:k]) >= SOLVED:
             return curves["step"][k - 1]
@@ -129,7 +130,7 @@ def make_optimizer(model, config, device):
 
 
 def one_step(model, optimizer, config, generator):
-    """training_step and its arguments draw_batch, loss_of, clip; the compiler may replace those."""
+    """training_step and its three arguments, which gpu.Captured may replace by compiled ones."""
     B, L, K, M, tau = (config[flag] for flag in ("batch_size", "L", "K", "M", "tau"))
     uniform, device = config["train_lengths"] == "uniform", generator.device
 
@@ -152,7 +153,7 @@ def one_step(model, optimizer, config, generator):
 def run(config, path, title="", runs_left=0):
     """Make one run and write path.pt and path.json.
 
-    title: goes before what is printed; runs_left: how many runs of this shape follow. Raises
+    title: prefix of every printed line; runs_left: how many runs of this shape follow. Raises
     FloatingPointError if the loss becomes NaN or infinite, OSError if the result cannot be written.
     """
     device, steps = torch.device(config["device"]), config["steps"]
@@ -162,22 +163,22 @@ def run(config, path, title="", runs_left=0):
     model = runs.model_from(config).to(device)
     optimizer = make_optimizer(model, config, device)
     rate = optimizer.param_groups[0]["lr"]                   # a tensor that both groups share
-    training = stream(config["seed"], "training", device)
-    testing = stream(config["seed"], "test", device)
+    draws = stream(config["seed"], "training", device)
+    test_draws = stream(config["seed"], "test", device)
 
     # Continue a run that was killed.
-    parts = {"model": model, "optimizer": optimizer, "training": training, "testing": testing}
-    step, curves, seconds = runs.load_progress(path, parts, device, title)
+    saved = {"model": model, "optimizer": optimizer, "training": draws, "testing": test_draws}
+    step, curves, seconds = runs.load_progress(path, saved, device, title)
 
-    # training_step above and a test, on a GPU captured and perhaps compiled.
+    # A step of training, and a test. On a GPU both are captured, and compiled if that pays.
     def test(model):
-        return accuracy_now(model, config, testing, device)
+        return accuracy_now(model, config, test_draws, device)
 
-    next_step = gpu.Fast(*one_step(model, optimizer, config, training), training, config)
-    next_test = gpu.Fast(test, [model], testing, config)
+    next_step = gpu.Captured(*one_step(model, optimizer, config, draws), draws, config)
+    next_test = gpu.Captured(test, [model], test_draws, config)
 
-    # 200 tests, at least 10 steps apart; in runs of fewer than 200 steps, 20 tests.
-    every = max(1, steps // MOST_TESTS, min(STEPS_APART, steps // 20))
+    # About 200 tests, at least 10 steps apart. Runs of fewer than 200 steps have about 20.
+    every = max(1, steps // TESTS, min(STEPS_APART, steps // 20))
     last = last_step(curves, config)
     began = saved_at = time.monotonic()
     bar = Progress(steps, initial=step, desc=title)
@@ -190,7 +191,7 @@ def run(config, path, title="", runs_left=0):
         if step % every and step < last:
             continue
 
-        # Now and then, a test on fresh sequences: it decides when the run ends.
+        # Every `every` steps, a test on fresh sequences: it decides when the run ends.
         loss, accuracy = float(loss), float(next_test())
         if not math.isfinite(loss):
             bar.close()
@@ -209,7 +210,7 @@ def run(config, path, title="", runs_left=0):
         now = time.monotonic()
         if now - saved_at > SAVE_SECONDS and step < last:
             saved_at = now
-            runs.save_progress(path, parts, step=step, curves=curves, seconds=seconds + now - began)
+            runs.save_progress(path, saved, step=step, curves=curves, seconds=seconds + now - began)
     bar.close()
     seconds += time.monotonic() - began
 
@@ -220,18 +221,17 @@ def run(config, path, title="", runs_left=0):
     checkpoint = runs.write_checkpoint(path + ".pt", model, config)
     result = {
         "config": config, "params": model.n_params(), "checkpoint": checkpoint, "train": curves,
-        "state_bytes": {str(n): state_bytes(model, n) for n in (64, 4096)},
+        "state_bytes": {str(n): state_bytes(model, n) for n in STATE_TOKENS},
         "eval": {"length": lengths, "accuracy": accuracies, "sequences": EVAL_SEQUENCES},
         "env": runs.environment(device),
         "seconds": {"train": round(seconds, 3), "eval": round(time.monotonic() - began, 3)}}
     runs.write_json(path + ".json", result)
     runs.remove(path + ".resume.pt")
     ended = f"stopped at step {step:,}, not solved; a larger --steps may help"
-    third = solved_at(curves)
-    if third:
-        first = solved_at(curves, 1)
+    first, solved = solved_at(curves, 1), solved_at(curves)
+    if solved:
         ended = (f"first test at {SOLVED} at step {first:,}, {SOLVED_TESTS} in a row by "
-                 f"step {third:,}, stopped at {step:,}")
+                 f"step {solved:,}, stopped at {step:,}")
     say(f"{title}{ended}; wrote {path}.json")
     print_table(result)
     if not title:
@@ -251,7 +251,7 @@ def main(argv=None, wait=True):
         parser.error(str(error))
 
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)     # more gain little here, and cost a lot beside other programs
+        torch.set_num_threads(1)     # on small models more gain little, and slow other programs
     return make_all(configs, args.out, args.overwrite, run, wait, print_table)
 
 

@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import extend, visible
+from attention import append_to_cache, visible
 from family.chunks import show_steps
 
 
@@ -106,7 +106,7 @@ class DecayAttention(nn.Module):
         # segment, offset is its decay up to this segment.
         sums = self.log_f(x).cumsum(-1)                                  # (B, H, L)
         offset = -sums                                                   # (B, H, L)
-        k, v = extend(state, k, v)                                       # (B, H, S+L, P) each
+        k, v = append_to_cache(state, k, v)                              # (B, H, S+L, P) each
         if state is not None:
             offset = torch.cat([state.decay, offset], dim=2)             # (B, H, S+L)
         cache = DecayCache(k, v, offset + sums[:, :, -1:])

@@ -68,7 +68,7 @@ class SharedUse(nn.Module):
         corrects its attention too, which is left out.
     """
 
-    attends = norms_itself = needs_embedding = True
+    attends = skips_norm = needs_embedding = True
 
     def __init__(self, d_model, before, n_heads=1, blocks=1, rank=0, position="none"):
         super().__init__()

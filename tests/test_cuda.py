@@ -121,7 +121,7 @@ def losses(model, mode, steps=12, switch=None):
     step, functions = train.one_step(net, optimizer, config, generator)
     if mode == "none":
         return [step(*functions).item() for _ in range(steps)]
-    fast, found = gpu.Fast(step, functions, generator, config), []
+    fast, found = gpu.Captured(step, functions, generator, config), []
     for k in range(steps):
         if k == switch:
             fast.compile()
@@ -151,7 +151,7 @@ def test_captured_and_compiled_tests_are_tests(model, task):
         def test(net):
             return accuracy_now(net, config, generator, device)
 
-        one = gpu.Fast(test, [net], generator, {**config, "compile": mode})
+        one = gpu.Captured(test, [net], generator, {**config, "compile": mode})
         return [float(one() if mode else test(net)) for _ in range(8)]
 
     found = accuracies(None)
@@ -165,8 +165,8 @@ def test_compiling_in_the_middle_of_a_run():
 
 
 def test_a_run_compiles_when_that_pays(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "COMPILE_SECONDS", {"training step": 1e-9, "test": 1e-9})
-    monkeypatch.setattr(gpu, "compile_seconds", {})
+    monkeypatch.setattr(gpu, "GUESSED_SECONDS", {"training step": 1e-9, "test": 1e-9})
+    monkeypatch.setattr(gpu, "measured_seconds", {})
     said = []
     monkeypatch.setattr(gpu, "say", said.append)
     flags = ["--model", "nope", "--L", "8", "--steps", "200", "--device", "cuda"]

@@ -82,9 +82,9 @@ def test_labels_of_one_answer_may_have_a_dimension_for_it():
     labels = model(tokens).argmax(-1)                        # (40,): all are right
     labels[:10] = (labels[:10] + 1) % 16
     for shape in (40,), (40, 1):
-        assert evaluation.share_right(model, tokens, labels.view(shape), None) == 0.75
+        assert evaluation.accuracy_of(model, tokens, labels.view(shape), None) == 0.75
     with pytest.raises(RuntimeError):
-        evaluation.share_right(model, tokens, labels.repeat(2), None)
+        evaluation.accuracy_of(model, tokens, labels.repeat(2), None)
 
 
 def test_accuracy_is_the_share_of_right_answers():

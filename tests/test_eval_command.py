@@ -42,7 +42,7 @@ def test_positions_that_are_not_trained_are_the_same_every_time(folder):
     def rows(seed):
         model, config = load_run(str(folder / (LEARNED + ".pt")))
         evaluation.evaluate(model, config, [60], 10, torch.device("cpu"), seed)
-        return model.layers[0].untrained
+        return model.layers[0].extra_rows
 
     first = rows(0)
     torch.rand(3)

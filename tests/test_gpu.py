@@ -1,4 +1,4 @@
-"""gpu.Fast without a GPU: when it launches, captures, replays and compiles. test_cuda.py has the
+"""gpu.Captured without a GPU: when it launches, captures, replays and compiles. test_cuda.py has the
 rest."""
 
 import os
@@ -26,16 +26,16 @@ test.__test__ = False
 
 @pytest.fixture
 def fast(monkeypatch):
-    """fast(mode) -> a gpu.Fast of `test`; a call returns 2, or 102 if compiled."""
+    """fast(mode) -> a gpu.Captured of `test`; a call returns 2, or 102 if compiled."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(gpu, "capture", lambda call, generator: lambda: ("replay", call()))
     monkeypatch.setattr(gpu, "compile_part", lambda part, config: lambda n: part(n) + 100)
     monkeypatch.setattr(gpu, "has_compiler", lambda: True)
-    monkeypatch.setattr(gpu, "compile_seconds", {})
+    monkeypatch.setattr(gpu, "measured_seconds", {})
     monkeypatch.setattr(gpu, "say", lambda line: None)
 
     def make(mode, generator=CUDA):
-        return gpu.Fast(test, [lambda n: n + 1], generator, {**CONFIG, "compile": mode})
+        return gpu.Captured(test, [lambda n: n + 1], generator, {**CONFIG, "compile": mode})
     return make
 
 
@@ -70,7 +70,7 @@ def test_compiles_when_that_pays(fast):
     for _ in range(gpu.FIRST_CALLS):
         call(), off()
     call.seconds = off.seconds = 1.0
-    enough = gpu.COMPILE_SECONDS["test"] / (1 - 1 / gpu.SPEEDUP)
+    enough = gpu.GUESSED_SECONDS["test"] / (1 - 1 / gpu.SPEEDUP)
     call.compile_if_it_pays(0.9 * enough)
     off.compile_if_it_pays(10**9)
     assert not call.compiled and not off.compiled

@@ -10,7 +10,7 @@ import hybrid
 from conftest import in_segments, relative
 from data import embedding_table
 from hybrid import (FAMILY, LAYERS, MODELS, ROTARY, WORDS, RMSNorm, build_layer, build_model,
-                    declares, layer_words, state_bytes)
+                    layer_words, state_bytes)
 
 NAMES = [*MODELS, *FAMILY, "mamba-own+mamba2-shared"]
 
@@ -162,7 +162,7 @@ def test_a_token_that_is_not_finite_reaches_no_earlier_output(word, bad):
     layer = build_layer(word, d=8, L=40, n_heads=1, d_state=16, before=[]).double()
 
     def call(x, state=None):
-        if declares(layer, "needs_embedding"):
+        if getattr(layer, "needs_embedding", False):
             return layer(x, state, embedding=torch.zeros_like(x))
         return layer(x, state)
     x = torch.randn(3, 40, 8).double()
@@ -195,7 +195,7 @@ def test_work_grows_with_the_length_alone(word):
     """A loop that indexes a chunk, v[:, i], writes a gradient of the size of v for each chunk."""
     def work(L):
         layer, x = build_layer(word, 16, L, 1, 16, []), torch.randn(2, L, 16, requires_grad=True)
-        options = {"embedding": x.detach()} if declares(layer, "needs_embedding") else {}
+        options = {"embedding": x.detach()} if getattr(layer, "needs_embedding", False) else {}
         with Written() as written:
             layer(x, None, **options)[0].sum().backward()
         return written.numbers
@@ -242,10 +242,10 @@ def test_float32_is_near_float64(name):
 def test_norm():
     x = torch.randn(5, 7, 16)
     assert torch.allclose(RMSNorm(16)(x), F.rms_norm(x, (16,)), atol=1e-6)
-    norm = RMSNorm(16, bias=0.5)
+    norm = RMSNorm(16, bias_std=0.5)
     norm.weight.data.fill_(3.0)
     assert torch.allclose(norm(x), 3 * F.rms_norm(x, (16,)) + norm.bias, atol=1e-5)
-    assert 0.3 < RMSNorm(4096, bias=0.5).bias.std() < 0.6
+    assert 0.3 < RMSNorm(4096, bias_std=0.5).bias.std() < 0.6
     assert RMSNorm(16).bias is None
 
 
@@ -273,7 +273,7 @@ def test_biases_start_at_random_only_beside_attention():
     assert biases("nope") == biases("rope") == [None, None]
 
 
-def test_a_layer_that_norms_itself_has_no_norm():
+def test_a_layer_that_skips_norm_has_no_norm():
     kinds = [type(norm).__name__ for norm in build_model("learned").norms]
     assert kinds == ["Identity", "RMSNorm", "RMSNorm"]
 
@@ -346,7 +346,7 @@ class RunningMean(nn.Module):
 
 
 class SeesEmbedding(RunningMean):
-    needs_embedding = norms_itself = True
+    needs_embedding = skips_norm = True
 
     def forward(self, x, state=None, embedding=None):
         return embedding - x, state
@@ -381,3 +381,9 @@ def test_only_the_last_layer_may_skip_tokens(monkeypatch):
     model(tokens)
     build_model("nope").double()(tokens)
     assert calls == [(13, True), (13, False), (13, True)]
+
+
+def test_a_count_of_zero_is_no_layer():
+    for name in ("0xmamba", "00xmamba"):
+        with pytest.raises(ValueError, match="is no layer"):
+            layer_words(name)

@@ -133,7 +133,7 @@ def test_stops_early_and_the_last_step_is_on_the_curve(train_tiny, monkeypatch):
     assert train_tiny("--steps", 400)[0]["train"]["step"] == [10, 20, 30, 38]
     assert train_tiny("--steps", 7)[0]["train"]["step"] == [1, 2, 3, 4, 5, 6, 7]
     assert train_tiny("--steps", 9, "--no-stop-early")[0]["train"]["step"] == list(range(1, 10))
-    monkeypatch.setattr(train, "MOST_TESTS", 3)
+    monkeypatch.setattr(train, "TESTS", 3)
     assert train_tiny("--steps", 11, "--no-stop-early")[0]["train"]["step"] == [3, 6, 9, 11]
 
 
@@ -309,7 +309,7 @@ def test_a_grid_goes_on_after_a_run_that_failed(bad, train_tiny, monkeypatch, tm
 
 def test_the_last_loss_is_looked_at_too(train_tiny, monkeypatch, tmp_path):
     spoil_loss(monkeypatch, 20, float("nan"))
-    monkeypatch.setattr(train, "MOST_TESTS", 3)
+    monkeypatch.setattr(train, "TESTS", 3)
     with pytest.raises(SystemExit):
         train_tiny()
     assert names(tmp_path / "out") == []
