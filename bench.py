@@ -8,7 +8,7 @@
 
 Other implementations are timed in the same run if they are installed: mambapy's parallel scan, and
 on CUDA the kernels of mamba_ssm for Mamba and Mamba-2. Times are medians. On CUDA they are those of
-CUDA graphs, without the time to launch kernels, as in training; only prefill is launched.
+CUDA graphs, as in training; prefill alone is launched kernel by kernel.
 """
 
 import argparse
@@ -34,8 +34,8 @@ from eval import SEGMENT
 from family.deltanet import delta_rule, unit
 from family.mamba2 import ssd
 from hybrid import MODELS, state_bytes
-from output import short_errors
-from plot import COLOURS
+from output import short_errors, write_figure
+from summary import COLOURS
 from train import make_optimizer, one_step
 
 SCAN_SHAPES = {  # (b, L, D, N)
@@ -45,7 +45,7 @@ SSD_SHAPES = {  # (b, L, H, P, N)
     "cpu": [(64, 64, 1, 16, 16), (64, 64, 2, 64, 16), (8, 1024, 2, 64, 16)],
     "cuda": [(64, 64, 1, 16, 16), (64, 256, 2, 64, 16), (8, 2048, 24, 64, 128)]}
 LENGTHS = {"cpu": [2**10, 2**12, 2**14], "cuda": [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]}
-LONGEST = {"mamba": 2**20}   # others end at 2^16, where a training step of attention takes seconds
+LONG = 2**16     # beyond it mamba alone: a training step of attention takes seconds
 COSTS = {"train us/token": "training, μs per token", "prefill us/token": "prefill, μs per token",
          "decode ms": "decode step, ms", "state bytes": "state, bytes"}
 
@@ -132,13 +132,13 @@ def scan_rows(device, args):
 
 
 def ssd_rows(device, args):
-    shared = {"ours": lambda *v: ssd(*v)[0]}
-    each = {**shared, "delta rule": lambda x, dt, A, B, C: delta_rule(C, B, x, dt, dt * A)[0]}
+    each = {"ours": lambda *v: ssd(*v)[0],
+            "delta rule": lambda x, dt, A, B, C: delta_rule(C, B, x, dt, dt * A)[0]}
+    shared = {"ours": each["ours"]}
     if device.type == "cuda":
         plain = {"post_grad_fusion_options": {}}             # the table step sets it globally
-        shared, each = ({name: gpu.compile_each_shape(form, plain) for name, form in forms.items()}
-                        for forms in (shared, each))
-        shared["mamba_ssm"] = official_ssd
+        each = {name: gpu.compile_each_shape(form, plain) for name, form in each.items()}
+        shared = {"ours": each["ours"], "mamba_ssm": official_ssd}
         torch.set_float32_matmul_precision("high")           # TF32, which mamba_ssm always uses
     for b, L, H, P, N in SSD_SHAPES[device.type]:
         x, dt = torch.randn(b, L, H, P, device=device), torch.rand(b, L, H, device=device)
@@ -211,12 +211,12 @@ def prefill(model, tokens):
 
 def length_rows(device, args):
     for name, L in itertools.product(args.model, LENGTHS[device.type]):
-        if L > LONGEST.get(name, 2**16):
+        if L > LONG and name != "mamba":
             continue
         model, step = model_and_step(config_for(name, d=64, L=L - 1, batch_size=1), device)
         tokens = recall_batch(1, L - 1, device=device)[0]                             # (1, L)
         seconds(step, device, times=gpu.FIRST_CALLS)                                  # captures
-        repeats = 3 if L <= 2**16 else 1
+        repeats = 3 if L <= LONG else 1
         train_ms = timed(step, device, repeats, in_a_row=1)
         with torch.no_grad():
             prefill_ms = timed(lambda: prefill(model, tokens), device, repeats, in_a_row=1)
@@ -247,7 +247,7 @@ def draw_lengths(path, out):
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
     fig.supxlabel("context length, tokens")
     fig.suptitle(f"What a longer context costs: d = 64, one sequence, {result['env']['device']}")
-    fig.savefig(out, dpi=150)
+    write_figure(out, fig)
     print(out)
 
 
@@ -259,13 +259,13 @@ TABLES = {  # name: title, rows; the step first, because torch reads some of gpu
 
 
 def main(argv=None):
-    """Print the tables of --tables; returns {"env": ..., name of a table: list of rows}."""
+    """Print the tables of --tables -> {"env": ..., table: its rows}. None with --draw."""
     parser = short_errors(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
     add = parser.add_argument
     add("--tables", nargs="+", choices=TABLES, default=list(TABLES)[:3], help="default: not length")
     add("--model", nargs="+", default=list(MODELS), metavar="NAME", help="default: the six models")
     add("--d", type=int, default=8, metavar="N", help="width in the table step (default: 8)")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the scan's inputs")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the scans' inputs")
     add("--device", help="cuda, cuda:1 or cpu (default: the best one here)")
     add("--out", metavar="FILE.json", help="also write the numbers to this file")
     add("--draw", metavar="FILE.json", help="only draw the table length of this file")

@@ -1,8 +1,8 @@
 """The runs of one command: all combinations of its flags, shared between processes.
 
-Each process takes the next run that none has taken, so eight processes make eight runs at a time:
-`torchrun --nproc-per-node 8 -- train.py ...`, on one machine or on several with the same folder. To
-take a run is to lock OUT/NAME.lock. The system frees the lock of a process that dies, so its run
+Each process takes the next free run, so eight processes train eight runs at a time: `torchrun
+--nproc-per-node 8 -- train.py ...`, on one machine or on several with the same folder. A process
+takes a run by locking OUT/NAME.lock. The system frees the lock of a process that dies, so its run
 goes to another, or to the same command given again. A run that fails is not tried by the others of
 the same torchrun on that machine. Without file locks (Windows, some network folders), use one
 process.
@@ -27,8 +27,10 @@ STARTED = time.time() - 1     # when this process started; file systems round ti
 
 def configs_of(args, device):
     """The configs of all combinations of the flags, checked. Raises ValueError, in one sentence."""
-    for flag in set(vars(args)) - {*GRID, *DEFAULTS, *IGNORED}:
-        raise ValueError(f"--{flag.replace('_', '-')} has no default in DEFAULTS in summary.py, so "
+    unnamed = set(vars(args)) - {*GRID, *DEFAULTS, *IGNORED}
+    if unnamed:
+        flag = min(unnamed).replace("_", "-")
+        raise ValueError(f"--{flag} has no default in DEFAULTS in summary.py, so "
                          "runs that differ in it would share a name")
     configs = []
     for values in itertools.product(*(getattr(args, flag) for flag in GRID)):
@@ -60,8 +62,8 @@ def claim(path):
     except ImportError:                          # Windows: one process makes the whole grid
         return open(os.devnull, "r+")
     while True:
-        number = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        lock = os.fdopen(number, "r+", errors="replace")
+        descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        lock = os.fdopen(descriptor, "r+", errors="replace")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -78,7 +80,7 @@ def claim(path):
 
 
 def wait_for(path):
-    """claim, as soon as no other process has the run."""
+    """Take a run, waiting until no other process has it."""
     lock = claim(path)
     while lock is None:
         time.sleep(0.1)
@@ -97,8 +99,8 @@ def barrier():
 class Run(NamedTuple):
     config: dict
     path: str      # OUT/NAME, without an ending
-    title: str     # such as [3/8]: it goes before what is printed
-    shape: int     # runs of one number share compiled kernels
+    title: str     # such as "[3/8] ", before every printed line
+    shape: int     # runs with the same number share compiled kernels
 
 
 def make_all(configs, out, overwrite, make, wait=True, show=None):
@@ -109,8 +111,8 @@ def make_all(configs, out, overwrite, make, wait=True, show=None):
     another. They begin with different shapes, and each stays with a shape while there are runs of
     it, because the first run of a shape may have to compile.
 
-    wait: whether to stay until runs that other processes have taken are finished. Of runs that are
-    finished already, show(result) is called. A run that fails, with FloatingPointError or OSError,
+    wait: whether to stay until runs that other processes have taken are finished. show(result) is
+    called for runs that were finished before. A run that fails, with FloatingPointError or OSError,
     does not keep others from being made.
     SystemExit: with status 1 if one failed, 130 after Ctrl-C.
     """
@@ -133,7 +135,7 @@ def make_all(configs, out, overwrite, make, wait=True, show=None):
                 show(read_result(run.path + ".json"))
 
     def runs_left(this):
-        """How many more runs of this shape are this process's share, about."""
+        """About how many more runs of this shape this process will make."""
         same = [run for run in grid if run.shape == this.shape and run is not this]
         sharing = -(-processes // len(shapes))           # processes per shape, rounded up
         return sum(not os.path.exists(run.path + ".json") for run in same) // sharing
@@ -159,7 +161,7 @@ def make_all(configs, out, overwrite, make, wait=True, show=None):
 def make_if_free(run, make, runs_left, failed):
     """Make a run, unless it is finished or has failed -> False if another process has taken it."""
     if is_finished(run.path) and not os.path.exists(run.path + ".lock"):
-        return True     # a lock beside it, of a process that died, is claimed and removed below
+        return True     # with a lock there, left by a process that died, continue: it is removed
     try:
         lock = claim(run.path)
     except OSError as error:

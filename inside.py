@@ -1,4 +1,4 @@
-"""Look inside a trained model on one sequence: where attention looks, what Mamba writes and keeps.
+"""Look inside a trained model on one sequence: attention weights, what Mamba writes and keeps.
 
     python inside.py results/X.pt             draws figures/inside_X.png
     python inside.py report/checkpoints/*.pt --out figures
@@ -25,16 +25,17 @@ from attention import Attention, visible
 from data import recall_batch
 from mamba import Mamba
 from output import end_with, say, short_errors, text, write_figure
-from plot import LOOK
+from plot import RC_PARAMS
 from runs import load_run
 
 CONTEXT = 24                               # tokens before the query: few enough to see each of them
 MARKS = {"q": "#D55E00", "v": "#009E73"}   # the query and its value in a sequence
-# A channel holds v for a million tokens if dt exceeds WRITES at v and stays below IDLE elsewhere.
+# A channel holds v for a million tokens if dt exceeds WRITES near v and is below IDLE elsewhere: a
+# million steps below 1e-6 sum to less than 1, so that the state with A = -1 keeps over 1/e.
 WRITES, IDLE = 0.1, 1e-6
 
 
-# ---- what the layers do ----
+# ---- what the layers do --------------------------------------------------------------------------
 
 def attention_maps(layer, qkv):
     """The attention weights softmax(q k / sqrt(P)), causal, which the layer itself does not return.
@@ -73,17 +74,19 @@ def look_into(model, tokens):
 
     attention   {"maps": (H, L, L)}
     Mamba       {"dt": (D, L), step sizes, "left": (D, L), share_left averaged over the N states,
-                 "taps": of its convolution}
+                 "taps": the number of taps of its convolution}
     other       {}
     """
-    seen, hooks = {}, []
-    for layer in model.layers:
-        if isinstance(layer, (Attention, Mamba)):
-            inner = layer.qkv if isinstance(layer, Attention) else layer.dt_proj
+    outputs, hooks = {}, []
 
-            def watch(module, inputs, output, layer=layer):
-                seen[layer] = output[0]
-            hooks.append(inner.register_forward_hook(watch))
+    def record(module, inputs, output):
+        outputs[module] = output[0]
+
+    for layer in model.layers:
+        if isinstance(layer, Attention):
+            hooks.append(layer.qkv.register_forward_hook(record))
+        elif isinstance(layer, Mamba):
+            hooks.append(layer.dt_proj.register_forward_hook(record))
     try:
         logits = model(tokens[None])[0]
     finally:
@@ -92,17 +95,15 @@ def look_into(model, tokens):
 
     layers = []
     for layer in model.layers:
-        found = {}
         if isinstance(layer, Attention):
-            found["maps"] = attention_maps(layer, seen[layer])              # (H, L, L)
+            maps = attention_maps(layer, outputs[layer.qkv])                # (H, L, L)
+            layers.append({"maps": maps.numpy()})
         elif isinstance(layer, Mamba):
-            dt = F.softplus(seen[layer])                                    # (L, D)
+            dt = F.softplus(outputs[layer.dt_proj])                         # (L, D)
             left = share_left(dt, -torch.exp(layer.A_log)).mean(-1)         # (L, D)
-            found["dt"], found["left"] = dt.T, left.T
-        found = {name: value.numpy() for name, value in found.items()}
-        if isinstance(layer, Mamba):
-            found["taps"] = layer.d_conv
-        layers.append(found)
+            layers.append({"dt": dt.T.numpy(), "left": left.T.numpy(), "taps": layer.d_conv})
+        else:
+            layers.append({})
     return logits.numpy(), layers
 
 
@@ -132,16 +133,18 @@ def count_keepers(dt, q, v, taps):
 
     dt (D, L + 1). In such a channel, dt exceeds WRITES at a token where the convolution sees v, and
     its mean over the tokens that do not matter is below IDLE. These are all tokens except the first
-    taps - 1, those where the convolution sees q or v, and the last q.
+    taps - 1, those from q until the convolution no longer sees v, and the last q.
     """
     idle = np.ones(dt.shape[1], bool)
     idle[:taps - 1] = idle[q:v + taps] = idle[-1] = False
     if not idle.any():
         return None
-    return int(((dt[:, v:v + taps].max(1) > WRITES) & (dt[:, idle].mean(1) < IDLE)).sum())
+    writes = dt[:, v:v + taps].max(1) > WRITES                              # (D,)
+    holds = dt[:, idle].mean(1) < IDLE                                      # (D,)
+    return int((writes & holds).sum())
 
 
-# ---- the figure ----
+# ---- the figure ----------------------------------------------------------------------------------
 
 def images(layer, found):
     """A layer's images from top to bottom -> [(title, image, colour bar's label, colours), ...]."""
@@ -243,7 +246,7 @@ def main(argv=None):
         try:
             if target in written:
                 raise ValueError(f"{path} has the name of another; draw it with its own --out")
-            with matplotlib.rc_context(LOOK):
+            with matplotlib.rc_context(RC_PARAMS):
                 fig = draw(look(path))
                 os.makedirs(args.out, exist_ok=True)
                 write_figure(target, fig)

@@ -1,6 +1,6 @@
-"""Helpers to print and write: names and numbers, short errors, progress, whole files.
+"""Printing and writing: text for figures, short error messages, a progress bar, atomic files.
 
-Needs no torch, because plot.py does not.
+Imports no torch, so that plot.py does not need it.
 """
 
 import difflib
@@ -24,12 +24,12 @@ def text(value, most=40):
 
 def listed(names):
     """Join names as English does; spaces within a name do not break."""
-    names = [name.replace(" ", "\u00a0") for name in names] or ["none"]
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    *others, last = [name.replace(" ", "\u00a0") for name in names]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def numbered(numbers):
-    """Whole numbers in words: all of them, or the first and the last if they are many."""
+    """Whole numbers as text: all of them, or "first to last" if there are more than three."""
     numbers = [f"{n:,}" for n in sorted(set(numbers))]
     return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 3 else ", ".join(numbers)
 
@@ -52,7 +52,8 @@ def short_errors(parser):
 def end_with(parser, written, left_out):
     """Say what was left out, and end with status 2 if nothing was written.
 
-    left_out: a sentence for each file or figure. If it is the only one, one sentence says it all.
+    left_out: a sentence for each file or figure. If nothing was written for a single reason, that
+    reason is the error.
     """
     if not written and len(left_out) == 1:
         parser.error(f"{left_out[0]}; there is nothing to draw")
@@ -74,7 +75,7 @@ def say(line):
 class Progress(tqdm):
     """A progress bar; where there is no terminal, a line now and then instead.
 
-    Under torchrun only the first process has one: all would write on the same line.
+    Under torchrun only the first process shows one, because all would write on the same line.
     """
 
     def __init__(self, total, quiet=False, **options):
@@ -105,16 +106,17 @@ def write_figure(path, fig):
 
 
 def write_file(path, data):
-    """Write bytes. At any moment, even a power cut, the old or the new file is there, whole."""
+    """Write bytes. Even after a power cut, the path holds the whole old or the whole new file."""
     folder, name = os.path.split(path)
-    with tempfile.NamedTemporaryFile(dir=folder or ".", prefix=name + ".", suffix=".tmp",
-                                     delete=False) as f:
-        try:
+    f = tempfile.NamedTemporaryFile(dir=folder or ".", prefix=name + ".", suffix=".tmp",
+                                    delete=False)
+    try:
+        with f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-            os.chmod(f.name, 0o644)
-            os.replace(f.name, path)
-        except BaseException:
-            os.unlink(f.name)
-            raise
+        os.chmod(f.name, 0o644)
+        os.replace(f.name, path)                 # after closing: Windows renames no open file
+    except BaseException:
+        os.unlink(f.name)
+        raise

@@ -26,21 +26,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
 
 from output import end_with, say, short_errors, text, write_figure
-from summary import (COLOURS, IGNORED, MODELS, REACH, TASK, caption, file_name, finding, group,
-                     median, middle, n_answers, name_of, rank, read, table)
+from summary import (COLOURS, IGNORED, ORDER, REACH, TASK, caption, file_name, finding, group,
+                     median, middle, n_answers, name_of, read, sort_key, table)
 
 MOST_PANELS = 40  # of a figure
-LONG = 18         # letters of a curve's name, beyond which a panel is wider
+LONG = 18         # characters in a curve's name, beyond which panels are wider
 AXES = {"at": "accuracy at L", "lowest": "lowest accuracy from L to 3L"}
-UNNAMED = ["black", "#E31A1C", "#6A3D9A", "#33A02C", "#B15928", "#1F78B4", "#FF7F00"]  # of stacks
+UNNAMED = ["black", "#E31A1C", "#6A3D9A", "#33A02C", "#B15928", "#1F78B4", "#FF7F00"]  # of others
 DASHES = ["-", (0, (7, 2)), (0, (4.5, 4.5)), (0, (1.5, 3))]  # gaps show the curves below
 GREY, RAISED = "0.35", str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-LOOK = {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.edgecolor": GREY,
-        "axes.spines.right": False, "xtick.color": GREY, "ytick.color": GREY, "xtick.labelsize": 9,
-        "text.parse_math": False, "text.usetex": False}      # names in files are plain text
+RC_PARAMS = {"font.size": 11, "axes.titlesize": 11, "axes.edgecolor": GREY, "xtick.color": GREY,
+             "ytick.color": GREY, "xtick.labelsize": 9, "axes.spines.top": False,
+             "axes.spines.right": False, "text.parse_math": False, "text.usetex": False}
 
 
-def looks(cells, flag, stacks=()):
+def curve_styles(cells, flag, stacks=()):
     """{curve: (colour, dashes)}: a model has its colour everywhere, its variants other dashes."""
     found, bases = {}, list(dict.fromkeys(base for _, (base, _), _ in cells))
     for base, extra in dict.fromkeys(curve for _, curve, _ in cells):
@@ -48,7 +48,7 @@ def looks(cells, flag, stacks=()):
         if flag != "model":
             colour = matplotlib.colormaps["viridis"](0.9 * bases.index(base) / len(bases))
         elif base in COLOURS:
-            colour, dashes = COLOURS[base], dashes + max(0, MODELS.index(base) - 2)
+            colour, dashes = COLOURS[base], dashes + max(0, ORDER.index(base) - 2)
         else:
             colour = UNNAMED[list(stacks).index(base) % len(UNNAMED)]
         found[base, extra] = colour, DASHES[dashes % len(DASHES)]
@@ -79,7 +79,7 @@ def label_ends(ax, ends):
 
 
 def mark(ax, config, kind, guesses):
-    """Dotted: the accuracy of a guess at each x, a dict. Dashed: the training length."""
+    """Draw chance, dotted, and the training length, dashed. guesses: {x: accuracy of a guess}."""
     L, small = config["L"], dict(textcoords="offset points", color=GREY, fontsize=9)
     lowest, dotted = min(guesses.values()), dict(color=GREY, lw=1, ls=":")
     if lowest == max(guesses.values()):
@@ -120,50 +120,50 @@ def scale_x(ax, kind, runs, L):
     ax.set_xlim(low, high if high > low else 2 * low)
 
 
-def draw_curves(ax, curves, look, flag, kind):
+def draw_curves(ax, curves, styles, flag, kind):
     """Accuracy against context length or training step: each seed thin, their median thick."""
     ends = []
     for (curve, _), runs in curves.items():
-        colour, dashes = look[curve]
+        colour, dashes = styles[curve]
         for run in runs:
             ax.plot(*run[kind], color=colour, lw=0.6, alpha=0.6, clip_on=False, zorder=2)
         x, y = median(runs, kind)
-        few = len(x) == 1 or kind == "length" and len(x) < 30      # points: say where they are
+        few = len(x) == 1 or (kind == "length" and len(x) < 30)     # points: say where they are
         ax.plot(x, y, color=colour, ls=dashes, lw=2, marker="o" if few else None, ms=5,
                 clip_on=False, zorder=3)
         name, steps = name_of(flag, curve), middle(runs, "steps")
         if kind == "training":
             name += ": never" if steps == np.inf else f": {steps:,.0f}"
         if len(x):
-            ends.append((steps if kind == "training" else 0, (x[-1], y[-1], name, look[curve])))
+            ends.append((steps if kind == "training" else 0, (x[-1], y[-1], name, styles[curve])))
     label_ends(ax, [end for _, end in sorted(ends, key=lambda end: end[0])])   # the fastest first
 
 
-def draw_points(ax, curves, look, flag, position, what):
+def draw_points(ax, curves, styles, flag, position, what):
     """Accuracy, each seed small, their median large. position(curve, x, runs): its x."""
     lines = {}
     for (curve, x), runs in curves.items():
         at = position(curve, x, runs)
         ax.plot([at] * len(runs), [run[what] for run in runs], ls="", marker=".", alpha=0.6,
-                color=look[curve][0], clip_on=False)
+                color=styles[curve][0], clip_on=False)
         lines.setdefault(curve, []).append((at, middle(runs, what)))
     for curve, line in lines.items():
-        colour, dashes = look[curve]
+        colour, dashes = styles[curve]
         ax.plot(*zip(*sorted(line)), color=colour, ls=dashes, lw=2, marker="o", clip_on=False)
-    label_ends(ax, [(*max(line), name_of(flag, c), look[c]) for c, line in lines.items()])
+    label_ends(ax, [(*max(line), name_of(flag, c), styles[c]) for c, line in lines.items()])
 
 
-def draw_rows(ax, curves, look):
+def draw_rows(ax, curves, styles):
     """A row for each model: a dot for the accuracy at L, a diamond for the lowest from L to 3L."""
     for (curve, _), runs in curves.items():
-        row, colour = list(look).index(curve), look[curve][0]
+        row, colour = list(styles).index(curve), styles[curve][0]
         for what, y, dot, face in ("at", row - 0.17, "o", colour), ("lowest", row + 0.17, "D", "w"):
             style = dict(ls="", ms=7, color=colour, mfc=face, clip_on=False)
             ax.plot([run[what] for run in runs], [y] * len(runs), marker="|", **style)
             ax.plot(middle(runs, what), y, marker=dot, **style)
     ax.axvline(1 / n_answers(next(iter(curves.values()))[0]["config"]), color=GREY, lw=1, ls=":")
-    ax.set_yticks(range(len(look)), [name_of("model", curve) for curve in look])
-    ax.set(xlim=(0, 1), xticks=[0, 0.5, 1], ylim=(len(look) - 0.4, -0.6), xlabel="accuracy")
+    ax.set_yticks(range(len(styles)), [name_of("model", curve) for curve in styles])
+    ax.set(xlim=(0, 1), xticks=[0, 0.5, 1], ylim=(len(styles) - 0.4, -0.6), xlabel="accuracy")
     ax.grid(axis="y", color="0.92", zorder=-1)
 
 
@@ -171,20 +171,20 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
     """The figure of a `group`, of the kind length, training, against, state or model."""
     places = [(panel, tokens) for panel in dict.fromkeys(panel for panel, _, _ in cells)
               for tokens in ((64, 4096) if kind == "state" else (None,))]
-    xs = sorted({x for _, _, x in cells}, key=rank)
+    xs = sorted({x for _, _, x in cells}, key=sort_key)
     if kind == "against" and len(xs) == 1:
         raise ValueError(f"all runs have {across[0]} = {xs[0][0]}: there is nothing to compare")
     if len(places) > MOST_PANELS:
         raise ValueError(f"a figure of {len(places)} panels, {MOST_PANELS} are the most")
     columns = 2 if kind == "state" or len(places) == 4 else min(3 + len(places) // 10, len(places))
-    look, rows = looks(cells, curve, stacks), -(-len(places) // columns)
+    styles, rows = curve_styles(cells, curve, stacks), -(-len(places) // columns)
     # Inches: the width follows the longest name, the height the number of names and the title.
-    longest = 0 if kind == "model" else max(len(name_of(curve, name)) for name in look)
+    longest = 0 if kind == "model" else max(len(name_of(curve, name)) for name in styles)
     wide = max(8, columns * (4.6 + 0.09 * max(0, longest - LONG)))
     flags = (*panels, curve, *across)
     title = textwrap.fill(title or finding(cells, flags, kind, what), int(10 * wide),
                           break_on_hyphens=False)
-    height = 0.42 * len(look) + 0.8 if kind == "model" else max(3.8, 0.22 * len(look))
+    height = 0.42 * len(styles) + 0.8 if kind == "model" else max(3.8, 0.22 * len(styles))
     tall = 1.2 + rows * height + 0.22 * max(0, title.count("\n") - 2)
     fig = Figure(figsize=(wide, tall), layout="constrained")
     fig.suptitle(title, fontsize=13, x=0.02, ha="left")
@@ -196,29 +196,30 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
         words = ", ".join(name_of(flag, (value, ())) for flag, value in zip(panels, panel))
         ax.set_title(words if len(places) > 1 else "", pad=18 if kind == "length" else 6)
         if kind == "model":
-            draw_rows(ax, shown, look)
+            draw_rows(ax, shown, styles)
             continue
         mark(ax, config, kind, {xs.index(x): 1 / n_answers(seeds[0]["config"])
                                 for (_, x), seeds in shown.items()})
         if kind == "against":
-            aside = {c: 0.04 * (i - (len(look) - 1) / 2) for i, c in enumerate(look)}
+            aside = {c: 0.04 * (i - (len(styles) - 1) / 2) for i, c in enumerate(styles)}
             ax.set(xlim=(-0.4, len(xs) - 0.6), xlabel=across[0], ylabel=AXES[what])
             names = [text(x[0]) for x in xs]                 # upright if they would touch
             ax.set_xticks(range(len(xs)), names, rotation=90 if len(" ".join(names)) > 36 else 0)
-            draw_points(ax, shown, look, curve, lambda c, x, seeds: xs.index(x) + aside[c], what)
+            draw_points(ax, shown, styles, curve, lambda c, x, seeds: xs.index(x) + aside[c], what)
             for c in {c for c, _ in shown if c[0] in REACH} if across == ("tau",) else ():
-                ax.axvline(sum(x[0] <= REACH[c[0]] for x in xs) - 0.5, color=look[c][0], ls="--")
+                ax.axvline(sum(x[0] <= REACH[c[0]] for x in xs) - 0.5, color=styles[c][0], ls="--")
                 sources["; dashed: how far each convolution reaches"] = True
             continue
         scale_x(ax, kind, runs, config["L"])
         if kind == "state":
             ax.set(xlabel=f"bytes of state after {tokens:,} tokens", ylabel=AXES[what])
-            draw_points(ax, shown, look, curve, lambda c, x, seeds: seeds[0]["state"][tokens], what)
+            draw_points(ax, shown, styles, curve, lambda c, x, s: s[0]["state"][tokens], what)
             continue
-        draw_curves(ax, shown, look, curve, kind)
-        for source in published if kind == "length" else ():
-            same = source["task"].items() <= config.items()
-            for name, (x, y) in source["curves"].items() if same else ():
+        draw_curves(ax, shown, styles, curve, kind)
+        same_task = [source for source in published
+                     if kind == "length" and source["task"].items() <= config.items()]
+        for source in same_task:
+            for name, (x, y) in source["curves"].items():
                 sources[f"; hollow points: {source['published']}"] = True
                 if curve == "model" or name == config["model"]:
                     ax.plot(x, y, color=COLOURS.get(name, GREY), ls="", marker="o", mfc="white",
@@ -231,7 +232,7 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
 
 
 def main(argv=None):
-    """Draw what argv asks for -> paths of the figures. SystemExit, status 2, if that is nothing."""
+    """Draw what argv asks for -> paths of the figures. SystemExit 2 if there is nothing to draw."""
     parser = short_errors(argparse.ArgumentParser(
         "plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
     add = parser.add_argument
@@ -255,8 +256,9 @@ def main(argv=None):
         end_with(parser, True, left_out)
         return []
     known = set().union(*(run["config"] for run in runs)) - IGNORED | {"model", "seed", "state"}
-    for flag in {*args.panels, args.against or "state"} - known if runs else ():
-        parser.error(f"{flag!r} is no flag of these runs: {', '.join(sorted(known))}"
+    unknown = sorted({*args.panels, args.against or "state"} - known)
+    if runs and unknown:
+        parser.error(f"{unknown[0]!r} is no flag of these runs: {', '.join(sorted(known))}"
                      .replace("_", "-"))
     across = {None: (), "model": (), "state": ("d",)}.get(args.against, (args.against,))
     panels = tuple(flag for flag in args.panels if flag not in (args.against, *across))
@@ -264,23 +266,22 @@ def main(argv=None):
     fixed = [flag for flag in TASK if flag not in (*panels, curve, *across)]
     kinds = {None: ["length", "training"], "model": ["model"], "state": ["state"]}
     kinds = kinds.get(args.against, ["against"])
-    if args.against:
-        for run in runs:
-            if np.isnan(run["at"]) or kinds == ["state"] and not run["state"]:
-                left_out.append(f"{run['path']} was not tested at L, or has no bytes of state")
-        runs = [run for run in runs if run["at"] >= 0 and (run["state"] or kinds != ["state"])]
+    for run in list(runs) if args.against else []:
+        if np.isnan(run["at"]) or (args.against == "state" and not run["state"]):
+            left_out.append(f"{run['path']} was not tested at L, or has no bytes of state")
+            runs.remove(run)
     if args.against == "model" and "d" in fixed:
         fixed.remove("d")
         for run in runs:
-            run["off"]["d"] = run["config"]["d"]             # part of the names
-    stacks, written = sorted({run["config"]["model"] for run in runs} - set(MODELS)), []
+            run["changed"]["d"] = run["config"]["d"]             # part of the names
+    stacks, written = sorted({run["config"]["model"] for run in runs} - set(ORDER)), []
     for cells in group(runs, fixed, panels, curve, across):
         for kind in kinds:
             path = os.path.join(args.out, file_name(kind, cells, args))
             try:
                 if path in written:
                     raise ValueError(f"a second figure of the name {path}")
-                with matplotlib.rc_context(LOOK):
+                with matplotlib.rc_context(RC_PARAMS):
                     fig = draw(kind, cells, panels, curve, across, stacks, published, args.what,
                                None if kind == "training" else args.title)
                     os.makedirs(args.out, exist_ok=True)

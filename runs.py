@@ -1,9 +1,9 @@
 """A run's name, its settings and its files.
 
-    OUT/NAME.json         the result, written last: where it is, the run is finished
+    OUT/NAME.json         the result, written last: it marks a finished run
     OUT/NAME.pt           the trained model and its config
-    OUT/NAME.resume.pt    the progress of a run that is not finished
-    OUT/NAME.lock         held by the process that is making the run
+    OUT/NAME.resume.pt    the progress of an unfinished run
+    OUT/NAME.lock         held by the process that works on the run
 """
 
 import copy
@@ -29,11 +29,12 @@ GRID = ["model", "M", "tau", "K", "d", "L", "seed"]          # flags that take s
 def pick_device(name=None):
     """The torch.device of that name, or the best one here. Raises ValueError.
 
-    Of the processes that torchrun started together, each has a GPU of its own.
+    Under torchrun, local process r gets GPU r modulo their number, whatever index was named.
     """
     if name is None:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
+        if torch.cuda.is_available():
+            name = "cuda"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -52,7 +53,7 @@ def pick_device(name=None):
 # ---- what a run is -------------------------------------------------------------------------------
 
 def run_name(config):
-    """A run's name: the flags of GRID, and every other flag off its default."""
+    """A run's name: the flags of GRID, and every other flag that is not at its default."""
     task = "" if config["task"] == "recall" else config["task"] + "_"
     name = task + "{model}_M{M}_tau{tau}_K{K}_d{d}_L{L}".format(**config)
     for flag, default in DEFAULTS.items():
@@ -78,13 +79,13 @@ def model_from(config):
 def shape_of(config):
     """The settings that fix the shapes of tensors: runs with equal ones share compiled kernels."""
     flags = ["task", "model", "K", "d", "L", "batch_size", "n_heads", "d_state", "train_lengths"]
-    if config["task"] != "recall":                           # M pairs, tokens to copy
+    if config["task"] != "recall":                           # there M fixes shapes, too
         flags.append("M")
     return tuple(config[flag] for flag in flags)
 
 
 def check(config):
-    """Raise a ValueError, in one sentence, for a run that cannot be made."""
+    """Raise a ValueError of one sentence if a run with this config cannot work."""
     for flag in ("d", "L", "K", "M", "tau", "n_heads", "d_state", "batch_size", "steps", "seed"):
         at_least = 0 if flag == "seed" else 1
         value, word = config[flag], flag.replace("_", "-")
@@ -110,9 +111,8 @@ def check(config):
 
 
 def check_memory(config):
-    """Raise a ValueError if a lower bound of the bytes needed exceeds the memory."""
+    """Raise a ValueError if a run certainly needs more memory than there is."""
     available = memory(config.get("device"))
-    what = "--K {K}, --d {d}, --L {L}, --d-state {d_state}, --batch-size {batch_size}"
     bound = 8 * config["K"] * config["d"]                    # the embedding table, drawn in float64
     # Tensors on "meta" take no memory, but computing with them imports torch's compiler, which
     # takes a second. So small models are built for real.
@@ -127,9 +127,9 @@ def check_memory(config):
         except (RuntimeError, MemoryError, OverflowError):
             bound = available
     if bound >= available:
-        needed, there = (f"{size / 2**30:,.0f} GiB" for size in (bound, available))
-        raise ValueError(f"{what.format(**config)} need more than {needed}, but this machine has "
-                         f"{there}")
+        flags = "--K {K}, --d {d}, --L {L}, --d-state {d_state}, --batch-size {batch_size}"
+        raise ValueError(f"{flags.format(**config)} need more than {bound / 2**30:,.0f} GiB, but "
+                         f"this machine has {available / 2**30:,.0f} GiB")
 
 
 def memory(device):
@@ -139,7 +139,7 @@ def memory(device):
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
-        return 2**36                                         # unknown: refuse only the absurd
+        return 2**36                                         # unknown: 64 GiB
 
 
 def environment(device):
@@ -188,7 +188,7 @@ def load_run(path, device="cpu"):
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             config, weights = {**DEFAULTS, **checkpoint["config"]}, checkpoint["model"]
-    except Exception:     # there is no telling how a file that is something else will fail
+    except Exception:     # a file of another kind can fail in any way
         raise not_whole from None
     try:
         check({**config, "device": str(device)})
@@ -211,7 +211,8 @@ def read_result(path):
             result = json.load(f)
         evaluation = result["eval"]
         whole = len(evaluation["length"]) == len(evaluation["accuracy"]) > 0
-        if whole and evaluation["sequences"] and {**result["config"], **result["seconds"]}:
+        sections = isinstance(result["config"], dict) and isinstance(result["seconds"], dict)
+        if whole and sections and evaluation["sequences"]:
             return result
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
@@ -238,16 +239,13 @@ def set_states(parts, states):
             own = [{k: v for k, v in group.items() if k != "params"} for group in part.param_groups]
             part.load_state_dict(states[name])
             for group, options in zip(part.param_groups, own):
-                group.update(options)        # of this device: the state may be of another
+                group.update(options)        # lr on this device, fused, ...
         else:
             part.load_state_dict(states[name])
 
 
 def save_progress(path, parts, **progress):
-    """Keep the parts of an unfinished run, and its progress, behind a checksum.
-
-    A disk that is full does not end the run.
-    """
+    """Write an unfinished run's parts and progress, after a checksum. A full disk is no failure."""
     buffer = io.BytesIO()
     torch.save({**progress, **{name: state_of(part) for name, part in parts.items()}}, buffer)
     data = buffer.getvalue()
@@ -258,10 +256,9 @@ def save_progress(path, parts, **progress):
 
 
 def load_progress(path, parts, device, title=""):
-    """Give the parts the states that they had when the run was killed, and say so -> step, curves,
-    seconds.
+    """Restore the parts from the last save, and say so -> step, curves, seconds.
 
-    If there is nothing that can be used, the parts are as they were, and the run is at its start.
+    Without a usable save, the parts are unchanged and the run is at step 0.
     """
     before = copy.deepcopy({name: state_of(part) for name, part in parts.items()})
     try:
@@ -276,7 +273,7 @@ def load_progress(path, parts, device, title=""):
         return progress
     except FileNotFoundError:
         pass
-    except Exception:     # there is no telling how a damaged file will fail
+    except Exception:     # a damaged file can fail in any way
         set_states(parts, before)
         remove(path + ".resume.pt")
         say(f"{path}.resume.pt is damaged or of another version; the run starts from the beginning")
@@ -284,7 +281,7 @@ def load_progress(path, parts, device, title=""):
 
 
 def remove(*paths):
-    """Remove files, those that are there."""
+    """Remove those of the files that exist."""
     for path in paths:
         try:
             os.remove(path)

@@ -14,8 +14,8 @@ DEFAULTS = dict(  # of flags that change a run, except GRID in runs.py; lr: defa
     task="recall", batch_size=64, steps=20000, lr=None, weight_decay=0.0, n_heads=1, d_state=16,
     train_lengths="fixed", learn_embedding=False, stop_early=True)
 TASK = ["task", "tau", "K", "d", "L", "M"]                   # the flags that say what is learned
-IGNORED = {"model", "seed", "device", "compile", "out", "overwrite"}       # no settings of a run
-COLOURS = {  # in the order of figures and tables; the first are for the colour-blind (Okabe, Ito)
+IGNORED = {"model", "seed", "device", "compile", "out", "overwrite"}       # change no run
+COLOURS = {  # in the order of figures; the first six for colour-blind readers (Okabe, Ito)
     "nope": "#56B4E9", "learned": "#E69F00", "rope": "#0072B2", "mamba": "#D55E00",
     "hybrid-a": "#009E73", "hybrid-b": "#CC79A7", "rnn": "#999999", "lti": "#666666",
     "retention": "#8C6D31", "griffin": "#5C4A1F", "mamba2": "#A50F15", "samba": "#1B7837",
@@ -29,10 +29,10 @@ COLOURS = {  # in the order of figures and tables; the first are for the colour-
     "2xlinear-decay-noconv": "#F4A582", "2xlinear-decay": "#CA0020",
     "2xgated-deltanet-noconv": "#9EDAE5", "2xgated-deltanet": "#17BECF",
     "2xlinear-rotation-noconv": "#E6C35C", "2xlinear-rotation": "#B8860B"}
-MODELS = list(COLOURS)
+ORDER = list(COLOURS)        # of models in figures and tables
 REACH = {"conv2+attention": 1, "conv+attention": 3, "conv8+attention": 7}   # tokens back: taps - 1
 TEST_SEQUENCES = 512    # of a test during training
-SOLVED = 0.99           # the accuracy of a test to which steps are counted
+SOLVED = 0.99           # a task is solved when tests reach this accuracy
 KEPT = 0.95             # a model that stays above it beyond L does not fade
 
 
@@ -49,10 +49,10 @@ def n_answers(config):
 def load(path):
     """Read a result of train.py -> a run; or published numbers. ValueError for other files.
 
-    A run has "path", "config" with defaults for flags that the file lacks, "off" (flags off their
-    defaults, without those of TASK), curves "length" and "training" (x, accuracy), "at" and
-    "lowest" (accuracy at L, the lowest from L to 3L; NaN if not tested), "steps" (the first with a
-    test at 0.99, or infinite), "state" ({tokens: bytes} or None), "sequences" (of each test).
+    A run has "path", "config" with defaults for flags that the file lacks, "changed" (flags that
+    are not at their defaults, without those of TASK), curves "length" and "training" (x, accuracy),
+    "at" and "lowest" (accuracy at L, the lowest from L to 3L; NaN if not tested), "steps" (the
+    first with a test at SOLVED, or infinite), "state" ({tokens: bytes} or None), "sequences".
     """
     try:
         with open(path, encoding="utf-8") as f:
@@ -61,20 +61,20 @@ def load(path):
             curves = {name: points(curve, "length") for name, curve in result["curves"].items()}
             return {"published": text(result["published"]), "task": dict(result["task"]),
                     "curves": curves}
+        defaults = {**DEFAULTS, "lr": default_lr(max(1, result["config"]["d"]))}
         config = {flag: value if isinstance(value, (int, float)) else str(value)
-                  for flag, value in {**DEFAULTS, **result["config"]}.items() if value is not None}
+                  for flag, value in {**defaults, **result["config"]}.items() if value is not None}
         whole = all(type(config[flag]) is int and 0 < config[flag] < 2**53 for flag in TASK[1:])
         if not (whole and type(config["seed"]) is int and isinstance(config["model"], str)):
             raise ValueError
-        defaults = {**DEFAULTS, "lr": default_lr(config["d"])}
-        config = {"lr": defaults["lr"], **config}
-        off = {flag: value for flag, value in config.items()
-               if flag not in IGNORED.union(TASK) and value != defaults.get(flag, False)}
-        L, (x, y) = config["L"], points(result["eval"], "length")
+        changed = {flag: value for flag, value in config.items()
+                   if flag not in IGNORED.union(TASK) and value != defaults.get(flag, False)}
+        L = config["L"]
+        x, y = points(result["eval"], "length")
         step, test = points(result["train"], "step")
         sizes = result.get("state_bytes")
         beyond = y[(x >= L) & (x <= 3 * L)] if L in x and x[-1] >= 3 * L else [np.nan]
-        return {"path": path, "config": config, "off": off, "length": (x, y),
+        return {"path": path, "config": config, "changed": changed, "length": (x, y),
                 "training": (step, test), "at": y[x == L][0] if L in x else np.nan,
                 "lowest": min(beyond), "steps": min(step[test >= SOLVED], default=np.inf),
                 "state": sizes and {n: int(sizes[str(n)]) for n in (64, 4096)},
@@ -87,7 +87,7 @@ def load(path):
 
 
 def points(section, x):
-    """A curve of a result -> x, accuracy, both (n,). Raises ValueError if it is none."""
+    """A curve of a result -> x, accuracy, both (n,). Raises ValueError if it is not one."""
     x, y = np.array(section[x], float), np.array(section["accuracy"], float)
     rising = x.ndim == 1 and len(x) > 0 and np.all(np.diff(x) > 0) and 0 < x[0] and x[-1] < np.inf
     if not (rising and x.shape == y.shape and np.all((0 <= y) & (y <= 1))):
@@ -107,20 +107,21 @@ def read(paths):
         if "published" in found:
             published.append(found)
             continue
-        key = values(found, ["model", *TASK, "seed"]), tuple(sorted(found["off"].items()))
+        key = values(found, ["model", *TASK, "seed"]), tuple(sorted(found["changed"].items()))
         if key in runs and not os.path.samefile(path, runs[key]["path"]):
             left_out.append(f"{path} has the model, settings and seed of {runs[key]['path']}")
         runs.setdefault(key, found)
     return list(runs.values()), published, left_out
 
 
-def rank(value):
-    """A sort key: numbers by size, models in the order of MODELS, everything else by name."""
+def sort_key(value):
+    """A sort key: numbers by size, models as in ORDER, everything else by name."""
     if isinstance(value, tuple):
-        return tuple(rank(part) for part in value)
+        return tuple(sort_key(part) for part in value)
     if isinstance(value, (int, float)):
         return 0, value, ""
-    return 1, MODELS.index(value) if value in MODELS else len(MODELS), str(value)
+    place = ORDER.index(value) if value in ORDER else len(ORDER)
+    return 1, place, str(value)
 
 
 def values(run, flags):
@@ -138,21 +139,21 @@ def group(runs, fixed, panels, curve, across=()):
     figures, found = {}, []
     for run in runs:
         figures.setdefault(values(run, fixed), []).append(run)
-    for key in sorted(figures, key=rank):
+    for key in sorted(figures, key=sort_key):
         cells, seen = {}, {}
-        flags = {flag for run in figures[key] for flag in run["off"]}
+        flags = {flag for run in figures[key] for flag in run["changed"]}
         for run in figures[key]:
             for flag in flags:
                 same = None if flag == "d" else run["config"].get(curve)     # --against model
-                seen.setdefault((flag, same), set()).add(run["off"].get(flag))
+                seen.setdefault((flag, same), set()).add(run["changed"].get(flag))
         named = {flag for (flag, _), different in seen.items() if len(different) > 1}
         for run in figures[key]:
-            extra = tuple((flag, value) for flag, value in sorted(run["off"].items())
+            extra = tuple((flag, value) for flag, value in sorted(run["changed"].items())
                           if flag in named and flag not in (*panels, curve, *across))
             base = run["config"].get(curve)
             cell = values(run, panels), (base, extra), values(run, across)
             cells.setdefault(cell, []).append(run)
-        found.append(dict(sorted(cells.items(), key=lambda item: rank(item[0]))))
+        found.append(dict(sorted(cells.items(), key=lambda item: sort_key(item[0]))))
     return found
 
 
@@ -161,12 +162,12 @@ def middle(runs, what):
 
 
 def median(runs, kind):
-    """The median of some seeds -> x, y: of "length", where all were tested, or of "training"."""
+    """The median curve of seeds -> x, y. Of "length": at lengths at which all were tested."""
     x = np.unique(np.concatenate([run[kind][0] for run in runs]))
     if kind == "length":
         x = x[[all(n in run[kind][0] for run in runs) for n in x]]
     else:
-        x = x[x >= max(run[kind][0][0] for run in runs)]     # a run that ended keeps its last one
+        x = x[x >= max(run[kind][0][0] for run in runs)]     # interp repeats an ended run's last
     return x, np.median([np.interp(x, *run[kind]) for run in runs], axis=0)
 
 
@@ -189,14 +190,14 @@ def verdict(runs, kind, what="at"):
         return None
     if kind in ("against", "state"):
         return "good" if middle(runs, what) >= SOLVED else "bad"
-    return "stay" if lowest >= KEPT else "fade" if at >= KEPT else "miss"
+    if lowest >= KEPT:
+        return "stay"
+    return "fade" if at >= KEPT else "miss"
 
 
 def finding(cells, flags, kind, what="at"):
     """A figure's title: the verdict on each model, and in which settings, if not in all of them.
-
-    flags: what the values in a cell are, those of its panel, its curve and its x. kind: of `draw`.
-    """
+    flags: those of the values in a cell: of its panel, its curve and its x."""
     rows = [(*panel, base, *x) for panel, (base, _), x in cells]
     shown = [i for i, flag in enumerate(flags)
              if flag != "model" and len({row[i] for row in rows}) > 1]
@@ -206,7 +207,8 @@ def finding(cells, flags, kind, what="at"):
         place = [f"{flags[i]} = {text(row[i])}" for i in shown]
         everywhere.setdefault(name, []).append(place)
         found.setdefault(verdict(runs, kind, what), {}).setdefault(name, []).append(place)
-    L, parts = numbered(runs[0]["config"]["L"] for runs in cells.values()), []
+    parts = []
+    L = numbered(runs[0]["config"]["L"] for runs in cells.values())
     after = "" if kind == "training" else f" after {L} tokens"
     after = after if what == "at" else " from L to 3L"
     stay = f"above {KEPT} beyond {L} tokens" + (" in every panel" if kind == "model" else "")
@@ -231,14 +233,14 @@ def finding(cells, flags, kind, what="at"):
 def caption(cells, flags, kind):
     """The settings behind all panels, and what the marks mean. flags: those the figure shows."""
     runs = [run for seeds in cells.values() for run in seeds]
-    config = {flag: sorted({run["config"][flag] for run in runs}, key=rank)
+    config = {flag: sorted({run["config"][flag] for run in runs}, key=sort_key)
               for flag in (*TASK, "batch_size")}
     words = [f"{flag} = {text(', '.join(map(str, config[flag])))}" for flag in TASK[1:]]
     shown = {flag for _, (_, extra), _ in cells for flag, _ in extra} | {*flags, "d"}
-    alike = set.intersection(*(set(run["off"].items()) for run in runs))
+    alike = set.intersection(*(set(run["changed"].items()) for run in runs))
     notes = {(*note, "" if note in alike else f" ({text(run['config']['model'])})")
-             for run in runs for note in run["off"].items()}
-    words += [f"{flag} = {text(value)}{whose}" for flag, value, whose in sorted(notes, key=rank)
+             for run in runs for note in run["changed"].items()}
+    words += [f"{flag} = {text(value)}{whose}" for flag, value, whose in sorted(notes, key=sort_key)
               if flag not in shown]
     seeds = {}
     for run in runs:
@@ -273,16 +275,14 @@ def file_name(kind, cells, args):
 
 
 def table(runs, lengths=None):
-    """A Markdown table with a row for each setting: median steps to 0.99, median and worst accuracy
-    at L, median and worst of the lowest from L to 3L. Or the medians at `lengths`, where all seeds
-    were tested.
-    """
+    """A Markdown table with a row for each setting: median steps to SOLVED, median and worst at L,
+    and of the lowest from L to 3L. Or medians at `lengths`, where all seeds were tested."""
     flags = ["model", "d", "M", "tau"]
     flags += [flag for flag in ("task", "K", "L") if len({run["config"][flag] for run in runs}) > 1]
-    flags += [flag for flag in sorted({flag for run in runs for flag in run["off"]})
-              if len({run["off"].get(flag) for run in runs}) > 1]
+    flags += [flag for flag in sorted({flag for run in runs for flag in run["changed"]})
+              if len({run["changed"].get(flag) for run in runs}) > 1]
     rows, order = {}, ["task", "K", "L", "tau", "M", "model", "d", *flags]
-    for run in sorted(runs, key=lambda run: rank(values(run, order))):
+    for run in sorted(runs, key=lambda run: sort_key(values(run, order))):
         rows.setdefault(values(run, flags), []).append(run)
     titles = [f"steps to {SOLVED}", "at L, median", "at L, worst", "to 3L, median", "to 3L, worst"]
     header = [*flags, "seeds", *map(str, lengths or titles)]

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from data import recall_batch
 from output import short_errors, text, write_figure
-from plot import LOOK
+from plot import RC_PARAMS
 from runs import load_run
 
 BATCH = 1000        # contexts per call of the model
@@ -130,7 +130,7 @@ def main(argv=None):
             print(f"{name:9}" + "".join(f"{100 * share:4.0f}" for share in shares), flush=True)
     if args.out:
         os.makedirs(args.out, exist_ok=True)
-        with matplotlib.rc_context(LOOK):
+        with matplotlib.rc_context(RC_PARAMS):
             write_figure(os.path.join(args.out, "probe.png"), draw(found, args.title))
         print(os.path.join(args.out, "probe.png"))
     return found

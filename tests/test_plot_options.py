@@ -34,10 +34,10 @@ def test_title(tmp_path, figures):  # noqa: F811
 
 
 def test_listed_stacks_have_a_place_and_a_colour():
-    assert len(set(summary.MODELS)) == len(summary.MODELS) == len(plot.COLOURS)
+    assert len(set(summary.ORDER)) == len(summary.ORDER) == len(plot.COLOURS)
     order = ["2xlinear-fixed", "2xlinear-decay", "2xgated-deltanet", "2xlinear-rotation"]
-    assert sorted(reversed(order), key=summary.rank) == order
-    assert summary.rank("rope") < summary.rank("2xrope") < summary.rank("2xunknown")
+    assert sorted(reversed(order), key=summary.sort_key) == order
+    assert summary.sort_key("rope") < summary.sort_key("2xrope") < summary.sort_key("2xunknown")
 
 
 @pytest.mark.parametrize("name", ["mamba+attention", "hybrid-a"])
