@@ -1,16 +1,15 @@
 """Mamba (Gu and Dao 2023, arXiv 2312.00752) in PyTorch: the recurrence, the layer, and a fast scan.
 
-A Mamba layer reads a sequence with a state of fixed size. Each token decides how much of the state
-decays, what it writes and what it reads: the state space model is selective.
+A Mamba layer carries a state of fixed size along the sequence. Each token decides how much of it
+decays, what is written and what is read; that is why the state space model is called selective.
 `python mamba.py` shows that all forms of the recurrence agree, and how long each takes.
 
     symbol   shape        meaning
     b, L                  sequences in the batch; tokens, also called steps
-    D, N                  channels (in the layer d_inner; self.D there is the weight of a skip
-                          connection, as in the official code); states, the numbers a channel keeps
+    D, N                  channels (d_inner in the layer); states, the numbers that a channel keeps
     x        (b, L, D)    input of the recurrence
     dt       (b, L, D)    step size, positive: a large one forgets more of the past and writes more
-    A        (D, N)       decay rates, negative; dt alone makes the decay depend on the token
+    A        (D, N)       decay rates, negative; the decay depends on the token through dt alone
     B        (b, L, N)    how a token is written to the N states, the same in all channels
     C        (b, L, N)    how the N states are read
     h        (b, D, N)    all states together, "the state"
@@ -18,7 +17,7 @@ decays, what it writes and what it reads: the state space model is selective.
     a, u                  decay exp(dt A); scaled input dt x: a step adds u B to h
     T                     steps in a chunk
     g                     gradient of the loss with respect to h
-    dx, ddt, dA, ...      gradient of the loss with respect to x, dt, A, ... (dt itself is none)
+    dx, ddt, d(dt A), ... gradient of the loss with respect to x, dt, dt A, ...
 """
 
 import math
@@ -35,8 +34,8 @@ from fused_scan import check_shapes, parallel_scan
 
 # ---- 1. The recurrence ---------------------------------------------------------------------------
 #
-# A linear state space model sends a signal x(t), one number at each time, through a state h(t) of N
-# numbers, with A diagonal:
+# A linear state space model maps a signal x(t), one number at each time, to a signal y(t), through
+# a state h(t) of N numbers, with A diagonal:
 #
 #     h'(t) = A h(t) + B x(t)         y(t) = C h(t)
 #
@@ -49,19 +48,21 @@ from fused_scan import check_shapes, parallel_scan
 #
 #     h_t = exp(dt A) h_{t-1} + dt B x_t         y_t = C h_t
 #
-# The two agree for small dt |A|: at 0.1 ours writes 5 % more, at 1.6, about the largest at the
-# start of training, twice as much. The exact factor never exceeds 1 / |A|, ours grows with dt: at
-# A = -1 and dt = 10 ours writes 10 B x, the exact rule 1 B x. But dt x is the same for all N
-# states, which is simpler, and B is learned with it. LTI in family/ladder.py has the exact rule.
+# The two agree for small dt |A|: at 0.1 ours writes 5 % more, at 1.6 (dt = 0.1 and A = -16, about
+# the largest at initialization) twice as much. The exact factor never exceeds 1 / |A|, ours grows
+# with dt: at A = -1 and dt = 10 ours writes 10 B x, the exact rule 1 B x. We accept this: dt x is
+# the same for all N states, and training fits B to the rule. LTI in family/ladder.py has the exact
+# rule.
 #
-# Mamba has D such channels, and computes dt, B and C from the token (paper, section 3.2, algorithm
-# 2). In full, for channel d and its state n:
+# Mamba runs D such models side by side, one per channel, with an A and a dt of their own; B and C
+# are shared. It computes dt, B and C from the token (paper, section 3.2, algorithm 2). In full, for
+# channel d and its state n:
 #
 #     h_t[d,n] = exp(dt_t[d] A[d,n]) h_{t-1}[d,n] + dt_t[d] B_t[n] x_t[d]
 #     y_t[d]   = sum over n of C_t[n] h_t[d,n]
 #
 # With dt near 0 a token leaves the state alone: nothing decays, nothing is written. With a large dt
-# the past is erased, and h becomes dt B x of this token alone. Small and large mean compared with
+# the past is erased, and h becomes dt B x of this token alone. Small and large are relative to
 # 1 / |A|: at dt = 0.1, a state with A = -1 keeps exp(-0.1) = 0.90, one with A = -16 keeps 0.20.
 
 def selective_scan_ref(x, dt, A, B, C, h=None):
@@ -72,8 +73,8 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
     step, None for zero. It computes in the dtype of its arguments.
     Returns y (b, L, D) and the state after the last step (b, D, N).
 
-    It is also the decode step: call it with L = 1 and pass the state to the next call.
-    The official counterpart is mamba_ssm's selective_scan_ref, without its D, z and softplus.
+    It is also the decode step: call it with L = 1, one new token, and pass the state on.
+    The official counterpart is mamba_ssm's selective_scan_ref, without its skip, gate and softplus.
     """
     check_shapes(x, dt, A, B, C, h)
     if h is None:
@@ -92,10 +93,10 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
 class CausalConv1d(nn.Conv1d):
     """A causal convolution, one filter per channel: a token sees itself and the taps - 1 before it.
 
-    Recall needs it: a value must be stored under the token just before it, but dt, B and x are
-    computed from a single token. The convolution mixes in the tokens before. Parameters have
-    Conv1d's names and initial values, as in the official code; the sum is written as shifted
-    products, which a compiler can fuse with the layer around it.
+    Without it, dt, B and x of a token would depend on that token alone. For recall (data.py), a
+    value must be written under its key, the token before it, and the convolution lets B see that.
+    Parameters have Conv1d's names and initial values, as in the official code; the sum is written
+    as shifted products, which a compiler can fuse with the layer around it.
     """
 
     def __init__(self, channels, taps):
@@ -117,7 +118,8 @@ class CausalConv1d(nn.Conv1d):
 class MambaState(NamedTuple):
     """All that a Mamba layer keeps of the tokens so far, however many there were.
 
-    h sums up all tokens so far. The next convolution also needs the last inputs themselves.
+    The recurrence looks back through h alone, the convolution at its last inputs alone, and all
+    else in the layer sees one token.
     """
     conv: torch.Tensor   # (b, d_inner, d_conv - 1), the last inputs of the convolution
     h: torch.Tensor      # (b, d_inner, d_state)
@@ -134,19 +136,18 @@ class Mamba(nn.Module):
     softplus, dt.
 
     d_model: width of the layer's input and output; d_state: N; d_conv: taps of the convolution;
-    expand: there are d_inner = expand * d_model channels; dt_rank: rank of the map from a token to
-    its dt, None for ceil(d_model / 16). Parameters have the names, shapes and initial distributions
-    of mamba_ssm.Mamba with its default arguments, so either can load the state dict of the other.
+    expand: d_inner = expand * d_model is the number of channels; dt_rank: rank of the map from a
+    token to its dt, None for ceil(d_model / 16). Parameters have the names, shapes and initial
+    distributions of mamba_ssm.Mamba with its default arguments; state dicts fit both.
 
-    in_proj has no bias, like the official one, so that state dicts fit. On our task, to recall one
-    of 16 tokens, that hurts. The output is multiplied by SiLU(z), which lies between -0.28 and 0
-    for negative z: a channel lets a token through only if z is positive for it. In the first layer,
-    z is a linear map of the token's embedding. At d_model = 8, some weighted mean of our 16 random,
-    fixed embeddings is zero. The same mean of z is then zero as well, so z is not positive for all
-    16, and every channel blocks some token. A Mamba layer followed by attention learned 16 queries
-    in 0 of 12 runs without a bias, and in 3 of 3 with one (report/README.md, appendix on defaults).
-    So `takes_bias` tells hybrid.Model to put a norm with a bias in front of the layer, which gives
-    x and z a constant part.
+    in_proj has no bias, like the official layer's, so that state dicts fit. On our task, to recall
+    one of 16 tokens, that hurts. z gates the output at its own token: SiLU(z) lies between -0.28
+    and 0 for negative z. In the first layer z is a linear map of the token's embedding. For the 16
+    embeddings that data.py draws at d_model = 8, a mean with positive weights is zero. The same
+    mean of z is then zero, too, so each channel is nearly closed at some token. We take this as the
+    reason why a Mamba layer followed by attention, with a norm before each, learned 16 queries in 0
+    of 12 runs when the norm had no bias, and in 3 of 3 when it had one (report/README.md, appendix
+    on defaults). `takes_bias` asks hybrid.Model for that bias, which gives x and z a constant part.
     """
 
     takes_bias = True
@@ -161,16 +162,16 @@ class Mamba(nn.Module):
         self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d_inner)
         # A = -1, ..., -N in each channel (S4D-Real, Gu et al. 2022, arXiv 2206.11893): state n
-        # fades to 1/e in 1 / (n dt) steps, the first in 10 to 1,000 with the dt below. So a channel
-        # has long and short memories side by side. The logarithm is trained, so that A stays
-        # negative and the state cannot explode.
+        # fades to 1/e in 1 / (n dt) steps: with the dt below, state 1 in 10 to 1,000, state 16 in 1
+        # to 60. So each channel has both long and short memory. The logarithm is trained, so that A
+        # stays negative and no state can grow by itself.
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(d_inner, 1))
-        self.D = nn.Parameter(torch.ones(d_inner))
+        self.D = nn.Parameter(torch.ones(d_inner))       # a skip connection, as officially named
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
         # The bias alone gives a dt between 0.001 and 0.1 (paper, section 3.6), uniform on a log
-        # scale as in the official code; the weights vary it by token. forward applies softplus, so
-        # the bias is the inverse of softplus at dt, log(exp(dt) - 1).
+        # scale as in the official code; the weights make it vary by token. forward applies
+        # softplus, so the bias is the inverse of softplus at dt, log(exp(dt) - 1).
         nn.init.uniform_(self.dt_proj.weight, -self.dt_rank**-0.5, self.dt_rank**-0.5)
         dt = torch.exp(torch.empty(d_inner).uniform_(math.log(1e-3), math.log(1e-1)))
         with torch.no_grad():
@@ -183,8 +184,9 @@ class Mamba(nn.Module):
     def forward(self, x, state=None):
         """Run a segment of a sequence, continuing from `state`: a MambaState, None at the start.
 
-        x (b, L, d_model) -> y (b, L, d_model) and the MambaState after the last token. Any cut of a
-        sequence into segments gives what one call gives; segments of one token are decoding.
+        x (b, L, d_model) -> y (b, L, d_model) and the MambaState after the last token. However a
+        sequence is cut into segments, the result is that of a single call. To decode, call
+        `y, state = layer(x_t, state)` for each new token x_t (b, 1, d_model).
         """
         window, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, dim=-1)                          # (b, L, d_inner) each
@@ -204,8 +206,8 @@ class Mamba(nn.Module):
 # The loop of selective_scan_ref is slow: it makes a dozen small calls per step, and autograd stores
 # the state of every step. But only h_t = a_t h_{t-1} + u_t B_t has to be computed step by step. The
 # decays a = exp(dt A), the inputs u = dt x and the sums over states can be computed for many steps
-# in one call. So cut time into chunks of T steps, whose states fit in the CPU's cache, and store
-# only the state before each chunk.
+# in one call; the loop that remains has one call per step. So cut time into chunks of T steps,
+# whose states fit in the CPU's cache, and store only the state before each chunk.
 #
 # The gradient. Indices are left out: C_t dy_t is C_t[n] dy_t[d], for every state n and channel d.
 # Nothing is summed unless it says so.
@@ -216,7 +218,7 @@ class Mamba(nn.Module):
 #     the final state, which is also an output:
 #         g_L = C_L dy_L + dh
 #     No y reads the initial state h_0, so its gradient has no first term: it is a_1 g_1.
-# 2.  h_t is linear in u_t, which N states share, and in B_t, which D channels share:
+# 2.  h_t is linear in u_t, shared by all states, and in B_t, shared by all channels:
 #         du_t = sum over states of g_t B_t           dB_t = sum over channels of g_t u_t
 # 3.  The gradient of a_t is g_t h_{t-1}. exp is its own derivative:
 #         d(dt_t A) = a_t g_t h_{t-1}
@@ -228,11 +230,11 @@ class Mamba(nn.Module):
 #
 # All h_t and a_t would take 2 N times the memory of x. So the backward pass visits the chunks from
 # last to first, recomputes a and h of a chunk from the state before it, then runs backwards to get
-# g. Nothing overflows, however long the sequence or however strong the decay: there is no exp of a
-# positive number, and no division by a product of decays, as in some closed forms.
+# g. Decays cause no overflow, however long the sequence: there is no exp of a positive number, and
+# unlike in some closed forms nothing is divided by a product of decays.
 #
 # In the code, _k is a chunk and _t a step. Inside both passes time comes first: x, dt, y (L, b, D);
-# B, C (L, b, N). States are (N, b, D), so that the innermost loops, over b and D, are long.
+# B, C (L, b, N). States are (N, b, D), so that torch's innermost loops, over b and D, are long.
 
 CHUNK_ELEMENTS = 2**18   # of a buffer (T, N, b, D), 1 MiB; 2^17 and 2^19 are as fast
 
@@ -274,11 +276,12 @@ class ChunkedScan(torch.autograd.Function):
             starts.append(h)
             steps = len(dt_k)                                            # T, or fewer in the last
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
-            # exp(v) for v from -87 to -103 is a denormal float32, below 1.2e-38, and CPUs are 10 to
-            # 50 times slower on those; from there on it is 0. So both passes clamp dt A at -80. A
-            # decay of 2e-35 is effectively 0, as is its gradient, and its product with h is not
-            # denormal unless |h| < 1e-3. A trained model, where dt can be large, runs up to twice
-            # as fast. The other forms do not clamp: GPUs are as fast on denormals.
+            # exp(v) for v from -87 to -103 is a denormal float32, below 1.2e-38, on which CPUs are
+            # 10 to 50 times slower; below -103 it is 0. So both passes clamp dt A at -80, which dt
+            # = 5 and A = -16 reach. A decay of 2e-35 is effectively 0, as is the gradient of dt A;
+            # with the margin to -87, its product with h is not denormal unless |h| < 1e-3. A
+            # trained model runs up to twice as fast. The other forms do not clamp: GPUs are as fast
+            # on denormals, and selective_scan_ref is the definition.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)         # h_k is u_t B_t, and after _recur h_t
             h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs
@@ -316,11 +319,12 @@ class ChunkedScan(torch.autograd.Function):
             _recur(a_steps, h_steps[:steps], start)
             torch.mul(C_k, dy_k, out=g_k)
             g_k[-1] += later
-            # Rule 1, backwards in time: g_t, now C_t dy_t, += a_{t+1} g_{t+1}. So the lists are
-            # reversed, and the decays start at the second.
+            # Rule 1, from the last step but one to the first: g_t, now C_t dy_t, += a_{t+1}
+            # g_{t+1}. So the lists are reversed, without the first decay, which `later` needs.
             _recur(a_steps[1:steps][::-1], g_steps[:steps - 1][::-1], g_k[-1])
             later = a_k[0] * g_k[0]
-            # Products overwrite buffers that are no longer needed.
+            # The order matters: each product overwrites a buffer that was read for the last time.
+            # d_dtA is a_k, and h_before shares memory with h_k.
             d_dtA = a_k.mul_(g_k).mul_(h_before)                         # rule 3
             dA[:steps].addcmul_(d_dtA, dt_k)                             # rule 5
             torch.sum(d_dtA.mul_(A), 1, out=ddt_k)                       # rule 5, its second term
@@ -334,9 +338,9 @@ class ChunkedScan(torch.autograd.Function):
 
 
 def chunked_scan(x, dt, A, B, C, h=None):
-    """A fast selective_scan_ref: same arguments, results and gradients, up to rounding.
+    """A fast version of selective_scan_ref: same arguments, results and gradients, up to rounding.
 
-    For the backward pass it stores its arguments, transposed, and L / T states.
+    For the backward pass it stores its arguments, transposed, and the states before the chunks.
     """
     check_shapes(x, dt, A, B, C, h)
     b, L, D = x.shape
@@ -351,14 +355,15 @@ def chunked_scan(x, dt, A, B, C, h=None):
 
 # ---- 4. Which form -------------------------------------------------------------------------------
 #
-# The first row that fits, from the top:
+# The first row that applies:
 #
-#     torch.func           selective_scan_ref, also in forward-mode AD: no fast form supports them
-#     one step or none     selective_scan_ref: a decode step is one turn of its loop
-#     torch.compile        parallel_scan, on any device: one operator; loops would be unrolled
-#     CUDA                 parallel_scan, fused_scan.py: it fills a GPU with all chunks at once,
-#                          because h is linear in the state before a chunk
-#     CPU, MPS             chunked_scan: one chunk at a time fits in the cache
+#     torch.func, forward AD    selective_scan_ref: no fast form supports them
+#     one step or none          selective_scan_ref: a decode step is one iteration of its loop
+#     torch.compile             parallel_scan, on any device: one operator for the compiler, which
+#                               would unroll the loops of the other forms
+#     CUDA                      parallel_scan (fused_scan.py): all chunks at once, each from a zero
+#                               state; as h is linear, the true state's part can be added later
+#     CPU, MPS                  chunked_scan
 #
 # The fast forms have no second derivative and raise a RuntimeError: call selective_scan_ref, or for
 # Mamba layers, set mamba.selective_scan = mamba.selective_scan_ref.
@@ -395,7 +400,8 @@ def decode(x, dt, A, B, C, h=None):
 
 
 def compare_forms(b=8, L=256, D=32, N=16):
-    """Print each form's times, and its largest difference from the recurrence in float64."""
+    """Print each form's times, and the largest absolute difference of its y, last state and
+    gradients from those of the recurrence in float64."""
     torch.manual_seed(0)
     x, dt = torch.randn(b, L, D), 0.1 * F.softplus(torch.randn(b, L, D))
     B, C = torch.randn(b, L, N), torch.randn(b, L, N)
