@@ -10,7 +10,8 @@ RunningMean(d), otherwise a case in `build_layer` and the word in WORDS. A layer
 and a state, None at the start of a sequence, to y (B, L, d), or (1, L, d) if it is the same for all
 sequences, and the next state. It must be causal, and feeding a sequence in segments must give the
 same result as one call. It must not use dropout or other random numbers, or a resumed run differs.
-On a GPU it is captured in a CUDA graph, so it must not ask for values (.item()). Class attributes,
+A loop over steps takes x.unbind(1): indexing x[:, t] would write a gradient as large as x at each
+step. A GPU captures it in a CUDA graph, so it must not ask for values (.item()). Class attributes,
 False unless a layer sets them, tell the model how to treat the layer:
 
     takes_bias        its norm has a bias, because the layer's input projection has none
@@ -175,6 +176,8 @@ RUNGS = {  # of linear attention, each with one idea more; gated-deltanet is a G
 RUNGS |= {f"{word}-noconv": {**options, "d_conv": None} for word, options in RUNGS.items()}
 RECENCY = 2.0     # a first rotary layer starts out looking at recent tokens: see Attention
 TAPS = {"conv": 4, "conv2": 2, "conv8": 8}
+ZAMBA = {"zamba": {}, "zamba2": {"blocks": 2, "rank": 4},
+         "zamba2-mini": {"rank": 4, "position": "rope"}}
 ROTARY = {  # rotary attention with slower or faster angles, or half of the channels
     "rope-fast": {"base": 100.0},
     "rope-slow": {"base": 1e6},
@@ -225,23 +228,18 @@ def build_layer(word, d, L, n_heads, d_state, before):
         return DecayAttention(d, n_heads, word)
     if word == "lti":
         return LTI(d, d_state)
-    if word == "zamba":
-        return SharedUse(d, before, n_heads)
-    if word == "zamba2":
-        return SharedUse(d, before, n_heads, blocks=2, rank=4)
-    if word == "zamba2-mini":
-        return SharedUse(d, before, n_heads, rank=4, position="rope")
+    if word in ZAMBA:
+        return SharedUse(d, before, n_heads, **ZAMBA[word])
     raise ValueError(f"{word!r} is no layer")
 
 
 WORDS = [                                 # those in build_layer; LAYERS has the others
     "attention", "rope", "position", "window", "grouped", "alibi", "forgetting", *TAPS, "mamba",
-    "mamba-noconv", "normed-mamba", "mamba-own", "mamba2", "mamba2-shared",
-    "mamba3", "mamba3-mimo", "deltanet", "lti", "zamba", "zamba2", "zamba2-mini", *RUNGS, *ROTARY]
-
+    "mamba-noconv", "normed-mamba", "mamba-own", "mamba2", "mamba2-shared", "mamba3",
+    "mamba3-mimo", "deltanet", "lti", *ZAMBA, *RUNGS, *ROTARY]
 MOST_LAYERS = 256
-WITH_HEADS = {"attention", "rope", "window", "zamba", "zamba2", "zamba2-mini", "deltanet",
-              "alibi", "forgetting", *RUNGS, *ROTARY}      # layers that take n_heads
+WITH_HEADS = {"attention", "rope", "window", "deltanet", "alibi", "forgetting",
+              *ZAMBA, *RUNGS, *ROTARY}                       # layers that take n_heads
 
 
 def layer_words(name):
@@ -250,7 +248,9 @@ def layer_words(name):
     for part in {**MODELS, **FAMILY}.get(name, name).split("+"):
         count, word = re.fullmatch(r"(?:(\d+)x)?(.*)", part, re.DOTALL).groups()
         repeats = int(count or 1)
-        if word not in (*WORDS, *LAYERS) or repeats == 0:
+        if repeats == 0:
+            raise ValueError(f"--model is {name!r}, but in {part!r} the count must be at least 1")
+        if word not in (*WORDS, *LAYERS):
             known = [*MODELS, *FAMILY] if name == word else []             # no stack, no count
             near = difflib.get_close_matches(word.lower(), [*known, *WORDS, *LAYERS], 1)
             hint = f"did you mean {near[0]}? It" if near else "it"
@@ -297,4 +297,4 @@ def state_bytes(model, tokens):
 
 if __name__ == "__main__":
     for name, stack in {**MODELS, **FAMILY}.items():
-        print(f"{name:<16}{build_model(name).n_params():>7,} parameters   {stack}")
+        print(f"{name:<16}{build_model(name).n_params():>7,} parameters at d = 8   {stack}")

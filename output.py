@@ -3,6 +3,7 @@
 Imports no torch, so that plot.py does not need it.
 """
 
+import argparse
 import difflib
 import io
 import os
@@ -32,6 +33,13 @@ def numbered(numbers):
     """Whole numbers as text: all of them, or "first to last" if there are more than three."""
     numbers = [f"{n:,}" for n in sorted(set(numbers))]
     return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 3 else ", ".join(numbers)
+
+
+def length(word):
+    """A context length on the command line, as a `type` of argparse."""
+    if int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word} is no context length, which is at least 1")
+    return int(word)
 
 
 def short_errors(parser):

@@ -25,7 +25,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
 
-from output import end_with, say, short_errors, text, write_figure
+from output import end_with, length, say, short_errors, text, write_figure
 from summary import (COLOURS, IGNORED, ORDER, REACH, TASK, caption, file_name, finding, group,
                      median, middle, n_answers, name_of, read, sort_key, table)
 
@@ -242,7 +242,7 @@ def main(argv=None):
     add("--lowest", dest="what", action="store_const", const="lowest", default="at",
         help="with --against: see above")
     add("--title", help="of the figures (default: what they show)")
-    add("--table", nargs="*", type=int, metavar="LENGTH", help="print a table")
+    add("--table", nargs="*", type=length, metavar="LENGTH", help="print a table")
     add("--name", help="name of a figure's file (default: what it shows)")
     add("--out", default="figures", metavar="DIR", help="folder of figures (default: figures)")
     args = parser.parse_args(argv)

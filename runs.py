@@ -92,12 +92,11 @@ def check(config):
         if type(value) is not int or not at_least <= value < 2**30:
             raise ValueError(f"--{word} is {value!r}, but it must be a whole number from "
                              f"{at_least} to 2^30 - 1")
-    for flag in ("lr", "weight_decay"):
+    for flag, least in (("lr", "above 0"), ("weight_decay", "of at least 0")):
         value, word = config[flag], flag.replace("_", "-")
-        if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-            raise ValueError(f"--{word} is {value!r}, but it must be a number of at least 0")
-    if config["lr"] == 0:
-        raise ValueError("--lr is 0, but it must be above 0")
+        if type(value) not in (int, float) or not math.isfinite(value) or value < 0 \
+                or (flag == "lr" and value == 0):
+            raise ValueError(f"--{word} is {value!r}, but it must be a number {least}")
     if config["train_lengths"] not in ("fixed", "uniform"):
         raise ValueError(f"--train-lengths is {config['train_lengths']!r}, not fixed or uniform")
     if not isinstance(config["model"], str):

@@ -200,13 +200,13 @@ def run(config, path, title="", runs_left=0):
                                      f"{config['lr']:g} may help")
         for curve, value in zip(curves.values(), (step, loss, accuracy)):
             curve.append(value)
-        last = last_step(curves, config)
+        last = bar.total = last_step(curves, config)
         to_go = gpu.steps_left(step, last, runs_left)
         next_step.compile_if_it_pays(to_go)
         next_test.compile_if_it_pays(to_go // every)
 
         # Report progress, and save what a killed run needs to continue.
-        bar.report(f"{title}step {step:,} of {steps:,}, accuracy {accuracy:.3f}, loss {loss:.4f}")
+        bar.report(f"{title}step {step:,} of {last:,}, accuracy {accuracy:.3f}, loss {loss:.4f}")
         now = time.monotonic()
         if now - saved_at > SAVE_SECONDS and step < last:
             saved_at = now

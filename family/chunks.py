@@ -85,6 +85,7 @@ class AcrossChunks(torch.autograd.Function):
 
 def show_agreement(recurrence, chunked, inputs):
     """Print the times of both forms, (*inputs) -> y, state, and the relative difference of y."""
+    torch.set_num_threads(1)     # for operations this small, two threads can be far slower
     chunked(*inputs)                                                     # warms up
     times = [time.perf_counter()]
     exact, _ = recurrence(*inputs)
@@ -96,9 +97,10 @@ def show_agreement(recurrence, chunked, inputs):
           f"difference {(y - exact).norm() / exact.norm():.0e}")
 
 
-def show_steps(layer, x):
-    """Print the times of one call of a layer and of a call for each token of x, and the relative
-    difference of the outputs."""
+def show_steps(layer, x, name=None):
+    """Print the times of one call of a layer and of a call for each token of x (b, L, d), and the
+    relative difference of the outputs. name: None for that of the layer's class."""
+    torch.set_num_threads(1)     # for operations this small, two threads can be far slower
     layer(x)                                                             # warms up
     times = [time.perf_counter()]
     y, _ = layer(x)
@@ -109,5 +111,6 @@ def show_steps(layer, x):
         steps.append(y_t)
     times.append(time.perf_counter())
     difference = (torch.cat(steps, dim=1) - y).norm() / y.norm()
-    print(f"{type(layer).__name__:<16}one call {1000 * (times[1] - times[0]):6.1f} ms   "
-          f"single steps {1000 * (times[2] - times[1]):6.1f} ms   difference {difference:.0e}")
+    name = name or type(layer).__name__
+    print(f"{name:<16}one call {1000 * (times[1] - times[0]):6.1f} ms   {x.shape[1]} steps "
+          f"{1000 * (times[2] - times[1]):6.1f} ms   difference {difference:.0e}")

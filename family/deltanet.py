@@ -272,7 +272,6 @@ class DeltaAcrossChunks(torch.autograd.Function):
 def main():
     """Show that recurrence, chunks and single steps of the layer agree, and their times."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)     # for operations this small, two threads can be far slower
     b, L, H, N, P = 4, 256, 4, 16, 16
     q, k = unit(torch.randn(2, b, L, H, N))
     v, beta, log_a = torch.randn(b, L, H, P), torch.rand(b, L, H), -torch.rand(b, L, H)

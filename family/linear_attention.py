@@ -107,10 +107,11 @@ def additive_rule(q, k, v, beta, log_a, S=None):
 def main():
     """Write 3 and then 5 under one key and read later; one call and single steps of each rung."""
     key, others = unit(torch.eye(4)[:1]), unit(torch.eye(4)[1:])         # orthogonal keys
-    print("3, then 5 written under one key, with beta = 1; read after 0, 10 and 40 more tokens")
+    print("3, then 5 written under one key with beta = 1; then read: 8 is a sum, 5 the last\n")
+    print(f"{'more tokens in between':<22}{0:>6}{10:>8}{40:>8}")
     for name, log_a, rule in [("linear-fixed", math.log(1 - 2**-5), additive_rule),
                               ("linear-decay, a = 1", 0.0, additive_rule),
-                              ("delta rule, a = 1", 0.0, delta_rule)]:
+                              ("gated-deltanet, a = 1", 0.0, delta_rule)]:
         read = []
         for delay in (0, 10, 40):
             # The other tokens have other keys and the value 0: they only let the state decay.
@@ -119,13 +120,13 @@ def main():
             values = torch.tensor([3.0, 5.0] + [0.0] * delay).view(1, L, 1, 1)
             _, S = rule(keys, keys, values, torch.ones(1, L, 1), torch.full((1, L, 1), log_a))
             read.append((S[0, 0, 0] @ key[0]).item())
-        print(f"{name:<20}" + "".join(f"{value:8.2f}" for value in read))
+        print(f"{name:<22}{read[0]:6.2f}{read[1]:8.2f}{read[2]:8.2f}")
+    print()
     torch.manual_seed(0)
     for name, options in [("linear-fixed", {"fixed_decay": True}), ("linear-decay", {}),
                           ("gated-deltanet", {"delta": True}),
                           ("linear-rotation", {"delta": True, "rotation": True})]:
-        print(name)
-        show_steps(LinearAttention(32, **options), torch.randn(2, 64, 32))
+        show_steps(LinearAttention(32, **options), torch.randn(2, 64, 32), name)
 
 
 if __name__ == "__main__":

@@ -232,7 +232,6 @@ def within_chunks(sums, C, B, u, dtype):
 def main():
     """Show that recurrence, chunks, attention and single steps of the layer agree, and times."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)     # for operations this small, two threads can be far slower
     b, L, H, P, N = 4, 256, 4, 32, 16
     x, dt, A = torch.randn(b, L, H, P), torch.rand(b, L, H), -torch.rand(H)
     B, C = torch.randn(2, b, L, 1, N)

@@ -268,7 +268,6 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
 def main():
     """Show that recurrence, chunks and single steps of the layer agree, and their times."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)     # for operations this small, two threads can be far slower
     b, L, H, P, N = 4, 256, 4, 16, 16
     for R in (1, 2):
         x, B, C = (torch.randn(b, L, R, H, size) for size in (P, N, N))

@@ -1,5 +1,5 @@
-"""gpu.Captured without a GPU: when it launches, captures, replays and compiles. test_cuda.py has the
-rest."""
+"""gpu.Captured without a GPU: when it launches, captures, replays and compiles. test_cuda.py has
+the rest."""
 
 import os
 import subprocess

@@ -233,7 +233,8 @@ def test_looks():
     assert len(set(look.values())) == 6 and len({look[name][0] for name in names[2:]}) == 4
     assert look["rope", ()][0] == look["rope", (("lr", 1),)][0] == "#0072B2"
     assert plot.curve_styles(cells(("mamba", ())), "model") == {("mamba", ()): look["mamba", ()]}
-    assert len({colour for colour, _ in plot.curve_styles(cells((4, ()), (8, ())), "M").values()}) == 2
+    styles = plot.curve_styles(cells((4, ()), (8, ())), "M")
+    assert len({colour for colour, _ in styles.values()}) == 2
 
 
 @pytest.mark.parametrize("heights", [[1.0] * 6, [0.06] * 6, [1, 0.99, 0.5, 0.49, 0.05], [1.0] * 30])
@@ -269,7 +270,8 @@ def test_main_leaves_nothing_behind(tmp_path, capsys, refuses, monkeypatch):
     written = plot.main([path, "--out", str(out), "--name", "mine"])
     assert written == [str(out / "mine.png"), str(out / "mine_training.png")]
     assert capsys.readouterr().out.split() == written
-    assert all(matplotlib.rcParams[key] == matplotlib.rcParamsDefault[key] for key in plot.RC_PARAMS)
+    for key in plot.RC_PARAMS:
+        assert matplotlib.rcParams[key] == matplotlib.rcParamsDefault[key]
     assert sorted(os.listdir(out)) == ["mine.png", "mine_training.png"]
     other = write(tmp_path / "in", tau=5)                               # a second task, same name
     assert plot.main([path, other, "--out", str(out), "--name", "mine"]) == written

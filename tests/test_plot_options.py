@@ -101,3 +101,7 @@ def test_captions_name_a_flag_once_if_all_models_have_it(tmp_path, figures):  # 
 
 def test_a_name_of_a_figure_has_no_folder(tmp_path, figures):  # noqa: F811
     assert "a-b.png" in figures(write(tmp_path), "--name", "a/b")
+
+
+def test_a_length_of_a_table_is_at_least_1(refuses):
+    assert "--table: 0 is no context length" in refuses(plot.main, ["X.json", "--table", "64", "0"])

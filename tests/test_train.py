@@ -19,6 +19,7 @@ import train
 from conftest import ROOT, names, numbers
 from data import TASKS, embedding_table, recall_batch, stream
 from hybrid import FAMILY, MODELS, build_model
+from summary import DEFAULTS
 
 NAME = "rope_M2_tau1_K16_d8_L8_batch-size4_steps20_seed0"
 
@@ -181,10 +182,9 @@ def test_command_line(tmp_path):
     assert names(tmp_path / "results") == [name + ".json", name + ".pt"]
     result = json.loads((tmp_path / "results" / (name + ".json")).read_text())
     assert result["config"] == {
-        "model": "rope", "M": 2, "tau": 1, "K": 16, "d": 8, "L": 8, "seed": 0, "batch_size": 4,
-        "steps": 4, "lr": 0.01, "stop_early": True, "weight_decay": 0.0, "n_heads": 1,
-        "d_state": 16, "task": "recall", "train_lengths": "fixed", "learn_embedding": False,
-        "device": "cpu", "compile": "auto", "out": "results", "overwrite": False}
+        **DEFAULTS, "model": "rope", "M": 2, "tau": 1, "K": 16, "d": 8, "L": 8, "seed": 0,
+        "batch_size": 4, "steps": 4, "lr": 0.01, "device": "cpu", "compile": "auto",
+        "out": "results", "overwrite": False}
     assert result["params"] == 2 * (4 * 8 * 8 + 4 * 8) + 3 * 8 + 8 * 16
     assert result["train"]["step"] == [1, 2, 3, 4]
     assert all(0 < loss < 10 for loss in result["train"]["loss"])
