@@ -184,6 +184,9 @@ def make_if_free(run, make, runs_left, failed):
             except (FloatingPointError, OSError) as error:
                 failed.append(run.path)
                 say(f"{run.title}{run.path} failed: {error}")
+            except BaseException:                # Ctrl-C, or a mistake in a layer of one's own
+                remove(run.path + ".lock")
+                raise
         if mark and run.path in failed:
             lock.seek(0)
             lock.truncate()

@@ -14,6 +14,7 @@ import torch
 
 import eval as evaluation
 import grid
+import hybrid
 import runs
 import train
 from conftest import ROOT, names, numbers, stopped_run, tiny
@@ -281,3 +282,13 @@ def test_without_waiting_a_run_that_is_taken_is_left_alone(train_tiny, tmp_path)
     with grid.claim(str(tmp_path / "out" / NAME)):
         results = train.main(tiny("--seed", 0, 1, "--out", tmp_path / "out"), wait=False)
     assert results[0] is None and results[1]["config"]["seed"] == 1
+
+
+def test_a_mistake_in_a_layer_leaves_no_lock(tmp_path, monkeypatch):
+    class Wrong(torch.nn.Identity):
+        """Its forward takes no state."""
+
+    monkeypatch.setitem(hybrid.LAYERS, "wrong", Wrong)
+    with pytest.raises(TypeError):
+        train.main(tiny("--model", "wrong+attention", "--out", tmp_path))
+    assert names(tmp_path) == []
