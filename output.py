@@ -50,7 +50,7 @@ def short_errors(parser):
             near = difflib.get_close_matches(flag, parser._option_string_actions, 1)
             message += f"; did you mean {near[0]}?" if near else "; --help lists the flags"
         elif message.startswith("unrecognized arguments"):
-            message += "; --help says what takes several values"
+            message += "; a value needs its flag, and --help says what takes several values"
         parser.exit(2, f"{parser.prog}: {text(message, 2000)}\n")
 
     parser.allow_abbrev, parser.error = False, error

@@ -179,6 +179,8 @@ def load_run(path, device="cpu"):
     """Read a checkpoint of train.py -> model, config. Raises ValueError if that is impossible."""
     if not os.path.exists(path):
         raise ValueError(f"{path} is not there; train.py writes it when a run is finished")
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder; name the .pt files in it")
     if path.endswith(".json"):
         raise ValueError(f"{path} is no checkpoint; name {path[:-len('.json')]}.pt")
     not_whole = ValueError(f"{path} is not a whole checkpoint of train.py")
