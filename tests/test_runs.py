@@ -291,7 +291,6 @@ def test_a_checkpoint_of_an_unknown_layer_names_it(checkpoint):
 
 @pytest.mark.parametrize("damage", [
     lambda path: path.write_bytes(b""), lambda path: path.write_text("a line of text\n"),
-    lambda path: (path.unlink(), path.mkdir()),
     *(lambda path, end=end: path.write_bytes(path.read_bytes()[:end]) for end in (300, -100))])
 def test_damaged_checkpoints_are_refused_in_one_sentence(damage, checkpoint, refuses, tmp_path):
     checkpoint()
