@@ -96,8 +96,7 @@ def mark(ax, config, kind, guesses):
 
 
 def scale_x(ax, kind, runs, L):
-    """Limits and ticks of an axis of training steps, context lengths or bytes of state, the same
-    for the runs of all panels; of context lengths, for those of one L."""
+    """Limits and ticks of the x axis, the same in all panels; of lengths, in those of one L."""
     if kind == "state":
         xs = [size * air for run in runs for size in run["state"].values() for air in (0.7, 1.4)]
     else:
@@ -193,8 +192,9 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
     for ax, (panel, tokens) in zip(axes, places):
         shown = {(c, x): seeds for (p, c, x), seeds in cells.items() if p == panel}
         config = next(run["config"] for seeds in shown.values() for run in seeds)
-        words = ", ".join(name_of(flag, (value, ())) for flag, value in zip(panels, panel))
-        ax.set_title(words if len(places) > 1 else "", pad=18 if kind == "length" else 6)
+        words = [name_of(flag, (value, ())) for flag, value in zip(panels, panel)]
+        words += [f"after {tokens:,} tokens"] if tokens else []
+        ax.set_title(", ".join(words) if len(places) > 1 else "", pad=18 if kind == "length" else 6)
         if kind == "model":
             draw_rows(ax, shown, styles)
             continue
