@@ -36,7 +36,7 @@ from family.mamba2 import ssd
 from hybrid import MODELS, state_bytes
 from output import short_errors, write_figure
 from summary import COLOURS
-from train import make_optimizer, one_step
+from train import make_optimizer, make_training_step
 
 SCAN_SHAPES = {  # (b, L, D, N)
     "cpu": [(64, 64, 16, 16), (64, 64, 128, 16), (8, 1024, 128, 16)],
@@ -182,8 +182,8 @@ def times(title, shape, forms, inputs, dtype):
 def model_and_step(config, device):
     """A new model, and its training step as a call without arguments."""
     model = runs.model_from(config).to(device)
-    optimizer, generator = make_optimizer(model, config, device), torch.Generator(device)
-    return model, gpu.Captured(*one_step(model, optimizer, config, generator), generator, config)
+    optimizer, draws = make_optimizer(model, config, device), torch.Generator(device)
+    return model, gpu.Captured(*make_training_step(model, optimizer, config, draws), draws, config)
 
 
 def config_for(name, **changes):

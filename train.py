@@ -129,7 +129,7 @@ def make_optimizer(model, config, device):
     return gpu.AdamW(groups, lr=lr, betas=BETAS, fused=True, capturable=device.type == "cuda")
 
 
-def one_step(model, optimizer, config, generator):
+def make_training_step(model, optimizer, config, generator):
     """training_step and its three arguments, which gpu.Captured may replace by compiled ones."""
     B, L, K, M, tau = (config[flag] for flag in ("batch_size", "L", "K", "M", "tau"))
     uniform, device = config["train_lengths"] == "uniform", generator.device
@@ -174,7 +174,7 @@ def run(config, path, title="", runs_left=0):
     def test(model):
         return accuracy_now(model, config, test_draws, device)
 
-    next_step = gpu.Captured(*one_step(model, optimizer, config, draws), draws, config)
+    next_step = gpu.Captured(*make_training_step(model, optimizer, config, draws), draws, config)
     next_test = gpu.Captured(test, [model], test_draws, config)
 
     # About 200 tests, at least 10 steps apart. Runs of fewer than 200 steps have about 20.
@@ -183,7 +183,7 @@ def run(config, path, title="", runs_left=0):
     began = saved_at = time.monotonic()
     bar = Progress(steps, initial=step, desc=title)
     while step < last:
-        # The learning rate, and the step.
+        # The learning rate, and training_step (above): a batch, the loss, its gradient, AdamW.
         rate.fill_(learning_rate(step, last, config["lr"]))
         loss = next_step()
         step += 1

@@ -118,7 +118,7 @@ def losses(model, mode, steps=12, switch=None):
     net = runs.model_from(config).to(device)
     generator = stream(0, "training", device)
     optimizer = train.make_optimizer(net, config, device)
-    step, functions = train.one_step(net, optimizer, config, generator)
+    step, functions = train.make_training_step(net, optimizer, config, generator)
     if mode == "none":
         return [step(*functions).item() for _ in range(steps)]
     fast, found = gpu.Captured(step, functions, generator, config), []
