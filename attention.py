@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
     d_model: width of x and y; n_heads must divide it, and rope needs heads of even size.
     recency: initial value of the biases of q and k, None for torch's own. With rope, two equal
-        biases add a score that is highest at distance 0: the head first looks at recent tokens.
+        biases add a score that is highest at distance 0: the head first favours recent tokens.
     base, rotated: see `rotary`. report/interpolate.py sets the attribute `scale` after training.
     kv_heads: G, which must divide n_heads; each key and value head serves H / G query heads
         (grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245). None for n_heads.
@@ -85,7 +85,7 @@ class Attention(nn.Module):
         """Run a segment of a sequence, continuing from `state`: a KVCache, None at the start.
 
         x (B, L, d) -> y (B, L, d), the longer KVCache. last_only: y of the last token alone,
-        (B, 1, d), at 1/L of the cost.
+        (B, 1, d), from 1/L of the scores.
         """
         if x.shape[1] == 0:
             return x, state
@@ -113,11 +113,11 @@ def attend(q, k, v, mask=None):
         v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     if mask is None and 1 < Q < length:                                  # a later segment
         mask = visible(Q, length, q.device)
-    # The fused kernel computes
+    # This call computes, and where torch has a fused kernel does not store the scores,
     #     score = q @ k.mT / sqrt(P), -inf where the mask is False       (B, H, Q, S+L)
     #     y = softmax(score) @ v                                         (B, H, Q, P)
-    # without storing the scores. A single query sees all keys. In the first segment there are as
-    # many queries as keys, and is_causal masks them without storing a mask.
+    # A single query sees all keys. In the first segment there are as many queries as keys, and
+    # is_causal masks them without storing a mask.
     causal = mask is None and Q > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
@@ -144,12 +144,13 @@ def rotary(x, start, base=10000.0, rotated=1.0, scale=1.0):
     Channels j and j + R/2 are the coordinates of a point; at position t it turns by the angle
     t base^(-2j/R). The product of a query at t and a key at s then depends on t - s, not on t. The
     paper pairs channels 2j and 2j + 1, which differs by their order alone.
-    rotated: the share of the channels that turn, R; the others know no position. scale: positions
+    rotated: the share of the channels that turn, R of P; others know no position. scale: positions
     are multiplied by it; below 1, a longer context has the angles of a shorter one (position
     interpolation, Chen et al. 2023, arXiv 2306.15595).
 
     x (..., L, P), the first token at position `start` (from 0) -> the same shape. Angles are
-    float64: at 10^6 those of float32 are wrong by up to 0.06, above 2^24 neighbours coincide.
+    float64 where there is one: at 10^6, float32 angles are wrong by up to 0.06, and above 2^24
+    neighbours coincide.
     """
     R = 2 * int(rotated * x.shape[-1] / 2)                               # channels that turn
     turned, still = x[..., :R], x[..., R:]
@@ -180,7 +181,7 @@ class SlidingWindow(Attention):
     """Attention whose queries see the last `window` tokens only, their own included (Longformer,
     Beltagy et al. 2020, arXiv 2004.05150). The cache keeps window - 1 tokens, so it stays small.
 
-    The scores outside the window are computed and then masked: this saves memory, not time.
+    The scores outside the window are computed, then masked: a short cache saves memory, not time.
     """
 
     def __init__(self, d_model, n_heads=1, window=16, position="rope", recency=None):
@@ -250,7 +251,7 @@ def random_rows(positions, d):
 
 
 def main():
-    """Show that attention equals its formula, one call and single decode steps; and rope."""
+    """Check one call and decode steps against the formula, and rope against a shift."""
     torch.manual_seed(0)
     layer, x = Attention(8, n_heads=2).double(), torch.randn(1, 6, 8).double()
     q, k, v = layer.heads(x)

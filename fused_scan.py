@@ -12,8 +12,8 @@ Step 2 is the recurrence again, with one step per chunk. With more than 16 chunk
 same way: groups of chunks play the part of the chunks. The backward pass is the same with g instead
 of h (mamba.py derives it), and a chunk hands a_1 g_1 to the chunk before it.
 
-The standard parallel prefix sum (Blelloch 1990) is this tree with two branches per node: 2 log2(L)
-levels, with all L states in memory. Here a chunk's states stay in registers, except for its start.
+The standard parallel prefix sum (Blelloch 1990) does this with groups of two: 2 log2(L) levels,
+with all L states in memory. Here a chunk's states stay in registers, except for its start.
 
     symbol      shape            meaning
     c, T                         chunks; steps per chunk
@@ -32,9 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_STEPS = 8     # most steps in a chunk, below LONG
+CHUNK_STEPS = 8     # maximum in a chunk, if L < LONG
 LONG = 1024         # sequences this long get chunks twice as long: fewer states, slower to compile
-GROUP_CHUNKS = 16   # most chunks in a group
+GROUP_CHUNKS = 16   # maximum in a group
 _compiled = None    # True or False within compiled_scan; None: parallel_scan decides
 
 
@@ -71,8 +71,8 @@ def split(v, most):
 #
 # Each function that goes through _kernel becomes one kernel, its loop over steps unrolled; those
 # that also sum dt become two. A kernel sums over states (dx, ddt) or over channels (dB, dC), not
-# both; dB needs g, and dC needs h. So these are three kernels, and each recomputes its states. All
-# is in A's dtype, dB and dC too: rounded inside the loop, they made it write states to memory.
+# both; dB needs g, and dC needs h. So these are three kernels; each recomputes its h or g. Sums for
+# dB and dC stay in A's dtype until the end: rounding in the loop made it write states to memory.
 
 def _decay(dt, A):
     """exp(dt A) for one step's dt (b, c, D): (b, c, D, N)."""
@@ -197,7 +197,7 @@ def _across(span, A, ends, h, backwards, compiled):
 
 OPTIONS = {
     "max_fusion_size": 1000,               # all steps of a chunk in one kernel
-    "triton.autotune_pointwise": False,    # compiles twice as long, and often chose the slower one
+    "triton.autotune_pointwise": False,    # True doubled compile time, for a slower choice
     "triton.max_tiles": 1,                 # 2-d tiles grew too large for the registers
 }
 
@@ -291,8 +291,8 @@ def parallel_scan(x, dt, A, B, C, h=None):
     check_shapes(x, dt, A, B, C, h)
     if x.numel() == 0:
         return x.clone(), A.new_zeros(x.shape[0], *A.shape) if h is None else h
-    # Cut outside of the scan's kernels: padding inside them made their loads twice as slow. Not
-    # compiled, every step is a call, so chunks are shorter, as long as they all fit in one group.
+    # Cut outside the scan's kernels: padding inside them made their loads twice as slow.
+    # Uncompiled, each step launches kernels, so chunks are shorter while all fit in one group.
     steps = CHUNK_STEPS if x.shape[1] < LONG else 2 * CHUNK_STEPS
     steps = steps if compiled else min(steps, -(-x.shape[1] // GROUP_CHUNKS))
     x_k, dt_k, B_k, C_k = (split(v, steps) for v in (x, dt, B, C))       # (b, c, T, D or N)

@@ -30,9 +30,9 @@ from summary import SOLVED
 
 WARMUP = 400             # steps in which the learning rate rises
 BETAS = (0.9, 0.98)      # of AdamW
-CLIP = 0.2               # largest norm of the gradient
+CLIP = 0.2               # maximum norm of the gradient
 TESTS = 200              # during a run, about
-STEPS_APART = 10         # fewest steps between two tests, if --steps is at least 200
+STEPS_APART = 10         # minimum between two tests, if --steps is at least 200
 SOLVED_TESTS = 3         # a task is solved when this many tests in a row reach SOLVED
 COOLDOWN_STEPS = 1000    # the learning rate falls in this many steps, at most a quarter of the run,
 COOLDOWN_SHARE = 1 / 5   # or in this share of the run, if that is longer
@@ -66,7 +66,7 @@ def parse(argv):
 
     add = parser.add_argument_group("training").add_argument
     add("--seed", **several, help="* of weights and data (default: 0)")
-    add("--steps", type=int, **one, help="most training steps (default: 20000)")
+    add("--steps", type=int, **one, help="maximum of training steps (default: 20000)")
     add("--batch-size", type=int, **one, help="sequences per step (default: 64)")
     add("--lr", type=float, metavar="X", help="peak learning rate (default: min(0.008, 0.128 / d))")
     add("--weight-decay", type=float, metavar="X", help="of AdamW (default: 0)")
@@ -98,7 +98,7 @@ def learning_rate(step, last, highest):
 
 
 def solved_at(curves, tests=SOLVED_TESTS):
-    """The step of the last of the first `tests` tests in a row that reach SOLVED, or None."""
+    """The first step at which the last `tests` tests all reached SOLVED, or None."""
     for k in range(tests, len(curves["step"]) + 1):
         if min(curves["accuracy"][k - tests:k]) >= SOLVED:
             return curves["step"][k - 1]
@@ -106,10 +106,10 @@ def solved_at(curves, tests=SOLVED_TESTS):
 
 
 def last_step(curves, config):
-    """Where a run ends: after --steps, or when it has cooled down since it solved its task.
+    """Where a run ends: at --steps, or once it has solved its task and cooled down.
 
     Solved at step s, it ends at s + 1,000 or 5/4 s, whichever is later, and the learning rate falls
-    in the last 1,000 steps or the last fifth; in runs of fewer than 4,000, in the last quarter.
+    in the last 1,000 steps or, if longer, the last fifth; in runs under 4,000, the last quarter.
     """
     solved = solved_at(curves)
     if solved is None or not config["stop_early"]:
@@ -130,7 +130,7 @@ def make_optimizer(model, config, device):
 
 
 def make_training_step(model, optimizer, config, generator):
-    """training_step and its three arguments, which gpu.Captured may replace by compiled ones."""
+    """training_step and its three arguments, which gpu.Captured may replace with compiled ones."""
     B, L, K, M, tau = (config[flag] for flag in ("batch_size", "L", "K", "M", "tau"))
     uniform, device = config["train_lengths"] == "uniform", generator.device
 
@@ -170,7 +170,7 @@ def run(config, path, title="", runs_left=0):
     saved = {"model": model, "optimizer": optimizer, "training": draws, "testing": test_draws}
     step, curves, seconds = runs.load_progress(path, saved, device, title)
 
-    # A step of training, and a test. On a GPU both are captured, and compiled if that pays.
+    # A step of training, and a test. On CUDA both become graphs, compiled if that pays.
     def test(model):
         return accuracy_now(model, config, test_draws, device)
 
@@ -227,7 +227,7 @@ def run(config, path, title="", runs_left=0):
         "seconds": {"train": round(seconds, 3), "eval": round(time.monotonic() - began, 3)}}
     runs.write_json(path + ".json", result)
     runs.remove(path + ".resume.pt")
-    ended = f"stopped at step {step:,}, not solved; a larger --steps may help"
+    ended = f"stopped at step {step:,}, not solved; more --steps may help"
     first, solved = solved_at(curves, 1), solved_at(curves)
     if solved:
         ended = (f"first test at {SOLVED} at step {first:,}, {SOLVED_TESTS} in a row by "
