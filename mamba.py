@@ -50,9 +50,9 @@ from fused_scan import check_shapes, parallel_scan
 #
 # The two agree for small dt |A|: at 0.1 ours writes 5 % more, at 1.6 (dt = 0.1 and A = -16, about
 # the largest at initialization) twice as much. The exact factor never exceeds 1 / |A|, ours grows
-# with dt: at A = -1 and dt = 10 ours writes 10 B x, the exact rule 1 B x. We accept this: dt x is
-# the same for all N states, and training fits B to the rule. LTI in family/ladder.py has the exact
-# rule.
+# with dt: at A = -1 and dt = 10 ours writes 10 B x, the exact rule 1 B x. We accept this: dt x,
+# unlike the exact factor, is the same for all N states, and training adapts B. LTI in
+# family/ladder.py has the exact rule.
 #
 # Mamba runs D such models side by side, one per channel, with an A and a dt of their own; B and C
 # are shared. It computes dt, B and C from the token (paper, section 3.2, algorithm 2). In full, for
@@ -93,7 +93,7 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
 class CausalConv1d(nn.Conv1d):
     """A causal convolution, one filter per channel: a token sees itself and the taps - 1 before it.
 
-    Without it, dt, B and x of a token would depend on that token alone. For recall (data.py), a
+    Without it, x, dt, B and C of a token would depend on that token alone. For recall (data.py), a
     value must be written under its key, the token before it, and the convolution lets B see that.
     Parameters have Conv1d's names and initial values, as in the official code; the sum is written
     as shifted products, which a compiler can fuse with the layer around it.
@@ -132,8 +132,8 @@ class Mamba(nn.Module):
         x -> in_proj -> causal convolution -> SiLU ------------> scan -> + D x -> * -> out_proj
                     \-> z -> SiLU -----------------------------------------------/
 
-    After SiLU, x goes to the scan, to D x, and to x_proj, which gives B, C and, through dt_proj and
-    softplus, dt.
+    After SiLU, x goes to the scan, to D x (D is a parameter here), and to x_proj, which gives B, C
+    and, through dt_proj and softplus, dt.
 
     d_model: width of the layer's input and output; d_state: N; d_conv: taps of the convolution;
     expand: d_inner = expand * d_model is the number of channels; dt_rank: rank of the map from a
@@ -142,12 +142,12 @@ class Mamba(nn.Module):
 
     in_proj has no bias, like the official layer's, so that state dicts fit. On our task, to recall
     one of 16 tokens, that hurts. z gates the output at its own token: SiLU(z) lies between -0.28
-    and 0 for negative z. In the first layer z is a linear map of the token's embedding. For the 16
-    embeddings that data.py draws at d_model = 8, a mean with positive weights is zero. The same
-    mean of z is then zero, too, so each channel is nearly closed at some token. We take this as the
-    reason why a Mamba layer followed by attention, with a norm before each, learned 16 queries in 0
-    of 12 runs when the norm had no bias, and in 3 of 3 when it had one (report/README.md, appendix
-    on defaults). `takes_bias` asks hybrid.Model for that bias, which gives x and z a constant part.
+    and 0 for negative z. In the first layer z is linear in the token's embedding. The 16 embeddings
+    of data.py at d_model = 8, weighted with suitable positive numbers, sum to zero. So do the z,
+    and each channel has z <= 0 at some token, where it is nearly closed. We take this as the reason
+    why a Mamba layer followed by attention, with a norm before each, learned 16 queries in 0 of 12
+    runs when the norm had no bias, and in 3 of 3 when it had one (report/README.md, appendix on
+    defaults). `takes_bias` asks hybrid.Model for that bias, which gives x and z a constant part.
     """
 
     takes_bias = True
@@ -163,8 +163,8 @@ class Mamba(nn.Module):
         self.dt_proj = nn.Linear(self.dt_rank, d_inner)
         # A = -1, ..., -N in each channel (S4D-Real, Gu et al. 2022, arXiv 2206.11893): state n
         # fades to 1/e in 1 / (n dt) steps: with the dt below, state 1 in 10 to 1,000, state 16 in 1
-        # to 60. So each channel has both long and short memory. The logarithm is trained, so that A
-        # stays negative and no state can grow by itself.
+        # to 60. So the memories of a channel differ N-fold in length. The logarithm is trained, so
+        # that A stays negative and no state can grow by itself.
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))       # a skip connection, as officially named
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
@@ -204,10 +204,10 @@ class Mamba(nn.Module):
 # ---- 3. Chunks of steps --------------------------------------------------------------------------
 #
 # The loop of selective_scan_ref is slow: it makes a dozen small calls per step, and autograd stores
-# the state of every step. But only h_t = a_t h_{t-1} + u_t B_t has to be computed step by step. The
-# decays a = exp(dt A), the inputs u = dt x and the sums over states can be computed for many steps
-# in one call; the loop that remains has one call per step. So cut time into chunks of T steps,
-# whose states fit in the CPU's cache, and store only the state before each chunk.
+# the state of every step. But only h_t = a_t h_{t-1} + u_t B_t has to be computed step by step, in
+# one call each. The decays a = exp(dt A), the inputs u = dt x and the sums over states can be
+# computed for many steps at once. "Many" is a chunk of T steps, whose states fit in the CPU's
+# cache. To save memory, only the state before each chunk is stored.
 #
 # The gradient. Indices are left out: C_t dy_t is C_t[n] dy_t[d], for every state n and channel d.
 # Nothing is summed unless it says so.
@@ -278,10 +278,10 @@ class ChunkedScan(torch.autograd.Function):
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
             # exp(v) for v from -87 to -103 is a denormal float32, below 1.2e-38, on which CPUs are
             # 10 to 50 times slower; below -103 it is 0. So both passes clamp dt A at -80, which dt
-            # = 5 and A = -16 reach. A decay of 2e-35 is effectively 0, as is the gradient of dt A;
-            # with the margin to -87, its product with h is not denormal unless |h| < 1e-3. A
-            # trained model runs up to twice as fast. The other forms do not clamp: GPUs are as fast
-            # on denormals, and selective_scan_ref is the definition.
+            # = 5 and A = -16 reach. A decay of 2e-35 is effectively 0, and so is d(dt A), a
+            # multiple of it. With the margin to -87, a h and a g are denormal only where h or g is
+            # below 1e-3. A trained model runs up to twice as fast. selective_scan_ref, the
+            # definition, does not clamp, nor does parallel_scan: GPUs are as fast on denormals.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)         # h_k is u_t B_t, and after _recur h_t
             h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs
@@ -319,8 +319,8 @@ class ChunkedScan(torch.autograd.Function):
             _recur(a_steps, h_steps[:steps], start)
             torch.mul(C_k, dy_k, out=g_k)
             g_k[-1] += later
-            # Rule 1, from the last step but one to the first: g_t, now C_t dy_t, += a_{t+1}
-            # g_{t+1}. So the lists are reversed, without the first decay, which `later` needs.
+            # Rule 1, from the last step but one to the first: add a_{t+1} g_{t+1} to g_t, so far
+            # C_t dy_t. The lists are reversed; the first decay enters `later` instead.
             _recur(a_steps[1:steps][::-1], g_steps[:steps - 1][::-1], g_k[-1])
             later = a_k[0] * g_k[0]
             # The order matters: each product overwrites a buffer that was read for the last time.
@@ -347,7 +347,7 @@ def chunked_scan(x, dt, A, B, C, h=None):
     h = x.new_zeros(b, D, A.shape[1]) if h is None else h
     if x.numel() == 0:
         return x.clone(), h
-    T = min(L, max(8, CHUNK_ELEMENTS // (b * A.numel())))                # steps in a chunk
+    T = min(L, max(8, CHUNK_ELEMENTS // (b * A.numel())))                # at least 8 steps
     x, dt, B, C = (v.transpose(0, 1).contiguous() for v in (x, dt, B, C))
     y, h = ChunkedScan.apply(x, dt, A, B, C, h.permute(2, 0, 1).contiguous(), T)
     return y.transpose(0, 1).contiguous(), h.permute(1, 2, 0).contiguous()
@@ -359,10 +359,10 @@ def chunked_scan(x, dt, A, B, C, h=None):
 #
 #     torch.func, forward AD    selective_scan_ref: no fast form supports them
 #     one step or none          selective_scan_ref: a decode step is one iteration of its loop
-#     torch.compile             parallel_scan, on any device: one operator for the compiler, which
-#                               would unroll the loops of the other forms
+#     torch.compile             parallel_scan, on any device, as one operator; the compiler would
+#                               unroll the loops of the other forms
 #     CUDA                      parallel_scan (fused_scan.py): all chunks at once, each from a zero
-#                               state; as h is linear, the true state's part can be added later
+#                               state; h is linear in it, so the true one's part is added later
 #     CPU, MPS                  chunked_scan
 #
 # The fast forms have no second derivative and raise a RuntimeError: call selective_scan_ref, or for
