@@ -196,7 +196,7 @@ class SlidingWindow(Attention):
         if x.shape[1] == 0:
             return x, state
         q, k, v = self.heads(x)
-        k, v = append_to_cache(state, k, v)                                       # (B, H, S+L, P)
+        k, v = append_to_cache(state, k, v)                              # (B, H, S+L, P)
         length = k.shape[2]
         first = max(0, length - self.window + 1)     # the next query sees window - 1 before itself
         cache = KVCache(k[:, :, first:].clone(), v[:, :, first:].clone())

@@ -177,20 +177,18 @@ def make_if_free(run, make, runs_left, failed):
         if mark and lock.read(100) == mark and os.fstat(lock.fileno()).st_mtime >= STARTED:
             failed.append(run.path)
             return True
-        remove(*glob.glob(glob.escape(run.path) + ".*.tmp"))     # of a process that was killed
-        if not is_finished(run.path):
-            try:
+        try:
+            remove(*glob.glob(glob.escape(run.path) + ".*.tmp"))     # of a process that was killed
+            if not is_finished(run.path):
                 make(run.config, run.path, run.title, runs_left(run))
-            except (FloatingPointError, OSError) as error:
-                failed.append(run.path)
-                say(f"{run.title}{run.path} failed: {error}")
-            except BaseException:                # Ctrl-C, or a mistake in a layer of one's own
+        except (FloatingPointError, OSError) as error:
+            failed.append(run.path)
+            say(f"{run.title}{run.path} failed: {error}")
+        finally:                                 # also after Ctrl-C, or a mistake in a new layer
+            if mark and run.path in failed:
+                lock.seek(0)
+                lock.truncate()
+                lock.write(mark)
+            else:
                 remove(run.path + ".lock")
-                raise
-        if mark and run.path in failed:
-            lock.seek(0)
-            lock.truncate()
-            lock.write(mark)
-        else:
-            remove(run.path + ".lock")
     return True

@@ -1,6 +1,6 @@
 """Printing and writing: text for figures, short error messages, a progress bar, atomic files.
 
-Imports no torch, so that plot.py does not need it.
+Works without torch, like plot.py.
 """
 
 import argparse

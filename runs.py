@@ -94,8 +94,8 @@ def check(config):
                              f"{at_least} to 2^30 - 1")
     for flag, least in (("lr", "above 0"), ("weight_decay", "of at least 0")):
         value, word = config[flag], flag.replace("_", "-")
-        if type(value) not in (int, float) or not math.isfinite(value) or value < 0 \
-                or (flag == "lr" and value == 0):
+        finite = type(value) in (int, float) and math.isfinite(value)
+        if not finite or value < 0 or (flag == "lr" and value == 0):
             raise ValueError(f"--{word} is {value!r}, but it must be a number {least}")
     if config["train_lengths"] not in ("fixed", "uniform"):
         raise ValueError(f"--train-lengths is {config['train_lengths']!r}, not fixed or uniform")

@@ -38,15 +38,15 @@ def widest(device):
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def clamped_exp(difference, dtype):
-    """exp(difference) for differences of running sums, clamped to -80 ... 0.
+def clamped_exp(exponent, dtype):
+    """exp(exponent) for differences of running sums, clamped to -80 ... 0.
 
     Nothing overflows: positive differences belong to later steps, whose weights tril discards. The
     sums are float64: after one strong decay, a float32 sum would lose the digits of the weak ones
     that follow. exp below -87 gives denormal floats, which CPUs compute 10 to 50 times slower; at
     -80 it is effectively 0.
     """
-    return difference.to(dtype).clamp(-80, 0).exp()
+    return exponent.to(dtype).clamp(-80, 0).exp()
 
 
 class AcrossChunks(torch.autograd.Function):
@@ -83,8 +83,14 @@ class AcrossChunks(torch.autograd.Function):
 
 # ---- Demos ---------------------------------------------------------------------------------------
 
+def difference(y, exact):
+    """The relative difference of y, as text."""
+    return f"difference {(y - exact).norm() / exact.norm():.0e}"
+
+
 def show_agreement(recurrence, chunked, inputs):
-    """Print the times of both forms, (*inputs) -> y, state, and the relative difference of y."""
+    """Print the times of both forms, (*inputs) -> y, state, and the difference of their y. Returns
+    that of the recurrence."""
     torch.set_num_threads(1)     # for operations this small, two threads can be far slower
     chunked(*inputs)                                                     # warms up
     times = [time.perf_counter()]
@@ -93,13 +99,13 @@ def show_agreement(recurrence, chunked, inputs):
     y, _ = chunked(*inputs)
     times.append(time.perf_counter())
     print(f"recurrence  {1000 * (times[1] - times[0]):7.1f} ms")
-    print(f"chunks      {1000 * (times[2] - times[1]):7.1f} ms   "
-          f"difference {(y - exact).norm() / exact.norm():.0e}")
+    print(f"chunks      {1000 * (times[2] - times[1]):7.1f} ms   {difference(y, exact)}")
+    return exact
 
 
 def show_steps(layer, x, name=None):
     """Print the times of one call of a layer and of a call for each token of x (b, L, d), and the
-    relative difference of the outputs. name: None for that of the layer's class."""
+    difference of the outputs. name: None for that of the layer's class."""
     torch.set_num_threads(1)     # for operations this small, two threads can be far slower
     layer(x)                                                             # warms up
     times = [time.perf_counter()]
@@ -110,7 +116,6 @@ def show_steps(layer, x, name=None):
         y_t, state = layer(x_t, state)
         steps.append(y_t)
     times.append(time.perf_counter())
-    difference = (torch.cat(steps, dim=1) - y).norm() / y.norm()
     name = name or type(layer).__name__
     print(f"{name:<16}one call {1000 * (times[1] - times[0]):6.1f} ms   {x.shape[1]} steps "
-          f"{1000 * (times[2] - times[1]):6.1f} ms   difference {difference:.0e}")
+          f"{1000 * (times[2] - times[1]):6.1f} ms   {difference(torch.cat(steps, dim=1), y)}")

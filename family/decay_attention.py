@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import append_to_cache, visible
-from family.chunks import show_steps
+from family.chunks import difference, show_steps
 
 
 def decay_attention_ref(layer, x):
@@ -130,8 +130,7 @@ def main():
         layer, x = DecayAttention(16, 2, decay), torch.randn(2, 24, 16)
         exact = decay_attention_ref(layer, x)
         y, _ = layer(x)
-        difference = (y - exact).norm() / exact.norm()
-        print(f"{decay}: one call and definition  difference {difference:.0e}")
+        print(f"{decay}: one call and definition  {difference(y, exact)}")
         show_steps(layer, x)
 
 

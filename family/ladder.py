@@ -28,7 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from family.chunks import at_least_float32, set_nan_aside, show_steps
+from family.chunks import at_least_float32, difference, set_nan_aside, show_steps
 from family.mamba2 import ssd
 from mamba import CausalConv1d, selective_scan
 
@@ -280,9 +280,8 @@ def main():
     for kind, recurrence in ((Retention, retention_ref), (RGLRU, rglru_ref)):
         layer, wide = kind(32).double(), x.double()
         exact = recurrence(layer, wide)
-        difference = (layer(wide)[0] - exact).norm() / exact.norm()
         print(f"{kind.__name__:<16}one call and its recurrence, in float64    "
-              f"difference {difference:.0e}")
+              f"{difference(layer(wide)[0], exact)}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ by blocks of doubling size made the delta rule a fifth faster on an H100, 0.46 i
 import torch
 import torch.nn.functional as F
 
+from family.chunks import difference
+
 
 class UnitTriangularSolve(torch.autograd.Function):
     """system (..., T, T), right (..., T, R) -> u: u_t + sum over s < t of system_ts u_s = right_t.
@@ -90,8 +92,7 @@ def main():
     torch.manual_seed(0)
     system = torch.randn(4, 20, 20) / 20**0.5                            # (b, T, T)
     exact = unit_inverse(system)
-    difference = (unit_inverse_by_blocks(system) - exact).norm() / exact.norm()
-    print(f"inverse by blocks against the solver: difference {difference:.0e}")
+    print(f"inverse by blocks and solver: {difference(unit_inverse_by_blocks(system), exact)}")
 
 
 if __name__ == "__main__":
