@@ -14,13 +14,14 @@ state grows with the context; that of a state space model has a fixed size.
     Q        queries: those of all L tokens, or of the last one alone
     S        tokens seen in earlier calls, now in the cache
     H, P     heads, and channels per head; d = H P
-    G        heads of keys and values; G = H except in grouped-query attention
 
 In the formula, only the mask s <= t depends on where a token is. More about position comes from
 
     position="rope"     the query and the key are rotated by an angle proportional to their position
     LearnedPosition     a layer of its own, which adds a trained vector per absolute position
     position="none"     neither of them: only the mask tells the order
+
+family/attention_variants.py has a sliding window, shared keys and values, and other angles.
 """
 
 import math
@@ -33,8 +34,8 @@ import torch.nn.functional as F
 
 class KVCache(NamedTuple):
     """The state of attention: keys (after rotation) and values of all tokens so far."""
-    k: torch.Tensor      # (B, G, S, P)
-    v: torch.Tensor      # (B, G, S, P)
+    k: torch.Tensor      # (B, H, S, P)
+    v: torch.Tensor      # (B, H, S, P)
 
 
 class Attention(nn.Module):
@@ -43,9 +44,6 @@ class Attention(nn.Module):
     d_model: width of x and y; n_heads must divide it, and rope needs heads of even size.
     recency: initial value of the biases of q and k, None for torch's own. With rope, two equal
         biases add a score that is highest at distance 0: the head first favours recent tokens.
-    base, rotated: see `rotary`. report/interpolate.py sets the attribute `scale` after training.
-    kv_heads: G, which must divide n_heads; each key and value head serves H / G query heads
-        (grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245). None for n_heads.
 
     The maps to q, k and v have a bias. Recall needs it: a head that looks at the previous token,
     whatever it is, needs queries and keys that do not depend on the token. At d = 8, no linear map
@@ -53,33 +51,28 @@ class Attention(nn.Module):
     """
 
     attends = answers_last = True
-    window = None        # how many tokens a query sees; SlidingWindow sets it
+    scale = 1.0          # of positions; report/interpolate.py lowers it after training
 
-    def __init__(self, d_model, n_heads=1, position="none", recency=None, kv_heads=None,
-                 base=10000.0, rotated=1.0):
+    def __init__(self, d_model, n_heads=1, position="none", recency=None):
         super().__init__()
-        kv_heads = n_heads if kv_heads is None else kv_heads
-        check_heads(d_model, n_heads, kv_heads, position)
-        P = d_model // n_heads
-        self.n_heads, self.kv_heads, self.position = n_heads, kv_heads, position
-        self.base, self.rotated, self.scale = base, rotated, 1.0
-        self.sizes = [d_model, kv_heads * P, kv_heads * P]               # of q, k and v
-        self.qkv = nn.Linear(d_model, sum(self.sizes))
+        check_heads(d_model, n_heads, position)
+        self.n_heads, self.position = n_heads, position
+        self.qkv = nn.Linear(d_model, 3 * d_model)
         self.out_proj = nn.Linear(d_model, d_model)
         if recency is not None:
-            nn.init.constant_(self.qkv.bias[:d_model + kv_heads * P], recency)
+            nn.init.constant_(self.qkv.bias[:2 * d_model], recency)      # of q and k
 
-    def heads(self, x):
-        """x (B, L, d) -> q (B, H, L, P), k and v (B, G, L, P)."""
-        q, k, v = self.qkv(x).split(self.sizes, dim=-1)
+    def heads(self, qkv):
+        """The output of self.qkv, (B, L, 3 d) -> q, k and v, (B, H, L, P) each."""
+        q, k, v = qkv.chunk(3, dim=-1)                                   # (B, L, d) each
         q = q.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)          # (B, H, L, P)
-        k = k.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)         # (B, G, L, P)
-        v = v.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)         # (B, G, L, P)
+        k = k.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)          # (B, H, L, P)
+        v = v.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)          # (B, H, L, P)
         return q, k, v
 
     def rotate(self, x, start):
-        """x (B, heads, L, P), its first token at position `start` -> x with rotary positions."""
-        return rotary(x, start, self.base, self.rotated, self.scale)
+        """x (B, H, L, P), its first token at position `start` -> x with rotary positions."""
+        return rotary(x, start, scale=self.scale)
 
     def forward(self, x, state=None, last_only=False):
         """Run a segment of a sequence, continuing from `state`: a KVCache, None at the start.
@@ -89,44 +82,41 @@ class Attention(nn.Module):
         """
         if x.shape[1] == 0:
             return x, state
-        q, k, v = self.heads(x)
+        q, k, v = self.heads(self.qkv(x))
         S = 0 if state is None else state.k.shape[2]
-        if self.position == "rope":                                      # q and k in one call
-            both = self.rotate(torch.cat([q, k], dim=1), S)              # (B, H + G, L, P)
-            q, k = both.split([self.n_heads, self.kv_heads], dim=1)
+        if self.position == "rope":
+            both = self.rotate(torch.cat([q, k], dim=1), S)              # (B, 2 H, L, P)
+            q, k = both.split([q.shape[1], k.shape[1]], dim=1)
         cache = append_to_cache(state, k, v)
         if last_only:
             q = q[:, :, -1:]                                             # (B, H, 1, P)
-        y = attend(q, cache.k, cache.v)                                  # (B, H, Q, P)
+        y = self.attend(q, cache.k, cache.v)                             # (B, H, Q, P)
         return self.out_proj(y.transpose(1, 2).flatten(2)), cache        # (B, Q, d)
 
+    def attend(self, q, k, v, mask=None):
+        """q (B, H, Q, P), the last Q queries; k, v (B, H, S+L, P) -> y (B, H, Q, P).
 
-def attend(q, k, v, mask=None):
-    """Softmax attention. The last query belongs to the last key.
+        mask (Q, S+L) bool: the keys that a query sees; None for all keys up to its own token.
+        """
+        Q, length = q.shape[2], k.shape[2]
+        if mask is None and 1 < Q < length:                              # a later segment
+            mask = self.mask(Q, length, q.device)
+        # This call computes, and where torch has a fused kernel does not store the scores,
+        #     score = q @ k.mT / sqrt(P), -inf where the mask is False   (B, H, Q, S+L)
+        #     y = softmax(score) @ v                                     (B, H, Q, P)
+        # A single query sees all keys. In the first segment there are as many queries as keys, and
+        # is_causal masks them without storing a mask.
+        causal = mask is None and Q > 1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
-    q (B, H, Q, P); k, v (B, G, S+L, P) -> y (B, H, Q, P).
-    mask (Q, S+L), True where a query sees a key; None for all keys up to its own token.
-    """
-    Q, length = q.shape[2], k.shape[2]
-    if k.shape[1] < q.shape[1]:                                          # grouped heads
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)         # (B, H, S+L, P)
-        v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    if mask is None and 1 < Q < length:                                  # a later segment
-        mask = visible(Q, length, q.device)
-    # This call computes, and where torch has a fused kernel does not store the scores,
-    #     score = q @ k.mT / sqrt(P), -inf where the mask is False       (B, H, Q, S+L)
-    #     y = softmax(score) @ v                                         (B, H, Q, P)
-    # A single query sees all keys. In the first segment there are as many queries as keys, and
-    # is_causal masks them without storing a mask.
-    causal = mask is None and Q > 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    def mask(self, Q, length, device):
+        """(Q, length) bool: the keys that each of the last Q tokens sees."""
+        return causal_mask(Q, length, device)
 
 
-def visible(Q, length, device, window=None):
-    """(Q, length) bool: the keys that each of the last Q tokens sees. window: at most this many."""
-    seen = torch.ones(Q, length, dtype=torch.bool, device=device)
-    mask = seen.tril(length - Q)
-    return mask if window is None else mask & seen.triu(length - Q - window + 1)
+def causal_mask(Q, length, device):
+    """(Q, length) bool: each of the last Q tokens sees the keys up to its own."""
+    return torch.ones(Q, length, dtype=torch.bool, device=device).tril(length - Q)
 
 
 def append_to_cache(state, k, v):
@@ -137,35 +127,33 @@ def append_to_cache(state, k, v):
     return KVCache(k.clone(), v.clone())
 
 
-def rotary(x, start, base=10000.0, rotated=1.0, scale=1.0):
+def rotary(x, start, base=10000.0, scale=1.0):
     """Rotate the channels of each head by their token's position (RoFormer, Su et al. 2021, section
     3.2.2).
 
-    Channels j and j + R/2 are the coordinates of a point; at position t it turns by the angle
-    t base^(-2j/R). The product of a query at t and a key at s then depends on t - s, not on t. The
+    Channels j and j + P/2 are the coordinates of a point; at position t it turns by the angle
+    t base^(-2j/P). The product of a query at t and a key at s then depends on t - s, not on t. The
     paper pairs channels 2j and 2j + 1, which differs by their order alone.
-    rotated: the share of the channels that turn, R of P; others know no position. scale: positions
-    are multiplied by it; below 1, a longer context has the angles of a shorter one (position
-    interpolation, Chen et al. 2023, arXiv 2306.15595).
+    scale: positions are multiplied by it; below 1, a longer context has the angles of a shorter one
+    (position interpolation, Chen et al. 2023, arXiv 2306.15595).
 
     x (..., L, P), the first token at position `start` (from 0) -> the same shape. Angles are
     float64 where there is one: at 10^6, float32 angles are wrong by up to 0.06, and above 2^24
     neighbours coincide.
     """
-    R = 2 * int(rotated * x.shape[-1] / 2)                               # channels that turn
-    turned, still = x[..., :R], x[..., R:]
+    P = x.shape[-1]
     wide = torch.float32 if x.device.type == "mps" else torch.float64    # Apple's GPUs have none
     t = torch.arange(start, start + x.shape[-2], device=x.device, dtype=wide)
-    frequency = base ** (-torch.arange(0, R, 2, device=x.device, dtype=wide) / R)
-    angle = scale * t[:, None] * frequency                               # (L, R/2)
+    frequency = base ** (-torch.arange(0, P, 2, device=x.device, dtype=wide) / P)
+    angle = scale * t[:, None] * frequency                               # (L, P/2)
     cos = angle.cos().to(x.dtype)
     sin = angle.sin().to(x.dtype)
-    x1, x2 = turned.chunk(2, dim=-1)                                     # (..., L, R/2) each
-    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos, still], dim=-1)
+    x1, x2 = x.chunk(2, dim=-1)                                          # (..., L, P/2) each
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
 
-def check_heads(d_model, n_heads, kv_heads, position):
-    """Raise a ValueError of one sentence for an Attention that cannot be built."""
+def check_heads(d_model, n_heads, position="none"):
+    """Raise a ValueError of one sentence if attention cannot have these heads."""
     if n_heads < 1 or d_model % n_heads:
         raise ValueError(f"--n-heads is {n_heads}, but it must divide the width {d_model}")
     if position not in ("none", "rope"):
@@ -173,40 +161,6 @@ def check_heads(d_model, n_heads, kv_heads, position):
     if position == "rope" and (d_model // n_heads) % 2:
         raise ValueError(f"--d is {d_model}, but with --n-heads {n_heads} this gives heads of odd "
                          f"size {d_model // n_heads}, and rope rotates pairs of channels")
-    if kv_heads < 1 or n_heads % kv_heads:
-        raise ValueError(f"kv_heads is {kv_heads}, but it must divide the {n_heads} heads")
-
-
-class SlidingWindow(Attention):
-    """Attention whose queries see the last `window` tokens only, their own included (Longformer,
-    Beltagy et al. 2020, arXiv 2004.05150). The cache keeps window - 1 tokens, so it stays small.
-
-    The scores outside the window are computed, then masked: a short cache saves memory, not time.
-    """
-
-    def __init__(self, d_model, n_heads=1, window=16, position="rope", recency=None):
-        super().__init__(d_model, n_heads, position, recency)
-        if window < 1:
-            raise ValueError(f"window is {window}, but a query sees at least 1 token, its own")
-        self.window = window
-
-    def forward(self, x, state=None, last_only=False):
-        """As Attention.forward. The keys in the cache are not rotated yet: scores depend on
-        distances alone, so each call may count positions from the first token in its cache."""
-        if x.shape[1] == 0:
-            return x, state
-        q, k, v = self.heads(x)
-        k, v = append_to_cache(state, k, v)                              # (B, H, S+L, P)
-        length = k.shape[2]
-        first = max(0, length - self.window + 1)     # the next query sees window - 1 before itself
-        cache = KVCache(k[:, :, first:].clone(), v[:, :, first:].clone())
-        if self.position == "rope":
-            q, k = self.rotate(q, length - x.shape[1]), self.rotate(k, 0)
-        if last_only:
-            q = q[:, :, -1:]
-        mask = visible(q.shape[2], length, x.device, self.window)
-        y = attend(q, k, v, mask)                                        # (B, H, Q, P)
-        return self.out_proj(y.transpose(1, 2).flatten(2)), cache
 
 
 class LearnedPosition(nn.Module):
@@ -254,7 +208,7 @@ def main():
     """Check one call and decode steps against the formula, and rope against a shift."""
     torch.manual_seed(0)
     layer, x = Attention(8, n_heads=2).double(), torch.randn(1, 6, 8).double()
-    q, k, v = layer.heads(x)
+    q, k, v = layer.heads(layer.qkv(x))
     y = torch.zeros_like(q)
     for t in range(6):
         score = q[:, :, t:t + 1] @ k[:, :, :t + 1].mT / math.sqrt(q.shape[-1])

@@ -6,9 +6,8 @@
     python bench.py --tables length --out length.json             what a longer context costs
     python bench.py --draw length.json                            its figure, length.png
 
-Other implementations are timed in the same run if they are installed: mambapy's parallel scan, and
-on CUDA the kernels of mamba_ssm for Mamba and Mamba-2. Times are medians. On CUDA they are those of
-CUDA graphs, as in training; prefill alone is launched kernel by kernel.
+If they are installed, others are timed in the same run: mambapy's scan and, on CUDA, mamba_ssm's
+kernels. Times are medians; on CUDA of CUDA graphs, as in training, except for prefill.
 """
 
 import argparse
@@ -23,8 +22,8 @@ import time
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C prints no traceback, even in imports
 
+import matplotlib.figure
 import torch
-from matplotlib.figure import Figure
 
 import gpu
 import mamba
@@ -229,6 +228,7 @@ def length_rows(device, args):
         del step, decode                                 # frees their graphs before the next length
 
 
+@matplotlib.rc_context({"axes.formatter.min_exponent": 3})      # 0.1, not a power of 10
 def draw_lengths(path, out):
     """Draw the table "length" of a file that --out wrote."""
     try:
@@ -237,7 +237,7 @@ def draw_lengths(path, out):
         rows = result["length"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"--draw is {path!r}, but that is no file of --tables length") from None
-    fig = Figure(figsize=(10, 7), layout="constrained")
+    fig = matplotlib.figure.Figure(figsize=(10, 7), layout="constrained")
     for ax, (cost, title) in zip(fig.subplots(2, 2, sharex=True).flat, COSTS.items()):
         for name in dict.fromkeys(row["model"] for row in rows):
             x, y = zip(*[(row["length"], row[cost]) for row in rows if row["model"] == name])
@@ -245,8 +245,8 @@ def draw_lengths(path, out):
         ax.set(title=title, yscale="log")
         ax.spines[["top", "right"]].set_visible(False)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
-    fig.supxlabel("context length, tokens")
-    fig.suptitle(f"What a longer context costs: d = 64, one sequence, {result['env']['device']}")
+    fig.supxlabel("context length of a single sequence, tokens")
+    fig.suptitle(f"Mamba's state does not grow, attention's does: d 64, {result['env']['device']}")
     write_figure(out, fig)
     print(out)
 

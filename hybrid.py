@@ -10,9 +10,9 @@ RunningMean(d), otherwise a case in `build_layer` and the word in WORDS. A layer
 and a state, None at the start of a sequence, to y (B, L, d), or (1, L, d) if it is the same for all
 sequences, and the next state. It must be causal, and feeding a sequence in segments must give the
 same result as one call. It must not use dropout or other random numbers, or a resumed run differs.
-A loop over steps takes x.unbind(1): indexing x[:, t] would write a gradient as large as x at each
-step. A GPU captures it in a CUDA graph, so it must not ask for values (.item()). Class attributes,
-False unless a layer sets them, tell the model how to treat the layer:
+A loop over steps takes x.unbind(1): x[:, t] would write a gradient as large as x at each step. A
+GPU captures it in a CUDA graph, so it must not ask for values (.item()). Class attributes, False
+unless a layer sets them, tell the model how to treat the layer:
 
     takes_bias        its norm has a bias, because the layer's input projection has none
     attends           in a model with such a layer, those biases start at random, otherwise at 0
@@ -28,8 +28,9 @@ import re
 import torch
 import torch.nn as nn
 
-from attention import Attention, LearnedPosition, SlidingWindow
+from attention import Attention, LearnedPosition
 from data import embedding_table
+from family.attention_variants import GroupedAttention, RotaryVariant, SlidingWindow
 from family.between import Mamba2Shared, MambaOwn
 from family.decay_attention import DecayAttention
 from family.deltanet import GatedDeltaNet
@@ -166,7 +167,6 @@ LAYERS = {  # words of the layers that need only a width
     "retention": Retention,
     "rglru": RGLRU,
 }
-
 RUNGS = {  # of linear attention, each with one idea more; gated-deltanet is a GatedDeltaNet
     "linear-fixed": {"fixed_decay": True},
     "linear-decay": {},
@@ -201,7 +201,7 @@ def build_layer(word, d, L, n_heads, d_state, before):
     if word == "grouped":
         if d % 4:
             raise ValueError(f"--d is {d}, but 'grouped' has 4 heads, which must divide it")
-        return Attention(d, n_heads=4, kv_heads=2)
+        return GroupedAttention(d, n_heads=4, kv_heads=2)
     if word == "mamba":
         return Mamba(d, d_state)
     if word == "mamba-noconv":
@@ -223,7 +223,7 @@ def build_layer(word, d, L, n_heads, d_state, before):
     if word in RUNGS:
         return LinearAttention(d, n_heads, d_state, **RUNGS[word])
     if word in ROTARY:
-        return Attention(d, n_heads, "rope", recency, **ROTARY[word])
+        return RotaryVariant(d, n_heads, recency, **ROTARY[word])
     if word in ("alibi", "forgetting"):
         return DecayAttention(d, n_heads, word)
     if word == "lti":

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from attention import Attention, visible
+from attention import Attention
 from data import recall_batch
 from mamba import Mamba
 from output import end_with, say, short_errors, text, write_figure
@@ -43,15 +43,12 @@ def attention_maps(layer, qkv):
     layer: an Attention; qkv (L, ...): the output of layer.qkv, from position 0 on.
     Returns (H, L, L), the weight of key s (column) for query t (row); rows sum to 1.
     """
-    L = len(qkv)
-    q, k, _ = qkv.split(layer.sizes, dim=-1)
-    q = q.view(L, layer.n_heads, -1).transpose(0, 1)                        # (H, L, P)
-    k = k.view(L, layer.kv_heads, -1).transpose(0, 1)                       # (G, L, P)
+    q, k, _ = layer.heads(qkv[None])                                        # (1, H, L, P) each
     if layer.position == "rope":
         q, k = layer.rotate(q, 0), layer.rotate(k, 0)
-    k = k.repeat_interleave(layer.n_heads // layer.kv_heads, 0)             # (H, L, P)
-    scores = q @ k.mT / q.shape[-1]**0.5                                    # (H, L, L)
-    seen = visible(L, L, qkv.device, layer.window)                          # (L, L)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)                    # in grouped attention
+    scores = (q @ k.mT)[0] / q.shape[-1]**0.5                               # (H, L, L)
+    seen = layer.mask(len(qkv), len(qkv), qkv.device)                       # (L, L)
     return scores.masked_fill(~seen, -torch.inf).softmax(-1)
 
 

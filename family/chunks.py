@@ -117,5 +117,5 @@ def show_steps(layer, x, name=None):
         steps.append(y_t)
     times.append(time.perf_counter())
     name = name or type(layer).__name__
-    print(f"{name:<16}one call {1000 * (times[1] - times[0]):6.1f} ms   {x.shape[1]} steps "
+    print(f"{name:<17}one call {1000 * (times[1] - times[0]):6.1f} ms   {x.shape[1]} steps "
           f"{1000 * (times[2] - times[1]):6.1f} ms   {difference(torch.cat(steps, dim=1), y)}")

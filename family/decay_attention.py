@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import append_to_cache, visible
+from attention import append_to_cache, causal_mask, check_heads
 from family.chunks import difference, show_steps
 
 
@@ -70,8 +70,7 @@ class DecayAttention(nn.Module):
 
     def __init__(self, d_model, n_heads=1, decay="forgetting"):
         super().__init__()
-        if n_heads < 1 or d_model % n_heads:
-            raise ValueError(f"--n-heads is {n_heads}, but it must divide the width {d_model}")
+        check_heads(d_model, n_heads)
         if decay not in ("alibi", "forgetting"):
             raise ValueError(f"decay is {decay!r}, but it must be 'alibi' or 'forgetting'")
         self.n_heads, self.decay = n_heads, decay
@@ -116,7 +115,7 @@ class DecayAttention(nn.Module):
         Q, length = q.shape[2], k.shape[2]
         bias = sums[..., :, None] + offset[..., None, :]                 # (B, H, Q, S+L)
         score = q @ k.mT / math.sqrt(q.shape[-1]) + bias                 # (B, H, Q, S+L)
-        seen = visible(Q, length, x.device)                              # (Q, S+L)
+        seen = causal_mask(Q, length, x.device)                          # (Q, S+L)
         w = score.masked_fill(~seen, -math.inf).softmax(-1).to(v.dtype)
         y = w @ v                                                        # (B, H, Q, P)
         return self.out_proj(y.transpose(1, 2).flatten(2)), cache

@@ -202,13 +202,10 @@ TRIANGULAR = [
 
 ATTENTION = [
     ("angle = scale * t[:, None]", "angle = t[:, None]"),
-    ("R = 2 * int(rotated * x.shape[-1] / 2)", "R = x.shape[-1]"),
-    ("rotary(x, start, self.base, self.rotated, self.scale)", "rotary(x, start)"),
-    ("int(rotated * x.shape[-1] / 2)", "int(x.shape[-1] / 2)"),
+    ("rotary(x, start, scale=self.scale)", "rotary(x, start)"),
     ("frequency = base **", "frequency = 10000.0 **"),
-    ("nn.init.constant_(self.qkv.bias[:d_model + kv_heads * P], recency)", "pass"),
-    ("seen.tril(length - Q)", "seen.tril(length - Q + 1)"),
-    ("seen.triu(length - Q - window + 1)", "seen.triu(length - Q - window)"),
+    ("nn.init.constant_(self.qkv.bias[:2 * d_model], recency)", "pass"),
+    (".tril(length - Q)", ".tril(length - Q + 1)"),
     ("0.1 * torch.randn(positions, d)", "1.0 * torch.randn(positions, d)"),
     ("table[None, start:end], end", "table[None, start:end], end - start"),
 ]
@@ -330,6 +327,16 @@ INTERPOLATE = [
     ("<= config", "< config"),
 ]
 
+VARIANTS = [
+    ("triu(length - Q - self.window + 1)", "triu(length - Q - self.window)"),
+    ("first = max(0, length - self.window + 1)", "first = max(0, length - self.window + 2)"),
+    ("2 * int(rotated * d_model / n_heads / 2)", "d_model // n_heads"),
+    ("rotary(turning, start, self.base, self.scale)", "rotary(turning, start, self.base)"),
+    ("rotary(turning, start, self.base, self.scale)", "rotary(turning, start, scale=self.scale)"),
+    ("k = k.repeat_interleave(self.n_heads // self.kv_heads, dim=1)",
+     "k = k.repeat(1, self.n_heads // self.kv_heads, 1, 1)"),
+]
+
 MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "data.py": (DATA, "test_data.py"),
     "hybrid.py": (HYBRID, "test_hybrid.py"),
@@ -340,6 +347,7 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "train.py": (TRAIN, "test_train.py test_damage.py test_runs.py test_stopped.py"),
     "attention.py": (ATTENTION, "test_attention.py test_hybrid.py"),
     "mamba.py": (MAMBA, "test_mamba.py test_mamba_layer.py"),
+    "family/attention_variants.py": (VARIANTS, "test_attention.py test_hybrid.py"),
     "family/chunks.py": (CHUNKS, "test_mamba2.py test_deltanet.py test_hybrid.py"),
     "family/between.py": (BETWEEN, "test_between.py"),
     "family/mamba2.py": (MAMBA2, "test_mamba2.py"),

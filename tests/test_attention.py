@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from attention import Attention, KVCache, LearnedPosition, SlidingWindow, rotary
+from attention import Attention, KVCache, LearnedPosition, rotary
 from conftest import in_segments
+from family.attention_variants import GroupedAttention, SlidingWindow
 from hybrid import build_layer, build_model
 
 SEGMENTS = [[], [1, 4], [5], [3, 1, 2], [2, 2, 2, 2]]  # the rest goes one token at a time
@@ -132,7 +133,7 @@ def held(state):
 @pytest.mark.parametrize("position", ["none", "rope"])
 @pytest.mark.parametrize("build", [
     lambda position: Attention(64, 4, position), lambda position: SlidingWindow(64, 4, 9, position),
-    lambda position: Attention(64, 4, position, kv_heads=2)], ids=["plain", "window", "grouped"])
+    lambda position: GroupedAttention(64, 4, 2, position)], ids=["plain", "window", "grouped"])
 def test_cache_holds_only_what_it_shows(build, position):
     layer, state = build(position), None
     for L in (100, 1, 5):
@@ -165,11 +166,18 @@ def test_empty_segments_and_empty_batches(layer):
 @pytest.mark.parametrize("arguments, sentence", [
     ((8, 3), "n-heads is 3, .* width 8"), ((8, 0), "n-heads is 0"), ((8, -1), "n-heads is -1"),
     ((6, 2, "rope"), "odd size 3"), ((7, 1, "rope"), "odd size 7"),
-    ((8, 1, "learned"), "position is 'learned'"), ((8, 4, "none", None, 3), "kv_heads is 3"),
-    ((8, 4, "none", None, 0), "kv_heads is 0")])
+    ((8, 1, "learned"), "position is 'learned'")])
 def test_wrong_arguments(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         Attention(*arguments)
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    ((8, 3, 1), "n-heads is 3, .* width 8"), ((6, 2, 1, "rope"), "odd size 3"),
+    ((8, 4, 3), "kv_heads is 3"), ((8, 4, 0), "kv_heads is 0")])
+def test_wrong_groups(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        GroupedAttention(*arguments)
 
 
 @pytest.mark.parametrize("window", [0, -1])
@@ -184,7 +192,7 @@ def test_odd_heads_need_no_rope():
 
 def test_grouped_heads_are_heads_whose_keys_and_values_agree():
     torch.manual_seed(0)
-    grouped, full = Attention(8, 4, "rope", kv_heads=2), Attention(8, 4, "rope")
+    grouped, full = GroupedAttention(8, 4, 2, "rope"), Attention(8, 4, "rope")
     x = torch.randn(2, 7, 8)
     copies = [p for g in (0, 0, 1, 1) for p in (2 * g, 2 * g + 1)]
     rows = [*range(8), *[8 + p for p in copies], *[12 + p for p in copies]]

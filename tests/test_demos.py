@@ -9,8 +9,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 FILES = ["mamba", "attention", "family/ladder", "family/linear_attention", "family/mamba2",
-         "family/mamba3", "family/deltanet", "family/triangular", "family/decay_attention",
-         "family/experts", "family/zamba", "family/between"]
+         "family/mamba3", "family/deltanet", "family/triangular", "family/attention_variants",
+         "family/decay_attention", "family/experts", "family/zamba", "family/between"]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -35,8 +35,8 @@ def test_words(name, words):
 def test_words_make_layers():
     layers = build_model("position+attention+rope+window+grouped+mamba+normed-mamba", d=16).layers
     names = [type(layer).__name__ for layer in layers]
-    assert names == ["LearnedPosition", "Attention", "Attention", "SlidingWindow", "Attention",
-                     "Mamba", "NormedMamba"]
+    assert names == ["LearnedPosition", "Attention", "Attention", "SlidingWindow",
+                     "GroupedAttention", "Mamba", "NormedMamba"]
     _, none, rope, window, grouped, *_ = layers
     assert [layer.position for layer in (none, rope, grouped)] == ["none", "rope", "none"]
     assert window.window == 16
@@ -71,9 +71,10 @@ def test_the_family():
         assert kinds[name] == [kind] * 2
     assert kinds["griffin"] == ["RGLRU", "MLP"] * 2 + ["SlidingWindow", "MLP"]
     assert kinds["samba"] == ["Mamba", "MLP", "SlidingWindow", "MLP"]
-    assert kinds["mamba2-hybrid"] == ["Mamba2", "MLP"] * 2 + ["Attention", "MLP", "Mamba2", "MLP"]
+    assert kinds["mamba2-hybrid"] == ["Mamba2", "MLP"] * 2 + ["GroupedAttention", "MLP"] + [
+        "Mamba2", "MLP"]
     mixers, others = kinds["jamba"][::2], kinds["jamba"][1::2]
-    assert mixers == ["NormedMamba"] * 4 + ["Attention"] + ["NormedMamba"] * 3
+    assert mixers == ["NormedMamba"] * 4 + ["GroupedAttention"] + ["NormedMamba"] * 3
     assert others == ["MLP", "MixtureOfExperts"] * 4
     assert kinds["zamba"] == ["Mamba", "Mamba", "SharedUse"] * 2
     assert kinds["zamba2-mini"] == ["Mamba2", "Mamba2", "SharedUse"] * 2

@@ -47,9 +47,10 @@ def test_maps_are_the_weights_that_attention_used(stack, n_heads, attentions):
         assert maps.shape == (n_heads, L, L)
         assert torch.allclose(maps.sum(-1), torch.ones(()).double()) and (maps >= 0).all()
         assert (maps.triu(1) == 0).all()
-        v = layer.qkv(x[0]).split(layer.sizes, dim=-1)[2]
-        v = v.view(L, layer.kv_heads, -1).transpose(0, 1)
-        v = v.repeat_interleave(n_heads // layer.kv_heads, 0)                   # (H, L, P)
+        v = layer.qkv(x[0])[:, layer.qkv.weight.shape[1]:].chunk(2, dim=-1)[1]  # after q and k
+        P = x.shape[-1] // n_heads
+        v = v.view(L, -1, P).transpose(0, 1)
+        v = v.repeat_interleave(n_heads // len(v), 0)                           # (H, L, P)
         out = layer.out_proj((maps @ v).transpose(0, 1).reshape(L, -1))
         assert relative(out, y[0]) < 1e-6                               # angles may be float32
 
