@@ -20,6 +20,12 @@ TINY = {"--d": 8, "--L": 8, "--steps": 20, "--batch-size": 4, "--device": "cpu"}
 collect_ignore = [] if torch.cuda.is_available() else ["test_cuda.py"]
 
 
+def pytest_configure(config):
+    """Leave out the warnings that torch's own code gives; none of them is about this repository."""
+    for message in ("`torch.jit.script", "Mismatch dtype between input and weight"):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")
+
+
 def assert_uniform(values, n):
     """values, int64, look like draws from 0 ... n-1: chi-square within 5 sigma of its mean."""
     assert values.min() >= 0 and values.max() < n
@@ -33,15 +39,6 @@ def relative(a, b):
     decays that would be below 2e-35."""
     a, b = a.detach().double(), b.detach().double()
     return ((a - b).norm() / b.norm().clamp(min=1e-20)).item()
-
-
-def in_segments(layer, x, sizes, state=None):
-    """Feed x in segments of these sizes, then one token at a time -> y, the last state."""
-    y = []
-    for segment in x.split([*sizes, *[1] * (x.shape[1] - sum(sizes))], dim=1):
-        out, state = layer(segment, state)
-        y.append(out)
-    return torch.cat(y, dim=1), state
 
 
 def in_segments(layer, x, sizes, state=None):
