@@ -280,7 +280,7 @@ def main():
     for kind, recurrence in ((Retention, retention_ref), (RGLRU, rglru_ref)):
         layer, wide = kind(32).double(), x.double()
         exact = recurrence(layer, wide)
-        print(f"{kind.__name__:<16}one call and its recurrence, in float64    "
+        print(f"{kind.__name__:<17}one call and its recurrence, in float64    "
               f"{difference(layer(wide)[0], exact)}")
 
 
