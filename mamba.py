@@ -11,13 +11,9 @@ decays, what is written and what is read; that is why the state space model is c
     dt       (b, L, D)    step size, positive: a large one forgets more of the past and writes more
     A        (D, N)       decay rates, negative; the decay depends on the token through dt alone
     B        (b, L, N)    how a token is written to the N states, the same in all channels
-    C        (b, L, N)    how the N states are read
+    C        (b, L, N)    how the N states are read, also the same in all channels
     h        (b, D, N)    all states together, "the state"
     y        (b, L, D)    output
-    a, u                  decay exp(dt A); scaled input dt x: a step adds u B to h
-    T                     steps in a chunk
-    g                     gradient of the loss with respect to h
-    dx, ddt, d(dt A), ... gradient of the loss with respect to x, dt, dt A, ...
 """
 
 import math
@@ -50,13 +46,13 @@ from fused_scan import check_shapes, parallel_scan
 #
 # The two agree for small dt |A|: at 0.1 ours writes 5 % more, at 1.6 (dt = 0.1 and A = -16, about
 # the largest at initialization) twice as much. The exact factor never exceeds 1 / |A|, ours grows
-# with dt: at A = -1 and dt = 10 ours writes 10 B x, the exact rule 1 B x. We accept this: dt x,
-# unlike the exact factor, is the same for all N states, and training adapts B. LTI in
-# family/ladder.py has the exact rule.
+# with dt: at A = -1 and dt = 10 ours writes 10 B x, the exact rule 1 B x. The simple form also lets
+# one product, dt x, serve all N states, and training can adapt B to it. LTI in family/ladder.py, a
+# model whose dt, B and C are constants, has the exact rule.
 #
 # Mamba runs D such models side by side, one per channel, with an A and a dt of their own; B and C
-# are shared. It computes dt, B and C from the token (paper, section 3.2, algorithm 2). In full, for
-# channel d and its state n:
+# are shared. It computes dt, B and C from x_t (paper, section 3.2, algorithm 2). For channel d and
+# its state n:
 #
 #     h_t[d,n] = exp(dt_t[d] A[d,n]) h_{t-1}[d,n] + dt_t[d] B_t[n] x_t[d]
 #     y_t[d]   = sum over n of C_t[n] h_t[d,n]
@@ -66,21 +62,19 @@ from fused_scan import check_shapes, parallel_scan
 # 1 / |A|: at dt = 0.1, a state with A = -1 keeps exp(-0.1) = 0.90, one with A = -16 keeps 0.20.
 
 def selective_scan_ref(x, dt, A, B, C, h=None):
-    """The recurrence of the paper (algorithm 2, lines 5 and 6), B discretized as dt B; autograd
-    computes its gradient.
+    """The recurrence of the paper (algorithm 2, lines 5 and 6), B discretized as dt B.
 
     x, dt (b, L, D); A (D, N), negative; B, C (b, L, N); h (b, D, N), the state before the first
     step, None for zero. It computes in the dtype of its arguments.
     Returns y (b, L, D) and the state after the last step (b, D, N).
 
-    It is also the decode step: call it with L = 1, one new token, and pass the state on.
-    The official counterpart is mamba_ssm's selective_scan_ref, without its skip, gate and softplus.
+    With L = 1 it is the decode step. mamba_ssm has the same function, with skip, gate and softplus.
     """
     check_shapes(x, dt, A, B, C, h)
     if h is None:
         h = x.new_zeros(x.shape[0], *A.shape)                            # (b, D, N)
     y = []
-    # x[:, t] would allocate a gradient as large as x at every step; unbind does not.
+    # Backwards, x[:, t] would allocate a gradient as large as x at every step; unbind does not.
     for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)):
         decay = torch.exp(dt_t[..., None] * A)                           # (b, D, N)
         h = decay * h + (dt_t * x_t)[..., None] * B_t[:, None]           # (b, D, N)
@@ -94,9 +88,8 @@ class CausalConv1d(nn.Conv1d):
     """A causal convolution, one filter per channel: a token sees itself and the taps - 1 before it.
 
     Without it, x, dt, B and C of a token would depend on that token alone. For recall (data.py), a
-    value must be written under its key, the token before it, and the convolution lets B see that.
-    Parameters have Conv1d's names and initial values, as in the official code; the sum is written
-    as shifted products, which a compiler can fuse with the layer around it.
+    value must be written under its key, the token before it: the convolution lets B see the key.
+    The sum is written as shifted products, which a compiler can fuse with the layer around it.
     """
 
     def __init__(self, channels, taps):
@@ -140,14 +133,14 @@ class Mamba(nn.Module):
     token to its dt, None for ceil(d_model / 16). Parameters have the names, shapes and initial
     distributions of mamba_ssm.Mamba with its default arguments; state dicts fit both.
 
-    in_proj has no bias, like the official layer's, so that state dicts fit. On our task, to recall
-    one of 16 tokens, that hurts. z gates the output at its own token: SiLU(z) lies between -0.28
-    and 0 for negative z. In the first layer z is linear in the token's embedding. The 16 embeddings
-    of data.py at d_model = 8, weighted with suitable positive numbers, sum to zero. So do the z,
-    and each channel has z <= 0 at some token, where it is nearly closed. We take this as the reason
-    why a Mamba layer followed by attention, with a norm before each, learned 16 queries in 0 of 12
-    runs when the norm had no bias, and in 3 of 3 when it had one (report/README.md, appendix on
-    defaults). `takes_bias` asks hybrid.Model for that bias, which gives x and z a constant part.
+    in_proj has no bias, so that state dicts fit. For recall (data.py) that hurts, because z gates
+    the output at its own token. In the first layer, z is a linear map of the token's embedding, up
+    to a positive factor from the norm before the layer. At d_model = 8 a sum of our 16 embeddings,
+    with suitable positive weights, is zero. So is that of the z, and each channel has z <= 0 at
+    some token, where it is nearly closed: SiLU(z) lies between -0.28 and 0. We take this as the
+    reason why a Mamba layer followed by attention learned 16 queries in 0 of 12 runs without a bias
+    in its norm, and in 3 of 3 with one (report/README.md, appendix on defaults). `takes_bias` asks
+    hybrid.Model for that bias, which gives x and z a constant part.
     """
 
     takes_bias = True
@@ -185,8 +178,8 @@ class Mamba(nn.Module):
         """Run a segment of a sequence, continuing from `state`: a MambaState, None at the start.
 
         x (b, L, d_model) -> y (b, L, d_model) and the MambaState after the last token. However a
-        sequence is cut into segments, the result is that of a single call. To decode, call
-        `y, state = layer(x_t, state)` for each new token x_t (b, 1, d_model).
+        sequence is cut into segments, the result is that of a single call, up to rounding. To
+        decode, call `y, state = layer(x_t, state)` for each new token x_t (b, 1, d_model).
         """
         window, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, dim=-1)                          # (b, L, d_inner) each
@@ -204,21 +197,21 @@ class Mamba(nn.Module):
 # ---- 3. Chunks of steps --------------------------------------------------------------------------
 #
 # The loop of selective_scan_ref is slow: it makes a dozen small calls per step, and autograd stores
-# the state of every step. But only h_t = a_t h_{t-1} + u_t B_t has to be computed step by step, in
-# one call each. The decays a = exp(dt A), the inputs u = dt x and the sums over states can be
-# computed for many steps at once. "Many" is a chunk of T steps, whose states fit in the CPU's
-# cache. To save memory, only the state before each chunk is stored.
+# the state of every step. But only h_t = a_t h_{t-1} + u_t B_t has to run step by step, and it is
+# one call. The decays a = exp(dt A), the inputs u = dt x and the sums over states can be computed
+# for a chunk of T steps at once; a small chunk fits in the CPU's cache. To save memory, only the
+# state before each chunk is stored.
 #
-# The gradient. Indices are left out: C_t dy_t is C_t[n] dy_t[d], for every state n and channel d.
-# Nothing is summed unless it says so.
+# The gradient. dx is the gradient of the loss with respect to x, and so on; that of h is called g.
+# Indices are left out: C_t dy_t is C_t[n] dy_t[d], for every state n and channel d. Nothing is
+# summed unless it says so.
 #
 # 1.  h_t is used twice, by y_t and by h_{t+1}. So g obeys the same recurrence, backwards in time:
 #         g_t = C_t dy_t + a_{t+1} g_{t+1}         (dy_t, the gradient of y_t, is given)
-#     After the last step there is no g_{t+1}. Instead, the last g also receives dh, the gradient of
-#     the final state, which is also an output:
+#     At the last step, dh, the gradient of the final state, takes the place of a_{t+1} g_{t+1}:
 #         g_L = C_L dy_L + dh
 #     No y reads the initial state h_0, so its gradient has no first term: it is a_1 g_1.
-# 2.  h_t is linear in u_t, shared by all states, and in B_t, shared by all channels:
+# 2.  h_t is linear in u_t and in B_t. All states share u_t, all channels share B_t:
 #         du_t = sum over states of g_t B_t           dB_t = sum over channels of g_t u_t
 # 3.  The gradient of a_t is g_t h_{t-1}. exp is its own derivative:
 #         d(dt_t A) = a_t g_t h_{t-1}
@@ -230,13 +223,13 @@ class Mamba(nn.Module):
 #
 # All h_t and a_t would take 2 N times the memory of x. So the backward pass visits the chunks from
 # last to first, recomputes a and h of a chunk from the state before it, then runs backwards to get
-# g. Decays cause no overflow, however long the sequence: there is no exp of a positive number, and
-# unlike in some closed forms nothing is divided by a product of decays.
+# g. Nothing overflows, however long the sequence: no exp has a positive argument, and nothing is
+# divided by a product of decays.
 #
 # In the code, _k is a chunk and _t a step. Inside both passes time comes first: x, dt, y (L, b, D);
 # B, C (L, b, N). States are (N, b, D), so that torch's innermost loops, over b and D, are long.
 
-CHUNK_ELEMENTS = 2**18   # of a buffer (T, N, b, D), 1 MiB; 2^17 and 2^19 are as fast
+CHUNK_ELEMENTS = 2**18   # of a buffer (T, N, b, D): 1 MiB
 
 
 def _broadcast(x, dt, A, B, C):
@@ -276,12 +269,11 @@ class ChunkedScan(torch.autograd.Function):
             starts.append(h)
             steps = len(dt_k)                                            # T, or fewer in the last
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
-            # exp(v) for v from -87 to -103 is a denormal float32, below 1.2e-38, on which CPUs are
-            # 10 to 50 times slower; below -103 it is 0. So both passes clamp dt A at -80, which dt
-            # = 5 and A = -16 reach. A decay of 2e-35 is effectively 0, and so is d(dt A), a
-            # multiple of it. With the margin to -87, a h and a g are denormal only where h or g is
-            # below 1e-3. A trained model runs up to twice as fast. selective_scan_ref, the
-            # definition, does not clamp, nor does parallel_scan: GPUs are as fast on denormals.
+            # For v from -87 to -104, exp(v) is a denormal float32, below 1.2e-38, on which CPUs are
+            # 10 to 50 times slower. So both passes clamp dt A at -80, which dt = 5 and A = -16
+            # reach: a decay of 2e-35 is effectively 0, and so is d(dt A), a multiple of it. The
+            # margin to -87 keeps a h normal unless h is below 1e-3. A trained model runs up to
+            # twice as fast. selective_scan_ref and parallel_scan do not clamp.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)         # h_k is u_t B_t, and after _recur h_t
             h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs
@@ -294,7 +286,7 @@ class ChunkedScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dh):
         """-> the gradients of x, dt, A, B, C and h."""
-        if torch.is_grad_enabled():  # create_graph=True: the second derivative would lack terms
+        if torch.is_grad_enabled():              # create_graph=True
             raise RuntimeError("chunked_scan has no second derivative; selective_scan_ref has one")
         x, dt, A, B, C, starts = ctx.saved_tensors
         dy = torch.zeros_like(x) if dy is None else dy.contiguous()
@@ -323,8 +315,8 @@ class ChunkedScan(torch.autograd.Function):
             # C_t dy_t. The lists are reversed; the first decay enters `later` instead.
             _recur(a_steps[1:steps][::-1], g_steps[:steps - 1][::-1], g_k[-1])
             later = a_k[0] * g_k[0]
-            # The order matters: each product overwrites a buffer that was read for the last time.
-            # d_dtA is a_k, and h_before shares memory with h_k.
+            # The order matters: each product overwrites a buffer that was read for the last time,
+            # and h_before shares memory with h_k.
             d_dtA = a_k.mul_(g_k).mul_(h_before)                         # rule 3
             dA[:steps].addcmul_(d_dtA, dt_k)                             # rule 5
             torch.sum(d_dtA.mul_(A), 1, out=ddt_k)                       # rule 5, its second term
@@ -333,21 +325,17 @@ class ChunkedScan(torch.autograd.Function):
             torch.sum(g_k.mul_(B_k), 1, out=du_k)                        # rule 2
         ddt.addcmul_(du, x[:, 0])                                        # rule 5, its first term
         dx = du.mul_(dt[:, 0])                                           # rule 5
-        # Before the first chunk, `later` is a_1 g_1, the gradient of the initial state (rule 1).
-        return dx, ddt, dA.sum((0, 2)).t(), dB.mT, dC.mT, later, None
+        return dx, ddt, dA.sum((0, 2)).t(), dB.mT, dC.mT, later, None    # later: a_1 g_1
 
 
 def chunked_scan(x, dt, A, B, C, h=None):
-    """A fast version of selective_scan_ref: same arguments, results and gradients, up to rounding.
-
-    For the backward pass it stores its arguments, transposed, and the states before the chunks.
-    """
+    """selective_scan_ref, but fast: same arguments, results and gradients, up to rounding."""
     check_shapes(x, dt, A, B, C, h)
     b, L, D = x.shape
     h = x.new_zeros(b, D, A.shape[1]) if h is None else h
     if x.numel() == 0:
         return x.clone(), h
-    T = min(L, max(8, CHUNK_ELEMENTS // (b * A.numel())))                # at least 8 steps
+    T = min(L, max(8, CHUNK_ELEMENTS // (b * A.numel())))                # at least 8
     x, dt, B, C = (v.transpose(0, 1).contiguous() for v in (x, dt, B, C))
     y, h = ChunkedScan.apply(x, dt, A, B, C, h.permute(2, 0, 1).contiguous(), T)
     return y.transpose(0, 1).contiguous(), h.permute(1, 2, 0).contiguous()
@@ -358,15 +346,15 @@ def chunked_scan(x, dt, A, B, C, h=None):
 # The first row that applies:
 #
 #     torch.func, forward AD    selective_scan_ref: no fast form supports them
-#     one step or none          selective_scan_ref: a decode step is one iteration of its loop
+#     one step or none          selective_scan_ref
 #     torch.compile             parallel_scan, on any device, as one operator; the compiler would
 #                               unroll the loops of the other forms
 #     CUDA                      parallel_scan (fused_scan.py): all chunks at once, each from a zero
-#                               state; h is linear in it, so the true one's part is added later
+#                               state; h is linear in its start, whose effect is added later
 #     CPU, MPS                  chunked_scan
 #
-# The fast forms have no second derivative and raise a RuntimeError: call selective_scan_ref, or for
-# Mamba layers, set mamba.selective_scan = mamba.selective_scan_ref.
+# The fast forms have no second derivative, and raise a RuntimeError for create_graph=True: call
+# selective_scan_ref, or for Mamba layers, set mamba.selective_scan = mamba.selective_scan_ref.
 
 def selective_scan(x, dt, A, B, C, h=None):
     """The fastest form for the device: arguments and results of selective_scan_ref, up to rounding.
@@ -400,8 +388,8 @@ def decode(x, dt, A, B, C, h=None):
 
 
 def compare_forms(b=8, L=256, D=32, N=16):
-    """Print each form's times, and the largest absolute difference of its y, last state and
-    gradients from those of the recurrence in float64."""
+    """Print each form's times, and the largest difference of its results and gradients from those
+    of the recurrence in float64."""
     torch.manual_seed(0)
     x, dt = torch.randn(b, L, D), 0.1 * F.softplus(torch.randn(b, L, D))
     B, C = torch.randn(b, L, N), torch.randn(b, L, N)
