@@ -24,7 +24,8 @@ arXiv 2406.06484). The gate a_t lets all of S decay (Gated DeltaNet, Yang et al.
 With beta_t = 1 and |k_t| = 1, S_t k_t = v_t exactly, whatever the decay: the rule overwrites,
 which is what associative recall needs.
 
-`python -m family.deltanet` shows that recurrence, chunks and single steps agree, and their times.
+`python -m family.deltanet` shows that recurrence, chunks and single steps agree, and their times;
+`python -m family.linear_attention` shows the rule overwrite.
 """
 
 import math
@@ -277,13 +278,6 @@ def main():
     v, beta, log_a = torch.randn(b, L, H, P), torch.rand(b, L, H), -torch.rand(b, L, H)
     show_agreement(delta_rule_ref, delta_rule, (q, k, v, beta, log_a))
     show_steps(GatedDeltaNet(32), torch.randn(2, 64, 32))
-
-    # Two values under one key: the sum of linear attention would have both.
-    key = unit(torch.randn(1, 1, 1, 4)).expand(1, 2, 1, 4)
-    values = torch.tensor([3.0, 5.0]).view(1, 2, 1, 1)
-    y, _ = delta_rule_ref(key, key, values, torch.ones(1, 2, 1), torch.zeros(1, 2, 1))
-    first, second = y.flatten().tolist()
-    print(f"3, then 5 written under one key; read after each: {first:.1f}, {second:.1f}")
 
 
 if __name__ == "__main__":

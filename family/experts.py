@@ -25,12 +25,12 @@ from mamba import Mamba
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 6): W2 (SiLU(W1 x) * W3 x), no biases.
 
-    hidden: f, None for 8/3 d, so that it has the 8 d^2 parameters of an MLP of 4 d with two maps.
+    With f = 8/3 d, it has the 8 d^2 parameters of an MLP of two maps whose hidden width is 4 d.
     """
 
-    def __init__(self, d_model, hidden=None):
+    def __init__(self, d_model):
         super().__init__()
-        hidden = round(8 * d_model / 3) if hidden is None else hidden
+        hidden = round(8 * d_model / 3)
         self.up = nn.Linear(d_model, 2 * hidden, bias=False)             # W1 and W3
         self.down = nn.Linear(hidden, d_model, bias=False)               # W2
 

@@ -28,6 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import Attention
+from family.chunks import show_steps
 from family.experts import MLP
 
 
@@ -107,14 +108,8 @@ def main():
     shared = sum(p.numel() for p in nn.ModuleList(layers).parameters())
     alone = sum(p.numel() for p in layers[0].parameters())
     print(f"three uses have {shared:,} parameters; three blocks would have {3 * alone:,}")
-    x, e = torch.randn(2, 3, 32, 16)
-    whole, _ = layers[2](x, None, e)
-    state, steps = None, []
-    for x_t, e_t in zip(x.split(1, dim=1), e.split(1, dim=1)):
-        y_t, state = layers[2](x_t, state, e_t)
-        steps.append(y_t)
-    difference = (torch.cat(steps, dim=1) - whole).abs().max()
-    print(f"single steps against one call: difference {difference:.0e}")
+    x = torch.randn(2, 64, 16)
+    show_steps(lambda x, state=None: layers[2](x, state, embedding=x), x, "third use")
 
 
 if __name__ == "__main__":

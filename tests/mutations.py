@@ -289,7 +289,7 @@ FUSED = [
 ]
 INSIDE = [
     ("masked_fill(~seen", "masked_fill(seen"),
-    ("qkv.device, layer.window", "qkv.device"),
+    ("seen = layer.mask(", "from attention import causal_mask\n    seen = causal_mask("),
     ("later = dt.flip(0).cumsum(0).flip(0) - dt", "later = dt.flip(0).cumsum(0).flip(0)"),
     ("F.softplus(", "F.relu("),
 ]
