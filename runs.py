@@ -18,7 +18,7 @@ import warnings
 
 import torch
 
-from data import check_task
+from data import TASKS, check_task, shortest
 from hybrid import build_model
 from output import say, write_file
 from summary import DEFAULTS, default_lr      # DEFAULTS: the other flags that change a run
@@ -107,12 +107,21 @@ def check(config):
     if config["task"] != "recall" and config["train_lengths"] != "fixed":
         raise ValueError(f"--train-lengths is uniform, but --task {config['task']} has one length")
     check_memory(config)
+    K, M, tau, task = (config[flag] for flag in ("K", "M", "tau", "task"))
+    for length in (shortest(M, tau, task), config["L"]):     # a task of one's own may have limits
+        try:
+            TASKS[task](1, length, K, M, tau)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(f"--task {task} fails with {length} context tokens ({error}); limits "
+                             "belong in check_task and shortest in data.py") from None
 
 
 def check_memory(config):
     """Raise a ValueError if a run certainly needs more memory than there is."""
     available = memory(config.get("device"))
-    bound = 8 * config["K"] * config["d"]                    # the embedding table, drawn in float64
+    # An embedding table in float64; at least eight float32 activations per token, channel, layer.
+    activations = 32 * config["batch_size"] * config["L"] * config["d"]
+    bound = 8 * config["K"] * config["d"] + activations
     # Tensors on "meta" take no memory, but computing with them imports torch's compiler, which
     # takes a second. So small models are built for real.
     widest = max(config[flag] for flag in ("K", "d", "L", "d_state"))
@@ -120,9 +129,8 @@ def check_memory(config):
         try:
             with torch.device("cpu" if config["d"] * widest <= 2**16 else "meta"):
                 model = model_from(config)
+            bound += activations * (len(model.layers) - 1)
             bound += 16 * model.n_params()                   # weights, gradients, two moments
-            # At least eight float32 activations per token, channel and layer.
-            bound += 32 * config["batch_size"] * config["L"] * config["d"] * len(model.layers)
         except (RuntimeError, MemoryError, OverflowError):
             bound = available
     if bound >= available:
@@ -193,8 +201,10 @@ def load_run(path, device="cpu"):
         raise not_whole from None
     try:
         check({**config, "device": str(device)})
-    except ValueError as error:              # for example, --model is a word that nobody registered
-        raise ValueError(f"{path} cannot be loaded: {error}") from None
+    except ValueError as error:
+        reason, unknown, _ = str(error).partition(" is no layer;")
+        hint = " is no layer here; register it in hybrid.py, or load it where it is registered"
+        raise ValueError(f"{path} cannot be loaded: {reason}{unknown and hint}") from None
     except (KeyError, TypeError):
         raise not_whole from None
     try:

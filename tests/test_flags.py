@@ -1,13 +1,17 @@
 """Commands that train.py refuses: one sentence, status 2, and nothing created."""
 
 import pytest
+import torch
 
+import data
+import runs
 import train
 from conftest import names, tiny
+from data import TASKS
 from hybrid import FAMILY, LAYERS, MODELS, WORDS
 
-ABSURD = ["--L 1000000000", "--batch-size 1000000000", "--d 1000000", "--K 1000000000",
-          "--model mamba --d-state 1000000000", "--model 100000xmamba",
+ABSURD = ["--L 1000000000", "--batch-size 1000000000", "--d 1000000", "--d 100000000",
+          "--K 1000000000", "--model mamba --d-state 1000000000", "--model 100000xmamba",
           *(f"--{flag} {10**19}" for flag in ("L", "K", "d", "M", "tau", "d-state", "batch-size",
                                               "steps", "seed", "n-heads"))]
 
@@ -53,6 +57,23 @@ def test_a_flag_without_a_default_is_refused(refuses, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "parse", parse_more)
     error = refuses(train.main, tiny("--out", tmp_path / "out"))
     assert "--label-noise has no default" in error and names(tmp_path) == []
+
+
+def after_tau(batch_size, L, K, M, tau, device="cpu", generator=None, uniform=False):
+    """A task that needs tau + 2 tokens, which its author did not write into data.shortest."""
+    at = torch.randint(tau + 2, L + 1, (batch_size,), device=device, generator=generator)
+    tokens = torch.randint(K, (batch_size, L + 1), device=device, generator=generator)
+    return tokens, tokens.gather(1, at[:, None])[:, 0], at
+
+
+def test_a_task_that_cannot_be_tested_is_refused_before_training(refuses, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "after", after_tau)
+    flags = tiny("--out", tmp_path / "out", "--task", "after", "--tau", 5)
+    error = refuses(train.main, flags)
+    assert "--task after fails with 6 context tokens" in error and names(tmp_path) == []
+    shortest = data.shortest
+    monkeypatch.setattr(runs, "shortest", lambda M, tau, task: shortest(M, tau, task) + 1)
+    train.configs_of(train.parse(flags)[1], "cpu")
 
 
 def test_unknown_words_are_answered_with_the_known_ones(refuses, tmp_path):
