@@ -224,11 +224,11 @@ def main():
     difference = (torch.cat(steps, dim=1) - y).abs().max()
     print(f"decode steps with the cache:   largest difference {difference:.0e}")
     numbers = state.k.numel() + state.v.numel()
-    print(f"the cache after 6 tokens: {numbers} numbers; it grows by {numbers // 6} per token")
+    print(f"the cache after 6 tokens: {numbers} numbers, {numbers // 6} per token")
     q, k = torch.randn(2, 1, 8).double()                     # one query and one key
     scores = [rotary(q, t) @ rotary(k, t - 3).mT for t in (3, 1000)]
     difference = (scores[0] - scores[1]).abs().max()
-    print(f"rope, a key 3 tokens earlier, at t = 3 and 1,000: difference {difference:.0e}")
+    print(f"rope, a key 3 tokens back: same score at t = 3 and 1,000, difference {difference:.0e}")
 
 
 if __name__ == "__main__":

@@ -201,14 +201,17 @@ def show(tokens, tau):
 
 
 if __name__ == "__main__":
+    rules = {"mqar": "pairs of key and value, then each key is asked for its value",
+             "copy": "repeat the tokens among the blanks (15) at the marks (14)",
+             "parity": "is the number of ones so far odd?"}
     print("recall, L = 12, M = 4, tau = 2: (q) and its value [v], then (q) again -> v")
     tokens, labels = recall_batch(3, 12, M=4, tau=2, generator=stream(0, "training"))
     for row, label in zip(tokens, labels):
         print(show(row, 2), " -> ", label.item())
     for name, task in TASKS.items():
         if name != "recall":
-            print(f"\n{name}, L = 12{'' if name == 'parity' else ', M = 3'}: "
-                  "the tokens, with the answers below them")
+            setting = "L = 12" if name == "parity" else "L = 12, M = 3"
+            print(f"\n{name}, {setting}: {rules.get(name, 'tokens, and the answers below them')}")
             tokens, labels, at = task(1, 12, M=3, generator=stream(0, "training"))
             at = torch.tensor([[tokens.shape[1] - 1]]) if at is None else at     # the last token
             answers = dict(zip(at.reshape(-1).tolist(), labels.reshape(-1).tolist()))

@@ -24,6 +24,7 @@ unless a layer sets them, tell the model how to treat the layer:
 import difflib
 import math
 import re
+import textwrap
 
 import torch
 import torch.nn as nn
@@ -248,8 +249,6 @@ def layer_words(name):
     for part in {**MODELS, **FAMILY}.get(name, name).split("+"):
         count, word = re.fullmatch(r"(?:(\d+)x)?(.*)", part, re.DOTALL).groups()
         repeats = int(count or 1)
-        if repeats == 0:
-            raise ValueError(f"--model is {name!r}, but in {part!r} the count must be at least 1")
         if word not in (*WORDS, *LAYERS):
             known = [*MODELS, *FAMILY] if name == word else []             # no stack, no count
             near = difflib.get_close_matches(word.lower(), [*known, *WORDS, *LAYERS], 1)
@@ -258,8 +257,9 @@ def layer_words(name):
                 f"--model is {name!r}, but {part!r} is no layer; {hint} must be one of "
                 f"{', '.join([*MODELS, *FAMILY])}, or layers joined by + without spaces, as in "
                 f"2xmamba+mlp, of {', '.join([*WORDS, *LAYERS])}")
-        if len(words) + repeats > MOST_LAYERS:
-            raise ValueError(f"--model is {name!r}, but a stack has at most {MOST_LAYERS} layers")
+        if not 0 < repeats <= MOST_LAYERS - len(words):
+            raise ValueError(f"--model is {name!r}, but a count must be at least 1, and a stack has "
+                             f"at most {MOST_LAYERS} layers")
         words += [word] * repeats
     return words
 
@@ -281,20 +281,20 @@ def build_model(name, K=16, d=8, L=64, n_heads=1, d_state=16, learn_embedding=Fa
 
 @torch.no_grad()
 def state_bytes(model, tokens):
-    """The bytes of state that a model keeps for one sequence after this many tokens.
-
-    A table of positions that is too short gets random rows, as in evaluation.
-    """
+    """The bytes of state that a model keeps for one sequence after this many tokens."""
     def count(state):
         if torch.is_tensor(state):
             return state.nbytes
         return sum(map(count, state)) if isinstance(state, (tuple, list)) else 0
 
-    model.extend_positions(tokens)
+    model.extend_positions(tokens)                           # with random rows, as in evaluation
     zeros = torch.zeros(1, tokens, dtype=torch.int64, device=model.embedding.weight.device)
     return count(model.run_layers(zeros)[1])
 
 
 if __name__ == "__main__":
+    print(f"{'--model':<15}{'parameters':>10}   layers, first layer first (d = 8)")
     for name, stack in {**MODELS, **FAMILY}.items():
-        print(f"{name:<16}{build_model(name).n_params():>7,} parameters at d = 8   {stack}")
+        row = f"{name:<15}{build_model(name).n_params():>10,}   {stack.replace('+', '+ ')}"
+        lines = textwrap.wrap(row, 84, subsequent_indent=" " * 28, break_on_hyphens=False)
+        print("\n".join(lines).replace("+ ", "+"))          # wrapped after a +, not within a word

@@ -8,8 +8,6 @@
       --against state    accuracy against bytes of state
       --against d --lowest            the lowest accuracy to 3L, not that at L
       --table [16 64]    a Markdown table [of the accuracy at 16 and 64]
-
-Flags that differ name the curves. Hollow points: numbers of report/published/.
 """
 
 import argparse
@@ -253,6 +251,8 @@ def main(argv=None):
     runs, published, left_out = read(args.results)
     if args.table is not None and runs:
         say(table(runs, args.table))
+        tested = set().union(*(run["length"][0] for run in runs))
+        left_out += [f"no run was tested at {n} tokens" for n in args.table if n not in tested]
         end_with(parser, True, left_out)
         return []
     known = set().union(*(run["config"] for run in runs)) - IGNORED | {"model", "seed", "state"}
@@ -280,7 +280,7 @@ def main(argv=None):
             path = os.path.join(args.out, file_name(kind, cells, args))
             try:
                 if path in written:
-                    raise ValueError(f"a second figure of the name {path}")
+                    raise ValueError("another figure has this name")
                 with matplotlib.rc_context(RC_PARAMS):
                     fig = draw(kind, cells, panels, curve, across, stacks, published, args.what,
                                None if kind == "training" else args.title)
@@ -289,7 +289,7 @@ def main(argv=None):
                 written.append(path)
                 say(path)
             except ValueError as error:
-                left_out.append(str(error))
+                left_out.append(f"{path}: {error}")
             except OSError as error:
                 parser.error(f"--out is {args.out!r}, but it cannot be written: {error.strerror}")
     end_with(parser, written, left_out)

@@ -34,6 +34,7 @@ REACH = {"conv2+attention": 1, "conv+attention": 3, "conv8+attention": 7}   # to
 TEST_SEQUENCES = 512    # of a test during training
 SOLVED = 0.99           # a task is solved when tests reach this accuracy
 KEPT = 0.95             # a model that stays above it beyond L does not fade
+AFTER = {"at": " after {} tokens", "lowest": " from L to 3L"}                  # in titles
 
 
 def default_lr(d):
@@ -196,8 +197,7 @@ def verdict(runs, kind, what="at"):
 
 
 def finding(cells, flags, kind, what="at"):
-    """A figure's title: the verdict on each model, and in which settings, if not in all of them.
-    flags: those of the values in a cell: of its panel, its curve and its x."""
+    """A figure's title: the verdict on each model. flags: of a cell's panel, curve and x."""
     rows = [(*panel, base, *x) for panel, (base, _), x in cells]
     shown = [i for i, flag in enumerate(flags)
              if flag != "model" and len({row[i] for row in rows}) > 1]
@@ -209,8 +209,8 @@ def finding(cells, flags, kind, what="at"):
         found.setdefault(verdict(runs, kind, what), {}).setdefault(name, []).append(place)
     parts = []
     L = numbered(runs[0]["config"]["L"] for runs in cells.values())
-    after = "" if kind == "training" else f" after {L} tokens"
-    after = after if what == "at" else " from L to 3L"
+    after = "" if kind == "training" else AFTER[what].format(L)
+    panels = len({panel for panel, _, _ in cells})
     stay = f"above {KEPT} beyond {L} tokens" + (" in every panel" if kind == "model" else "")
     for key, phrase in {
             "stay": f"{{}} stay{{}} {stay}", "fade": f"{{}} fade{{}} beyond {L}",
@@ -221,13 +221,13 @@ def finding(cells, flags, kind, what="at"):
             some = "; ".join(", ".join(place) for place in places)
             if len(shown) == 1:                              # M = 4; M = 8 -> M = 4, 8
                 some = some.replace(f"; {flags[shown[0]]} =", ",")
-            if places == everywhere[name] or kind != "model":      # rows: who stays in all
+            if len(places) == panels or kind != "model":     # rows: who stays in all panels
                 names.append(name if places == everywhere[name] else f"{name} ({some})")
         if not parts and not phrase.startswith("{}"):
             phrase = phrase[0].upper() + phrase[1:]
         if names and (kind != "model" or key == "stay"):
             parts.append(phrase.format(listed(names), "s" if len(names) == 1 else ""))
-    return "; ".join(parts)
+    return "; ".join(parts) if parts or kind != "model" else f"no model stays {stay}"
 
 
 def caption(cells, flags, kind):

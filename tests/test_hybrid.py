@@ -148,7 +148,8 @@ def test_causal(name):
     changed = tokens.clone()
     changed[:, 7:] = (changed[:, 7:] + 1) % 16
     difference = (model.run_layers(tokens)[0] - model.run_layers(changed)[0]).abs().amax((0, 2))
-    assert (difference[:7] < 1e-12).all() and (difference[7:] > 1e-6).all()
+    assert (difference[:7] < 1e-12).all(), "an output depends on a later token"
+    assert (difference[7:] > 1e-6).all(), "an output does not depend on its own token"
 
 
 def attends(word):
@@ -177,7 +178,8 @@ def test_a_token_that_is_not_finite_reaches_no_earlier_output(word, bad):
     steps, last = in_segments(call, x, [])
     tolerance = 1e-12 if word == "lti" else 0.0                  # a transform rounds all together
     assert torch.allclose(y[::2], right[::2], rtol=0, atol=tolerance)
-    assert torch.allclose(y[1 % len(y), :21], right[1 % len(y), :21], rtol=0, atol=tolerance)
+    early = torch.allclose(y[1 % len(y), :21], right[1 % len(y), :21], rtol=0, atol=tolerance)
+    assert early, "NaN or infinity reaches an output before its token"
     assert not y[steps.isnan()].isfinite().any()
     for found, expected in zip(tensors(state), tensors(last), strict=True):
         assert not found[expected.isnan()].isfinite().any()
@@ -221,10 +223,11 @@ def test_segments_equal_one_call(name, sizes):
     model, tokens = model_and_tokens(name)
     x, states = in_segments(model.run_layers, tokens, sizes)
     whole, last = model.run_layers(tokens)
-    assert torch.allclose(x, whole, atol=1e-12)
+    message = "segments give other outputs than one call: does the state hold all that matters?"
+    assert torch.allclose(x, whole, atol=1e-12), message
     more = tokens[:, :4]
-    assert torch.allclose(model.run_layers(more, states)[0], model.run_layers(more, last)[0],
-                          atol=1e-12)
+    after = model.run_layers(more, states)[0]
+    assert torch.allclose(after, model.run_layers(more, last)[0], atol=1e-12), message
 
 
 def test_states_are_not_written_over():
@@ -232,7 +235,8 @@ def test_states_are_not_written_over():
         model, tokens = model_and_tokens(name)
         _, states = model.run_layers(tokens[:, :9])
         first = model.run_layers(tokens[:, 9:], states)[0]
-        assert torch.equal(model.run_layers(tokens[:, 9:], states)[0], first), name
+        again = model.run_layers(tokens[:, 9:], states)[0]
+        assert torch.equal(again, first), f"{name} writes over the state that it was given"
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -390,5 +394,5 @@ def test_only_the_last_layer_may_skip_tokens(monkeypatch):
 
 def test_a_count_of_zero():
     for name in ("0xmamba", "mlp+00xmamba"):
-        with pytest.raises(ValueError, match="the count must be at least 1"):
+        with pytest.raises(ValueError, match="a count must be at least 1"):
             layer_words(name)

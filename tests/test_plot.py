@@ -275,7 +275,7 @@ def test_main_leaves_nothing_behind(tmp_path, capsys, refuses, monkeypatch):
     assert sorted(os.listdir(out)) == ["mine.png", "mine_training.png"]
     other = write(tmp_path / "in", tau=5)                               # a second task, same name
     assert plot.main([path, other, "--out", str(out), "--name", "mine"]) == written
-    assert "a second figure of the name" in capsys.readouterr().err
+    assert "another figure has this name" in capsys.readouterr().err
     old = (out / "mine.png").read_bytes()
     assert old.startswith(b"\x89PNG") and (out / "mine.png").stat().st_mode & 0o044
     assert "--out" in refuses(plot.main, [path, "--out", path])

@@ -57,6 +57,22 @@ def test_an_unknown_flag_is_answered_with_the_known(tmp_path, figures, refuses):
             assert "nothing to compare" in refuses(plot.main, [path, "--against", flag])
 
 
+def test_a_title_of_rows_counts_all_panels(tmp_path, figures):  # noqa: F811
+    """rope has no run at M = 4, so it does not stay in every panel."""
+    kept = [write(tmp_path, "mamba", M=M) for M in (1, 4)]
+    fig, = figures(*kept, write(tmp_path, "rope", M=1), "--against", "model").values()
+    assert fig.get_suptitle() == "mamba stays above 0.95 beyond 64 tokens in every panel"
+    lost = [write(tmp_path, "rope", M=M, beyond=0.5) for M in (1, 4)]
+    fig, = figures(*lost, "--against", "model").values()
+    assert fig.get_suptitle() == "no model stays above 0.95 beyond 64 tokens in every panel"
+
+
+def test_a_figure_that_is_left_out_is_named(tmp_path, figures, capsys):  # noqa: F811
+    paths = [write(tmp_path, lr=0.004), write(tmp_path), write(tmp_path, tau=5)]
+    figures(*paths, "--against", "lr")
+    assert "against_lr_tau5_K16_d8_L64_M1.png: all runs have lr = 0.008" in capsys.readouterr().err
+
+
 def vertical_lines(ax):
     """{colour: x} of the lines of two points, from the bottom of the axes to the top."""
     return {line.get_color(): line.get_xdata()[0] for line in ax.lines

@@ -37,9 +37,11 @@ def test_table(tmp_path, capsys):
         "| `mamba` | 8 | 1 | 1 | 0.001 | 1 | never | 0.500 | 0.500 | 0.500 | 0.500 |",
         "| `a/b` | 16 | 1 | 1 | 0.008 | 1 | 500 | 1.000 | 1.000 |  |  |"]
     plot.main([*paths[:3], "--table", "16", "129", "4096"])
-    assert capsys.readouterr().out.splitlines() == [
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
         "| model | d | M | tau | seeds | 16 | 129 | 4096 |", "|" + " --- |" * 8,
         "| `rope` | 8 | 1 | 1 | 3 | 0.995 | 0.600 |  |"]
+    assert "no run was tested at 4096 tokens" in said.err and "at 129" not in said.err
 
 
 BAD = ["", "{", "[1, 2]", "3", '{"bench": {}}', "[" * 100000, '{"config": {}}', '{"published": 3}']
