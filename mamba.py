@@ -396,7 +396,7 @@ def compare_forms(b=8, L=256, D=32, N=16):
     A, dy = -torch.arange(1.0, N + 1).repeat(D, 1), torch.randn(b, L, D)
 
     print(f"Selective scan of b = {b} sequences, L = {L}, D = {D}, N = {N} on one CPU core\n")
-    print(f"{'':<31}{'forward':>10}{'backward':>12}   difference from the first")
+    print(f"{'':<31}{'forward':>10}{'backward':>12}   difference from first")
     exact = None
     for name, scan, dtype in [("recurrence in float64", selective_scan_ref, torch.float64),
                               ("recurrence", selective_scan_ref, torch.float32),
@@ -414,7 +414,7 @@ def compare_forms(b=8, L=256, D=32, N=16):
         exact = exact or found
         difference = max((v - w).abs().max().item() for v, w in zip(found, exact))
         print(f"{name:<31}{1e3 * (times[1] - times[0]):>7.1f} ms"
-              f"{1e3 * (times[2] - times[1]):>9.1f} ms{difference:>28.1e}")
+              f"{1e3 * (times[2] - times[1]):>9.1f} ms{difference:>24.1e}")
 
 
 if __name__ == "__main__":

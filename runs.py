@@ -110,7 +110,7 @@ def check(config):
     K, M, tau, task = (config[flag] for flag in ("K", "M", "tau", "task"))
     for length in (shortest(M, tau, task), config["L"]):     # a task of one's own may have limits
         try:
-            TASKS[task](1, length, K, M, tau)
+            TASKS[task](1, length, K, M, tau, "cpu", None)
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(f"--task {task} fails with {length} context tokens ({error}); limits "
                              "belong in check_task and shortest in data.py") from None
