@@ -5,16 +5,17 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gpu
 import runs
 import train
 from bench import peak_megabytes
 from conftest import relative
-from data import stream
+from data import TASKS, stream
 from eval import accuracy_now
 from family.mamba2 import ssd, ssd_ref
-from fused_scan import parallel_scan
+from fused_scan import compiled_scan, parallel_scan
 from mamba import selective_scan, selective_scan_ref
 from test_mamba import assert_close, everything, operands
 
@@ -158,6 +159,39 @@ def test_captured_and_compiled_tests_are_tests(model, task):
     assert accuracies("off") == pytest.approx(found, abs=0.005)     # 2 of 512 answers
     assert accuracies("on") == pytest.approx(found, abs=0.005)
     assert len(set(found)) > 4                                      # fresh sequences in each
+
+
+@pytest.mark.parametrize("task, uniform", [*((task, False) for task in TASKS), ("recall", True)])
+def test_a_compiled_task_draws_the_same(task, uniform):
+    device, config = torch.device("cuda"), {**runs.DEFAULTS, "model": "rope", "d": 8, "L": 24}
+
+    def draw(task):
+        return task(64, 24, 16, 4, 3, device, stream(0, "test", device), uniform)
+    plain, compiled = draw(TASKS[task]), draw(gpu.compile_part(TASKS[task], config))
+    for expected, found in zip(plain, compiled):
+        assert (expected is None and found is None) or torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("word", ["forgetting", "linear-rotation", "mamba3-mimo", "experts", "rnn"])
+def test_a_compiled_model_has_the_same_gradients(word):
+    """Models whose steps the tests above do not compile."""
+    device = torch.device("cuda")
+    config = {**runs.DEFAULTS, "model": f"conv+{word}", "K": 16, "d": 8, "L": 64}
+    torch.manual_seed(0)
+    model = runs.model_from(config).to(device)
+    tokens = torch.randint(16, (32, 65), device=device)
+
+    def loss_of(tokens):
+        return model(tokens).square().mean()
+
+    def gradients(function, compiled):
+        with compiled_scan(compiled), sdpa_kernel([SDPBackend.MATH]):
+            loss = function(tokens)
+            weights = [p for p in model.parameters() if p.requires_grad]
+            return [loss, *torch.autograd.grad(loss, weights)]
+    plain = gradients(loss_of, False)
+    for expected, found in zip(plain, gradients(gpu.compile_part(loss_of, config), True)):
+        assert (found - expected).norm() < 1e-3 * (expected.norm() + 1e-3 * plain[0].norm())
 
 
 def test_compiling_in_the_middle_of_a_run():
