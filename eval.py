@@ -203,7 +203,8 @@ def main(argv=None):
                         help="context lengths (default: up to 3L, all if L is at most 256)")
     parser.add_argument("--sequences", type=int, default=1024, metavar="N",
                         help="least number of sequences per length (default: 1024)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="of the test sequences (default: 0)")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best one here)")
     parser.add_argument("--no-save", action="store_true", help="leave the JSON as it is")
     args = parser.parse_intermixed_args(argv)
