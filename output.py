@@ -37,8 +37,9 @@ def numbered(numbers):
 
 def length(word):
     """A context length on the command line, as a `type` of argparse."""
-    if int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word} is no context length, which is at least 1")
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{text(word)} is no context length, a number of at least "
+                                         "1; files come before the flag")
     return int(word)
 
 
