@@ -5,21 +5,21 @@ itself, weighted by how well their keys match its query (Vaswani et al. 2017, se
 
     y_t = sum over s <= t of w_ts v_s          w_ts = softmax over s of q_t . k_s / sqrt(P)
 
-The output at t takes t products q . k, and the keys and values of all tokens stay in memory. This
+The output at t costs t dot products, and the keys and values of all tokens stay in memory. This
 state grows with the context; that of a state space model has a fixed size.
 
     symbol   meaning
     B        sequences in the batch
     L        tokens in this call
     Q        queries: those of all L tokens, or of the last one alone
-    S        tokens seen in earlier calls, now in the cache
+    S        tokens of earlier calls, in the cache
     H, P     heads, and channels per head; d = H P
 
-In the formula, only the mask s <= t depends on where a token is. More about position comes from
+The formula knows the order of tokens through the mask s <= t alone. There are three choices:
 
+    position="none"     no more than that
     position="rope"     the query and the key are rotated by an angle proportional to their position
     LearnedPosition     a layer of its own, which adds a trained vector per absolute position
-    position="none"     neither of them: only the mask tells the order
 
 family/attention_variants.py has a sliding window, shared keys and values, and other angles.
 """
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 
 class KVCache(NamedTuple):
-    """The state of attention: keys (after rotation) and values of all tokens so far."""
+    """The state of attention: keys, already rotated, and values of all tokens so far."""
     k: torch.Tensor      # (B, H, S, P)
     v: torch.Tensor      # (B, H, S, P)
 
@@ -42,16 +42,18 @@ class Attention(nn.Module):
     """Multi-head causal self-attention, without a residual connection or a norm.
 
     d_model: width of x and y; n_heads must divide it, and rope needs heads of even size.
-    recency: initial value of the biases of q and k, None for torch's own. With rope, two equal
-        biases add a score that is highest at distance 0: the head first favours recent tokens.
+    recency: with rope, the initial value of the biases of q and k, None for torch's own. Two equal
+        biases add a score of their own. It is highest at distance 0 and lower far away on average,
+        but it oscillates: with P = 8, a key 6 tokens back scores above the previous one.
 
-    The maps to q, k and v have a bias. Recall needs it: a head that looks at the previous token,
-    whatever it is, needs queries and keys that do not depend on the token. At d = 8, no linear map
-    takes all 16 embeddings to the same vector, except zero; a bias is the same for every token.
+    The maps to q, k and v have a bias, which is the same for every token. At d = 8, recall needs
+    it: a head that looks at the previous token, whatever it is, needs queries and keys that do not
+    depend on the token, and a linear map can send all 16 embeddings to one vector only if it is 0.
     """
 
-    attends = answers_last = True
-    scale = 1.0          # of positions; report/interpolate.py lowers it after training
+    attends = True       # two class attributes that hybrid.py explains
+    answers_last = True
+    scale = 1.0          # positions are multiplied by it: report/interpolate.py
 
     def __init__(self, d_model, n_heads=1, position="none", recency=None):
         super().__init__()
@@ -59,7 +61,7 @@ class Attention(nn.Module):
         self.n_heads, self.position = n_heads, position
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.out_proj = nn.Linear(d_model, d_model)
-        if recency is not None:
+        if recency is not None and position == "rope":
             nn.init.constant_(self.qkv.bias[:2 * d_model], recency)      # of q and k
 
     def heads(self, qkv):
@@ -101,16 +103,16 @@ class Attention(nn.Module):
         Q, length = q.shape[2], k.shape[2]
         if mask is None and 1 < Q < length:                              # a later segment
             mask = self.mask(Q, length, q.device)
+        # Without a mask, a single query sees all keys, and the first segment, Q = S + L, is masked
+        # by is_causal. In a later segment, is_causal would let the first query see one key only.
+        causal = mask is None and Q > 1
         # This call computes, and where torch has a fused kernel does not store the scores,
         #     score = q @ k.mT / sqrt(P), -inf where the mask is False   (B, H, Q, S+L)
         #     y = softmax(score) @ v                                     (B, H, Q, P)
-        # A single query sees all keys. In the first segment there are as many queries as keys, and
-        # is_causal masks them without storing a mask.
-        causal = mask is None and Q > 1
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
     def mask(self, Q, length, device):
-        """(Q, length) bool: the keys that each of the last Q tokens sees."""
+        """(Q, length) bool: the keys that each of the last Q tokens sees. A window overrides it."""
         return causal_mask(Q, length, device)
 
 
@@ -133,13 +135,13 @@ def rotary(x, start, base=10000.0, scale=1.0):
 
     Channels j and j + P/2 are the coordinates of a point; at position t it turns by the angle
     t base^(-2j/P). The product of a query at t and a key at s then depends on t - s, not on t. The
-    paper pairs channels 2j and 2j + 1, which differs by their order alone.
+    paper pairs channels 2j and 2j + 1, which only reorders the channels.
     scale: positions are multiplied by it; below 1, a longer context has the angles of a shorter one
     (position interpolation, Chen et al. 2023, arXiv 2306.15595).
 
     x (..., L, P), the first token at position `start` (from 0) -> the same shape. Angles are
-    float64 where there is one: at 10^6, float32 angles are wrong by up to 0.06, and above 2^24
-    neighbours coincide.
+    computed in float64, if the device has it: in float32 they are off by up to 0.06 at position
+    10^6, and above 2^24 neighbouring positions get the same angle.
     """
     P = x.shape[-1]
     wide = torch.float32 if x.device.type == "mps" else torch.float64    # Apple's GPUs have none
@@ -166,9 +168,9 @@ def check_heads(d_model, n_heads, position="none"):
 class LearnedPosition(nn.Module):
     """A trained vector per absolute position: a layer whose output does not depend on x's values.
 
-    positions: rows of the table. Rows beyond the training length stay random, so a model fails
-    there; a sequence longer than the table is a ValueError. Rows start with length 0.1, embeddings
-    have length 1: at tau = 5 this solved 3 of 8 runs, and starting with length 1 solved none.
+    positions: rows of the table. Rows beyond the training length get no gradient, so a model fails
+    there; a sequence longer than the table is a ValueError. Rows start with length 0.1, a tenth of
+    the embeddings': `learned` then solved tau = 5 in 3 of 8 runs, and with length 1 in none.
     """
 
     skips_norm = True
@@ -217,12 +219,13 @@ def main():
     y = layer.out_proj(y.transpose(1, 2).flatten(2))
     difference = (layer(x)[0] - y).abs().max()
     print(f"one call against the formula:  largest difference {difference:.0e}")
-    state, steps = None, []
-    for x_t in x.split(1, dim=1):
-        y_t, state = layer(x_t, state)
-        steps.append(y_t)
-    difference = (torch.cat(steps, dim=1) - y).abs().max()
-    print(f"decode steps with the cache:   largest difference {difference:.0e}")
+    for name, size in ("decode steps with the cache:", 1), ("segments of four tokens:", 4):
+        state, segments = None, []
+        for segment in x.split(size, dim=1):
+            y_segment, state = layer(segment, state)
+            segments.append(y_segment)
+        difference = (torch.cat(segments, dim=1) - y).abs().max()
+        print(f"{name:<31}largest difference {difference:.0e}")
     numbers = state.k.numel() + state.v.numel()
     print(f"the cache after 6 tokens: {numbers} numbers, {numbers // 6} per token")
     q, k = torch.randn(2, 1, 8).double()                     # one query and one key

@@ -3,28 +3,33 @@
     mamba+attention            a stack of layers, first layer first: words joined by +
     3xmamba+attention+2xmlp    a count in front of a word repeats its layer
     hybrid-a                   a stack that has a name: see MODELS and FAMILY
-    mamba                      a name and a layer: alone it is the name, two layers; 1xmamba is one
+    mamba                      the model of two Mamba layers; for a single one, write 1xmamba
 
-To add a layer, write a module and give it a word: `LAYERS["mean"] = RunningMean` if it is built as
-RunningMean(d), otherwise a case in `build_layer` and the word in WORDS. A layer maps x (B, L, d)
-and a state, None at the start of a sequence, to y (B, L, d), or (1, L, d) if it is the same for all
-sequences, and the next state. It must be causal, and feeding a sequence in segments must give the
-same result as one call. It must not use dropout or other random numbers, or a resumed run differs.
-A loop over steps takes x.unbind(1): x[:, t] would write a gradient as large as x at each step. A
-GPU captures it in a CUDA graph, so it must not ask for values (.item()). Class attributes, False
-unless a layer sets them, tell the model how to treat the layer:
+To add a layer, write a module and give it a word: LAYERS["mean"] = RunningMean. It is built with a
+width d, and with those values of `build_layer` that its constructor names. A layer
+
+  - maps x (B, L, d) and a state, None at the start of a sequence, to y (B, L, d), or (1, L, d) if
+    it is the same for all sequences, and the next state;
+  - is causal, and gives the same result for a sequence in segments as for one call;
+  - uses no dropout or other random numbers, or a resumed run would differ;
+  - never asks for values (.item()), so that a GPU can capture it in a CUDA graph;
+  - loops over x.unbind(1), not x[:, t], whose gradient is as large as x at each step.
+
+Class attributes, False unless a layer sets them, tell the model how to treat it:
 
     takes_bias        its norm has a bias, because the layer's input projection has none
-    attends           in a model with such a layer, those biases start at random, otherwise at 0
+    attends           if any layer of a model has this, all those biases start at random, else at 0
     skips_norm        no norm comes before it: it needs none, or has its own
     needs_embedding   forward takes embedding=, the embeddings of the same tokens
     answers_last      forward takes last_only=True and then returns y of the last token, (B, 1, d)
 """
 
 import difflib
+import inspect
 import math
 import re
 import textwrap
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -80,8 +85,8 @@ class Model(nn.Module):
         table = embedding_table(K, d)                                            # (K, d)
         self.embedding = nn.Embedding.from_pretrained(table, freeze=not learn_embedding)
         self.layers = nn.ModuleList(layers)
-        # Found by trial: with biases that start at 0, `mamba` at M = 4 reached 0.99 in 11 of 12
-        # runs, with 0.5 in 8 of 12. With attention, 0 was not compared.
+        # Chosen by trial. Without attention, `mamba` at M = 4 reached 0.99 in 11 of 12 runs with
+        # biases that start at 0, and in 8 with 0.5. With attention, only 0.5 was tried.
         bias_std = 0.5 if any(getattr(layer, "attends", False) for layer in layers) else 0.0
         self.norms = nn.ModuleList()
         for layer in layers:
@@ -161,86 +166,70 @@ FAMILY = {  # published models: the order of their layers, not their size
     "zamba2": "2xmamba2+zamba2+2xmamba2+zamba2+2xmamba2+zamba2",
     "zamba2-mini": "2xmamba2+zamba2-mini+2xmamba2+zamba2-mini",
 }
-LAYERS = {  # words of the layers that need only a width
+LAYERS = {  # word -> the class that builds it, with the options that make it this word
+    "attention": Attention,
+    "rope": partial(Attention, position="rope"),
+    "rope-fast": partial(RotaryVariant, base=100.0),
+    "rope-slow": partial(RotaryVariant, base=1e6),
+    "rope-half": partial(RotaryVariant, rotated=0.5),
+    "position": LearnedPosition,
+    "window": SlidingWindow,
+    "grouped": partial(GroupedAttention, n_heads=4, kv_heads=2),
+    "alibi": partial(DecayAttention, decay="alibi"),
+    "forgetting": partial(DecayAttention, decay="forgetting"),
+    "conv": ShortConv,
+    "conv2": partial(ShortConv, d_conv=2),
+    "conv8": partial(ShortConv, d_conv=8),
+    "rnn": RNN,
+    "lti": LTI,
+    "retention": partial(Retention, n_heads=4),
+    "rglru": RGLRU,
+    "mamba": Mamba,
+    "mamba-noconv": partial(Mamba, d_conv=1),
+    "mamba-own": MambaOwn,
+    "normed-mamba": NormedMamba,
+    "mamba2": Mamba2,
+    "mamba2-shared": Mamba2Shared,
+    "mamba3": Mamba3,
+    "mamba3-mimo": partial(Mamba3, is_mimo=True),
+    "deltanet": partial(GatedDeltaNet, gated=False),
+    "gated-deltanet": GatedDeltaNet,
+    "linear-fixed": partial(LinearAttention, fixed_decay=True),
+    "linear-decay": LinearAttention,
+    "linear-rotation": partial(LinearAttention, delta=True, rotation=True),
+    "linear-fixed-noconv": partial(LinearAttention, fixed_decay=True, d_conv=None),
+    "linear-decay-noconv": partial(LinearAttention, d_conv=None),
+    "gated-deltanet-noconv": partial(LinearAttention, delta=True, d_conv=None),
+    "linear-rotation-noconv": partial(LinearAttention, delta=True, rotation=True, d_conv=None),
     "mlp": MLP,
     "experts": MixtureOfExperts,
-    "rnn": RNN,
-    "retention": Retention,
-    "rglru": RGLRU,
+    "zamba": SharedUse,
+    "zamba2": partial(SharedUse, blocks=2, rank=4),
+    "zamba2-mini": partial(SharedUse, rank=4, position="rope"),
 }
-RUNGS = {  # of linear attention, each with one idea more; gated-deltanet is a GatedDeltaNet
-    "linear-fixed": {"fixed_decay": True},
-    "linear-decay": {},
-    "gated-deltanet": {"delta": True},
-    "linear-rotation": {"delta": True, "rotation": True},
-}
-RUNGS |= {f"{word}-noconv": {**options, "d_conv": None} for word, options in RUNGS.items()}
-RECENCY = 2.0     # a first rotary layer starts out looking at recent tokens: see Attention
-TAPS = {"conv": 4, "conv2": 2, "conv8": 8}
-ZAMBA = {"zamba": {}, "zamba2": {"blocks": 2, "rank": 4},
-         "zamba2-mini": {"rank": 4, "position": "rope"}}
-ROTARY = {  # rotary attention with slower or faster angles, or half of the channels
-    "rope-fast": {"base": 100.0},
-    "rope-slow": {"base": 1e6},
-    "rope-half": {"rotated": 0.5},
-}
+RECENCY = 2.0            # a first rotary layer prefers near tokens at first: see Attention
+MOST_LAYERS = 256
+
+
+def takes(word, name):
+    """Whether the constructor of a layer has an argument of this name that LAYERS leaves open."""
+    build = LAYERS[word]
+    fixed = getattr(build, "keywords", {})                   # of a partial
+    return name in inspect.signature(build).parameters and name not in fixed
 
 
 def build_layer(word, d, L, n_heads, d_state, before):
     """The layer of this word. L: training length; before: the list of layers in front of it."""
-    if word in LAYERS:                                       # first, so that it can override a word
-        return LAYERS[word](d)
-    recency = None if before else RECENCY
-    if word == "attention":
-        return Attention(d, n_heads)
-    if word == "rope":
-        return Attention(d, n_heads, "rope", recency)
-    if word == "position":
-        return LearnedPosition(d, positions=3 * L + 1)
-    if word == "window":
-        return SlidingWindow(d, n_heads, window=max(2, L // 4), recency=recency)
-    if word == "grouped":
-        if d % 4:
-            raise ValueError(f"--d is {d}, but 'grouped' has 4 heads, which must divide it")
-        return GroupedAttention(d, n_heads=4, kv_heads=2)
-    if word == "mamba":
-        return Mamba(d, d_state)
-    if word == "mamba-noconv":
-        return Mamba(d, d_state, d_conv=1)
-    if word == "normed-mamba":
-        return NormedMamba(d, d_state, dt_rank=d)        # at rank 1 a norm would leave only a sign
-    if word == "mamba2":
-        return Mamba2(d, d_state, headdim=math.gcd(2 * d, 8))
-    if word == "mamba-own":
-        return MambaOwn(d, d_state)
-    if word == "mamba2-shared":
-        return Mamba2Shared(d, d_state, headdim=math.gcd(2 * d, 8))
-    if word in TAPS:
-        return ShortConv(d, d_conv=TAPS[word])
-    if word in ("mamba3", "mamba3-mimo"):
-        return Mamba3(d, d_state, headdim=math.gcd(2 * d, 8), is_mimo=word == "mamba3-mimo")
-    if word in ("deltanet", "gated-deltanet"):
-        return GatedDeltaNet(d, n_heads, d_state, gated=word == "gated-deltanet")
-    if word in RUNGS:
-        return LinearAttention(d, n_heads, d_state, **RUNGS[word])
-    if word in ROTARY:
-        return RotaryVariant(d, n_heads, recency, **ROTARY[word])
-    if word in ("alibi", "forgetting"):
-        return DecayAttention(d, n_heads, word)
-    if word == "lti":
-        return LTI(d, d_state)
-    if word in ZAMBA:
-        return SharedUse(d, before, n_heads, **ZAMBA[word])
-    raise ValueError(f"{word!r} is no layer")
-
-
-WORDS = [                                 # those in build_layer; LAYERS has the others
-    "attention", "rope", "position", "window", "grouped", "alibi", "forgetting", *TAPS, "mamba",
-    "mamba-noconv", "normed-mamba", "mamba-own", "mamba2", "mamba2-shared", "mamba3",
-    "mamba3-mimo", "deltanet", "lti", *ZAMBA, *RUNGS, *ROTARY]
-MOST_LAYERS = 256
-WITH_HEADS = {"attention", "rope", "window", "deltanet", "alibi", "forgetting",
-              *ZAMBA, *RUNGS, *ROTARY}                       # layers that take n_heads
+    values = {
+        "n_heads": n_heads,
+        "d_state": d_state,
+        "headdim": math.gcd(2 * d, 8),                       # of Mamba-2 and Mamba-3
+        "window": max(2, L // 4),
+        "positions": 3 * L + 1,
+        "recency": None if before else RECENCY,
+        "before": before,                                    # where Zamba finds its shared block
+    }
+    return LAYERS[word](d, **{name: v for name, v in values.items() if takes(word, name)})
 
 
 def layer_words(name):
@@ -249,17 +238,17 @@ def layer_words(name):
     for part in {**MODELS, **FAMILY}.get(name, name).split("+"):
         count, word = re.fullmatch(r"(?:(\d+)x)?(.*)", part, re.DOTALL).groups()
         repeats = int(count or 1)
-        if word not in (*WORDS, *LAYERS):
+        if word not in LAYERS:
             known = [*MODELS, *FAMILY] if name == word else []             # no stack, no count
-            near = difflib.get_close_matches(word.lower(), [*known, *WORDS, *LAYERS], 1)
+            near = difflib.get_close_matches(word.lower(), [*known, *LAYERS], 1)
             hint = f"did you mean {near[0]}? It" if near else "it"
             raise ValueError(
                 f"--model is {name!r}, but {part!r} is no layer; {hint} must be one of "
                 f"{', '.join([*MODELS, *FAMILY])}, or layers joined by + without spaces, as in "
-                f"2xmamba+mlp, of {', '.join([*WORDS, *LAYERS])}")
+                f"2xmamba+mlp, of {', '.join(LAYERS)}")
         if not 0 < repeats <= MOST_LAYERS - len(words):
-            raise ValueError(f"--model is {name!r}, but a count must be at least 1, and a stack has "
-                             f"at most {MOST_LAYERS} layers")
+            raise ValueError(f"--model is {name!r}, but a count must be at least 1, and a stack "
+                             f"has at most {MOST_LAYERS} layers")
         words += [word] * repeats
     return words
 
@@ -272,7 +261,7 @@ def build_model(name, K=16, d=8, L=64, n_heads=1, d_state=16, learn_embedding=Fa
     if min(K, d, L, n_heads, d_state) < 1:
         raise ValueError("K, d, L, n_heads and d_state must be at least 1")
     words, layers = layer_words(name), []
-    if n_heads > 1 and not WITH_HEADS.intersection(words):
+    if n_heads > 1 and not any(takes(word, "n_heads") for word in words):
         raise ValueError(f"--n-heads is {n_heads}, but no layer of {name} takes a number of heads")
     for word in words:
         layers.append(build_layer(word, d, L, n_heads, d_state, layers))
@@ -281,13 +270,16 @@ def build_model(name, K=16, d=8, L=64, n_heads=1, d_state=16, learn_embedding=Fa
 
 @torch.no_grad()
 def state_bytes(model, tokens):
-    """The bytes of state that a model keeps for one sequence after this many tokens."""
+    """The bytes of state that a model keeps for one sequence after this many tokens.
+
+    It enlarges the model's table of positions, as evaluation does.
+    """
     def count(state):
         if torch.is_tensor(state):
             return state.nbytes
         return sum(map(count, state)) if isinstance(state, (tuple, list)) else 0
 
-    model.extend_positions(tokens)                           # with random rows, as in evaluation
+    model.extend_positions(tokens)
     zeros = torch.zeros(1, tokens, dtype=torch.int64, device=model.embedding.weight.device)
     return count(model.run_layers(zeros)[1])
 

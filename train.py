@@ -24,7 +24,7 @@ import runs
 from data import TASKS, stream
 from eval import accuracy_now, evaluate, lengths_to_test, print_table, show_answers
 from grid import configs_of, make_all, prepare_folder
-from hybrid import FAMILY, LAYERS, MODELS, WORDS, state_bytes
+from hybrid import FAMILY, LAYERS, MODELS, state_bytes
 from output import Progress, say, short_errors
 from summary import SOLVED
 
@@ -34,8 +34,8 @@ CLIP = 0.2               # maximum norm of the gradient
 TESTS = 200              # during a run, about
 STEPS_APART = 10         # minimum between two tests, if --steps is at least 200
 SOLVED_TESTS = 3         # a task is solved when this many tests in a row reach SOLVED
-COOLDOWN_STEPS = 1000    # the learning rate falls in this many steps, at most a quarter of the run,
-COOLDOWN_SHARE = 1 / 5   # or in this share of the run, if that is longer
+COOLDOWN_STEPS = 1000    # of the final fall of the learning rate, at most a quarter of the run;
+COOLDOWN_SHARE = 1 / 5   # in runs of over 5,000 steps, this share of them
 EVAL_SEQUENCES = 1024    # of each length, after training
 STATE_TOKENS = 64, 4096  # contexts after which the size of the state is reported
 SAVE_SECONDS = 5         # between saves of an unfinished run
@@ -50,7 +50,7 @@ def parse(argv):
     add = parser.add_argument_group("the model").add_argument
     add("--model", nargs="+", action="extend", metavar="NAME",
         help=f"* {', '.join([*MODELS, *FAMILY])}; or a stack such as mamba+attention, of "
-             f"{', '.join([*WORDS, *LAYERS])} (default: rope)")
+             f"{', '.join(LAYERS)} (default: rope)")
     add("--d", **several, help="* width (default: 8)")
     add("--n-heads", type=int, **one, help="heads of an attention layer (default: 1)")
     add("--d-state", type=int, **one, help="states per channel of Mamba (default: 16)")
@@ -65,8 +65,8 @@ def parse(argv):
     add("--train-lengths", choices=["fixed", "uniform"], help="L, or up to L (default: fixed)")
 
     add = parser.add_argument_group("training").add_argument
-    add("--seed", **several, help="* of weights and data (default: 0)")
-    add("--steps", type=int, **one, help="maximum of training steps (default: 20000)")
+    add("--seed", **several, help="* seed of weights and data (default: 0)")
+    add("--steps", type=int, **one, help="maximum number of training steps (default: 20000)")
     add("--batch-size", type=int, **one, help="sequences per step (default: 64)")
     add("--lr", type=float, metavar="X", help="peak learning rate (default: min(0.008, 0.128 / d))")
     add("--weight-decay", type=float, metavar="X", help="of AdamW (default: 0)")
@@ -81,7 +81,7 @@ def parse(argv):
     add("--overwrite", action="store_true", help="repeat runs that are finished")
     parser.set_defaults(**runs.DEFAULTS)
     args = parser.parse_args(argv)
-    # Not default=, to which action="extend" would append. dict.fromkeys drops repeated values.
+    # Set here, because action="extend" appends to a default. dict.fromkeys drops repeated values.
     for flag, value in dict(model="rope", M=1, tau=1, K=16, d=8, L=64, seed=0).items():
         setattr(args, flag, list(dict.fromkeys(getattr(args, flag) or [value])))
     return parser, args
@@ -91,7 +91,7 @@ def learning_rate(step, last, highest):
     """A linear rise, a plateau, and a linear fall to zero at the step `last`.
 
     Recall is learned suddenly, at a step that differs from run to run. A plateau suits any such
-    step; a schedule that falls from the start has to guess it.
+    step; a schedule that falls from the start has to guess it. (Runs under 532 steps have none.)
     """
     fall = max(COOLDOWN_SHARE * last, min(COOLDOWN_STEPS, last / 4))
     return highest * min(1, (step + 1) / WARMUP, (last - step) / fall)
@@ -118,7 +118,7 @@ def last_step(curves, config):
 
 
 def make_optimizer(model, config, device):
-    """AdamW for all parameters that have gradients. Vectors and A_log have no weight decay."""
+    """AdamW. It skips parameters without a gradient. Vectors and A_log have no weight decay."""
     decayed, others = [], []
     for name, p in model.named_parameters():
         group = decayed if p.dim() > 1 and not name.endswith("A_log") else others
@@ -130,7 +130,8 @@ def make_optimizer(model, config, device):
 
 
 def make_training_step(model, optimizer, config, generator):
-    """training_step and its three arguments, which gpu.Captured may replace with compiled ones."""
+    """-> training_step, and the three functions that it calls. They are its arguments, so that
+    gpu.Captured can put compiled ones in their place."""
     B, L, K, M, tau = (config[flag] for flag in ("batch_size", "L", "K", "M", "tau"))
     uniform, device = config["train_lengths"] == "uniform", generator.device
 
@@ -170,7 +171,7 @@ def run(config, path, title="", runs_left=0):
     saved = {"model": model, "optimizer": optimizer, "training": draws, "testing": test_draws}
     step, curves, seconds = runs.load_progress(path, saved, device, title)
 
-    # A step of training, and a test. On CUDA both become graphs, compiled if that pays.
+    # next_step() is training_step (above), next_test() an accuracy. On CUDA both become graphs.
     def test(model):
         return accuracy_now(model, config, test_draws, device)
 
@@ -183,7 +184,7 @@ def run(config, path, title="", runs_left=0):
     began = saved_at = time.monotonic()
     bar = Progress(steps, initial=step, desc=title)
     while step < last:
-        # The learning rate, and training_step (above): a batch, the loss, its gradient, AdamW.
+        # The learning rate, then a batch, the loss, its gradient, AdamW.
         rate.fill_(learning_rate(step, last, config["lr"]))
         loss = next_step()
         step += 1
@@ -198,8 +199,8 @@ def run(config, path, title="", runs_left=0):
             runs.remove(path + ".resume.pt")
             raise FloatingPointError(f"the loss is {loss} at step {step}; a lower --lr than "
                                      f"{config['lr']:g} may help")
-        for curve, value in zip(curves.values(), (step, loss, accuracy)):
-            curve.append(value)
+        for name, value in {"step": step, "loss": loss, "accuracy": accuracy}.items():
+            curves[name].append(value)
         last = bar.total = last_step(curves, config)
         to_go = gpu.steps_left(step, last, runs_left)
         next_step.compile_if_it_pays(to_go)
@@ -230,8 +231,7 @@ def run(config, path, title="", runs_left=0):
     ended = f"stopped at step {step:,}, not solved; more --steps may help"
     first, solved = solved_at(curves, 1), solved_at(curves)
     if solved:
-        ended = (f"first test at {SOLVED} at step {first:,}, {SOLVED_TESTS} in a row by "
-                 f"step {solved:,}, stopped at {step:,}")
+        ended = f"at {SOLVED} at step {first:,}, solved at step {solved:,}, stopped at {step:,}"
     say(f"{title}{ended}; wrote {path}.json")
     print_table(result)
     if not title:

@@ -8,7 +8,7 @@
     B        sequences in the batch
     L        tokens in this call
     Q        queries: those of all L tokens, or of the last one alone
-    S        tokens seen in earlier calls, now in the cache
+    S        tokens of earlier calls, in the cache
     H, P     heads, and channels per head; d = H P
     G        heads of keys and values
 
@@ -26,7 +26,8 @@ class SlidingWindow(Attention):
     """Attention whose queries see the last `window` tokens only, their own included (Longformer,
     Beltagy et al. 2020, arXiv 2004.05150). The cache keeps window - 1 tokens, so it stays small.
 
-    The scores outside the window are computed, then masked: a short cache saves memory, not time.
+    In a long call, the scores outside the window are computed, then masked, which saves no time. A
+    decode step computes those of the window alone.
     """
 
     def __init__(self, d_model, n_heads=1, window=16, position="rope", recency=None):
@@ -36,6 +37,7 @@ class SlidingWindow(Attention):
         self.window = window
 
     def mask(self, Q, length, device):
+        """(Q, length) bool: each of the last Q tokens sees itself and the window - 1 before it."""
         causal = super().mask(Q, length, device)                         # (Q, length)
         return causal & causal.triu(length - Q - self.window + 1)
 
@@ -62,7 +64,10 @@ class GroupedAttention(Attention):
     heads of keys and values serves H / G query heads, and only they are cached."""
 
     def __init__(self, d_model, n_heads, kv_heads, position="none"):
-        nn.Module.__init__(self)                     # not Attention's: the maps have other sizes
+        nn.Module.__init__(self)       # skips Attention's, which makes a qkv of another size
+        if d_model % n_heads:
+            raise ValueError(f"--d is {d_model}, but grouped attention's {n_heads} heads must "
+                             "divide it")
         check_heads(d_model, n_heads, position)
         if kv_heads < 1 or n_heads % kv_heads:
             raise ValueError(f"kv_heads is {kv_heads}, but it must divide the {n_heads} heads")
@@ -81,26 +86,28 @@ class GroupedAttention(Attention):
         return q, k, v
 
     def attend(self, q, k, v, mask=None):
+        """As Attention.attend, with k and v (B, G, S+L, P)."""
         k = k.repeat_interleave(self.n_heads // self.kv_heads, dim=1)    # (B, H, S+L, P)
         v = v.repeat_interleave(self.n_heads // self.kv_heads, dim=1)
         return super().attend(q, k, v, mask)
 
 
 class RotaryVariant(Attention):
-    """Rotary attention with another base, or for a part of the channels.
+    """Rotary attention with another base, or for some of the channels.
 
-    base: a lower one turns the slow channels faster; 10,000 in `attention.rotary`.
-    rotated: the share of each head's channels that turn; the others know no position.
+    base: a smaller one rotates the slow channels faster; 10,000 in `attention.rotary`.
+    rotated: the share of each head's channels that are rotated; the rest carry no position.
     """
 
     def __init__(self, d_model, n_heads=1, recency=None, base=10000.0, rotated=1.0):
         super().__init__(d_model, n_heads, "rope", recency)
         self.base = base
-        self.turning = 2 * int(rotated * d_model / n_heads / 2)          # channels of a head
+        self.n_rotated = 2 * int(rotated * d_model / n_heads / 2)        # channels of a head
 
     def rotate(self, x, start):
-        turning, still = x[..., :self.turning], x[..., self.turning:]
-        return torch.cat([rotary(turning, start, self.base, self.scale), still], dim=-1)
+        """As Attention.rotate."""
+        rotated, rest = x[..., :self.n_rotated], x[..., self.n_rotated:]
+        return torch.cat([rotary(rotated, start, self.base, self.scale), rest], dim=-1)
 
 
 @torch.no_grad()
@@ -113,8 +120,8 @@ def main():
                   RotaryVariant(32, 4, rotated=0.5)):
         show_steps(layer, x)
         _, cache = layer(x)
-        numbers = cache.k.numel() + cache.v.numel()
-        print(f"    cache after {x.shape[1]} tokens: {numbers:,} numbers")
+        numbers = (cache.k.numel() + cache.v.numel()) // len(x)
+        print(f"    cache of a sequence of {x.shape[1]} tokens: {numbers:,} numbers")
 
 
 if __name__ == "__main__":

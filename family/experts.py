@@ -119,10 +119,13 @@ class MixtureOfExperts(nn.Module):
 
 
 class NormedMamba(Mamba):
-    """Mamba with an RMSNorm on dt, B and C, which Jamba adds (arXiv 2403.19887, section 6.4)."""
+    """Mamba with an RMSNorm on dt, B and C, which Jamba adds (arXiv 2403.19887, section 6.4).
+
+    dt_rank: None for d_model; of a single number, a norm would leave only the sign.
+    """
 
     def __init__(self, d_model, d_state=16, dt_rank=None):
-        super().__init__(d_model, d_state, dt_rank=dt_rank)
+        super().__init__(d_model, d_state, dt_rank=d_model if dt_rank is None else dt_rank)
         sizes = (self.dt_rank, d_state, d_state)
         self.inner_norms = nn.ModuleList([nn.RMSNorm(size) for size in sizes])
 

@@ -45,9 +45,9 @@ HYBRID = [
     ('if getattr(layer, "skips_norm", False):', "if False:"),
     ('if last_only and i == len(self.layers) - 1 and getattr(layer, "answers_last", False):',
      'if last_only and getattr(layer, "answers_last", False):'),
-    ("positions=3 * L + 1", "positions=L + 1"),
-    ("recency = None if before else RECENCY", "recency = None"),
-    ("window=max(2, L // 4)", "window=L"),
+    ('"positions": 3 * L + 1', '"positions": L + 1'),
+    ('"recency": None if before else RECENCY', '"recency": None'),
+    ('"window": max(2, L // 4)', '"window": L'),
     ("x[rows, at] if", "x[rows, at - 1] if"),
 ]
 
@@ -331,8 +331,8 @@ VARIANTS = [
     ("triu(length - Q - self.window + 1)", "triu(length - Q - self.window)"),
     ("first = max(0, length - self.window + 1)", "first = max(0, length - self.window + 2)"),
     ("2 * int(rotated * d_model / n_heads / 2)", "d_model // n_heads"),
-    ("rotary(turning, start, self.base, self.scale)", "rotary(turning, start, self.base)"),
-    ("rotary(turning, start, self.base, self.scale)", "rotary(turning, start, scale=self.scale)"),
+    ("rotary(rotated, start, self.base, self.scale)", "rotary(rotated, start, self.base)"),
+    ("rotary(rotated, start, self.base, self.scale)", "rotary(rotated, start, scale=self.scale)"),
     ("k = k.repeat_interleave(self.n_heads // self.kv_heads, dim=1)",
      "k = k.repeat(1, self.n_heads // self.kv_heads, 1, 1)"),
 ]
