@@ -104,7 +104,8 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
 # at (B, Q) int64 are the positions to answer at, labels (B, Q) the answers. If there is one answer
 # per sequence, labels are (B,), and at is (B,), or None for the last token. To add a task, write
 # such a function and give it a name in TASKS: train.py and eval.py do the rest. Its limits belong
-# in check_task and shortest, its chance in n_answers in summary.py; only recall has `uniform`.
+# in check_task and shortest, its chance in n_answers in summary.py. `uniform` is for recall alone:
+# another task gets False.
 # On a GPU it is captured in a CUDA graph, so it must draw from `generator` alone and not ask for
 # values (.item()).
 

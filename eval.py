@@ -45,7 +45,7 @@ def accuracy_one_by_one(model, lengths, K, M, tau, sequences=1024, device="cpu",
     generator, accuracies = stream(seed, "evaluation", device), []
     progress = Progress(sum(lengths), quiet=not bar, desc="testing")
     for length in lengths:
-        batch = TASKS[task](sequences, length, K, M, tau, device, generator)
+        batch = TASKS[task](sequences, length, K, M, tau, device, generator, False)
         accuracies.append(accuracy_of(model, *batch).item())
         progress.update(length)
         progress.report(f"testing: {progress.n / progress.total:.0%}")
@@ -137,14 +137,15 @@ def accuracy_now(model, config, generator, device):
     """Accuracy on TEST_SEQUENCES fresh sequences of the training length, a tensor ()."""
     K, M, tau, L = (config[k] for k in ("K", "M", "tau", "L"))
     draw_batch = TASKS[config["task"]]
-    return accuracy_of(model, *draw_batch(TEST_SEQUENCES, L, K, M, tau, device, generator))
+    return accuracy_of(model, *draw_batch(TEST_SEQUENCES, L, K, M, tau, device, generator, False))
 
 
 def evaluate(model, config, lengths, sequences, device, seed=0, bar=False):
     """Accuracy of a run's model at these lengths, on its own task: a list like `lengths`."""
     K, M, tau, task = (config[flag] for flag in ("K", "M", "tau", "task"))
+    longest = TASKS[task](1, max(lengths), K, M, tau, "cpu", None, False)[0].shape[1]
     torch.manual_seed(seed)                                  # for rows that extend_positions adds
-    model.extend_positions(max(lengths) + M + 1)             # copy ends with M marks, recall with q
+    model.extend_positions(max(longest, max(lengths) + M + 1))
     if task == "recall":
         return accuracy_by_length(model, lengths, K, M, tau, sequences, device, seed, bar)
     return accuracy_one_by_one(model, lengths, K, M, tau, sequences, device, seed, task, bar)

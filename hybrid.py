@@ -113,8 +113,12 @@ class Model(nn.Module):
             if last_only and i == len(self.layers) - 1 and getattr(layer, "answers_last", False):
                 options["last_only"] = True
             y, states[i] = layer(norm(x), states[i], **options)
-            # With last_only, y may be of the last token alone: x is then cut to it.
-            x = x[:, -y.shape[1]:] + y
+            if "last_only" in options:
+                x = x[:, -1:]
+            if y.shape[1:] != x.shape[1:]:
+                name = type(layer).__name__
+                raise ValueError(f"{name} made {tuple(y.shape)} of x {tuple(x.shape)}")
+            x = x + y
         return x[:, -1:] if last_only else x, states
 
     def forward(self, tokens, at=None):

@@ -120,7 +120,7 @@ def look(path):
     tokens, label = recall_batch(1, L, K, M, tau, generator=generator, i=torch.tensor([q]))
     logits, layers = look_into(model, tokens[0])
     if not any(layers):
-        raise ValueError(f"{path} has neither an attention nor a Mamba layer to look into")
+        raise ValueError(f"{path} has no layer that can be drawn: only Attention and Mamba can")
     return {"config": config, "tokens": tokens[0].numpy(), "q": q, "v": q + tau,
             "label": label.item(), "answer": int(logits.argmax()), "layers": layers}
 

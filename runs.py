@@ -108,10 +108,10 @@ def check(config):
         raise ValueError(f"--train-lengths is uniform, but --task {config['task']} has one length")
     check_memory(config)
     K, M, tau, task = (config[flag] for flag in ("K", "M", "tau", "task"))
-    for length in (shortest(M, tau, task), config["L"]):     # a task of one's own may have limits
+    for length in (shortest(M, tau, task), config["L"], 3 * config["L"]):     # used in testing, too
         try:
-            TASKS[task](1, length, K, M, tau, "cpu", None)
-        except (RuntimeError, ValueError, IndexError) as error:
+            tokens, labels, at = TASKS[task](1, length, K, M, tau, "cpu", None, False)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise ValueError(f"--task {task} fails with {length} context tokens ({error}); limits "
                              "belong in check_task and shortest in data.py") from None
 
@@ -135,8 +135,8 @@ def check_memory(config):
             bound = available
     if bound >= available:
         flags = "--K {K}, --d {d}, --L {L}, --d-state {d_state}, --batch-size {batch_size}"
-        raise ValueError(f"{flags.format(**config)} need more than {bound / 2**30:,.0f} GiB, but "
-                         f"this machine has {available / 2**30:,.0f} GiB")
+        raise ValueError(f"{flags.format(**config)} need more than {bound / 2**30:,.1f} GiB, but "
+                         f"this machine has {available / 2**30:,.1f} GiB")
 
 
 def memory(device):

@@ -203,7 +203,7 @@ def finding(cells, flags, kind, what="at"):
              if flag != "model" and len({row[i] for row in rows}) > 1]
     everywhere, found = {}, {}
     for row, ((_, (_, extra), _), runs) in zip(rows, cells.items()):
-        name = name_of("model", (runs[0]["config"]["model"], extra))
+        name = name_of("model", (runs[0]["config"]["model"], extra)).replace(", ", " with ", 1)
         place = [f"{flags[i]} = {text(row[i])}" for i in shown]
         everywhere.setdefault(name, []).append(place)
         found.setdefault(verdict(runs, kind, what), {}).setdefault(name, []).append(place)
@@ -211,7 +211,8 @@ def finding(cells, flags, kind, what="at"):
     L = numbered(runs[0]["config"]["L"] for runs in cells.values())
     after = "" if kind == "training" else AFTER[what].format(L)
     panels = len({panel for panel, _, _ in cells})
-    stay = f"above {KEPT} beyond {L} tokens" + (" in every panel" if kind == "model" else "")
+    stay = f"above {KEPT} " + ("from L to 3L" if kind == "model" else f"beyond {L} tokens")
+    stay += " in every panel" if kind == "model" and panels > 1 else ""
     for key, phrase in {
             "stay": f"{{}} stay{{}} {stay}", "fade": f"{{}} fade{{}} beyond {L}",
             "miss": f"below {KEPT} at {L} already: {{}}",
@@ -248,7 +249,7 @@ def caption(cells, flags, kind):
     everyone = set().union(*seeds.values())
     small = "ticks" if kind == "model" else "thin or small"
     several = f"{small}: seeds {numbered(everyone)}, thick or large: their median"
-    marks = [several if len(everyone) > 1 else f"seed {numbered(everyone)}"]
+    marks = [several if max(map(len, cells.values())) > 1 else f"seed {numbered(everyone)}"]
     marks += [f"{text(model)} has seeds {numbered(found)} only" for model, found in seeds.items()
               if found != everyone]
     tests = numbered(np.concatenate([run["sequences"] for run in runs]).tolist())
@@ -275,8 +276,7 @@ def file_name(kind, cells, args):
 
 
 def table(runs, lengths=None):
-    """A Markdown table with a row for each setting: median steps to SOLVED, median and worst at L,
-    and of the lowest from L to 3L. Or medians at `lengths`, where all seeds were tested."""
+    """A Markdown table, a row for each setting; or medians at `lengths` that all were tested at."""
     flags = ["model", "d", "M", "tau"]
     flags += [flag for flag in ("task", "K", "L") if len({run["config"][flag] for run in runs}) > 1]
     flags += [flag for flag in sorted({flag for run in runs for flag in run["changed"]})

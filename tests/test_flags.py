@@ -59,6 +59,32 @@ def test_a_flag_without_a_default_is_refused(refuses, tmp_path, monkeypatch):
     assert "--label-noise has no default" in error and names(tmp_path) == []
 
 
+def short_task(batch_size, L, K, M, tau, device, generator, uniform):
+    """A task of at most 20 tokens: it can be trained with 8, but not tested with 24."""
+    if L > 20:
+        raise ValueError("at most 20 tokens")
+    tokens = torch.randint(K, (batch_size, L), device=device, generator=generator)
+    return tokens, tokens[:, 0], None
+
+
+def no_uniform(batch_size, L, K, M, tau, device, generator):
+    return short_task(batch_size, 8, K, M, tau, device, generator, False)
+
+
+def two_results(batch_size, L, K, M, tau, device, generator, uniform):
+    return short_task(batch_size, 8, K, M, tau, device, generator, False)[:2]
+
+
+@pytest.mark.parametrize("task, sentence", [
+    (short_task, "fails with 24 context tokens (at most 20"), (no_uniform, "fails with 2 context"),
+    (two_results, "fails with 2 context tokens (not enough values")])
+def test_a_task_that_cannot_work_is_refused_before_training(task, sentence, refuses, tmp_path,
+                                                            monkeypatch):
+    monkeypatch.setitem(TASKS, "mine", task)
+    error = refuses(train.main, tiny("--out", tmp_path / "out", "--task", "mine"))
+    assert f"--task mine {sentence}" in error and names(tmp_path) == []
+
+
 def after_tau(batch_size, L, K, M, tau, device="cpu", generator=None, uniform=False):
     """A task that needs tau + 2 tokens, which its author did not write into data.shortest."""
     at = torch.randint(tau + 2, L + 1, (batch_size,), device=device, generator=generator)

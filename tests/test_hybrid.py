@@ -378,6 +378,22 @@ def test_a_layer_gets_what_it_says_it_needs(monkeypatch):
     assert isinstance(model.norms[1], nn.Identity)
 
 
+@pytest.mark.parametrize("wrong", [lambda x: x[:, 1:], lambda x: x[:, :1], lambda x: x[..., :1]])
+def test_a_layer_that_changes_the_shape_is_refused(wrong, monkeypatch):
+    """Cut or broadcast, it would train without a word."""
+    class Wrong(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+
+        def forward(self, x, state=None):
+            return wrong(x), state
+    monkeypatch.setitem(hybrid.LAYERS, "wrong", Wrong)
+    model = build_model("wrong+attention", d=8)
+    for at in (None, torch.zeros(2, dtype=torch.long)):
+        with pytest.raises(ValueError, match="Wrong made"):
+            model(torch.zeros(2, 9, dtype=torch.long), at)
+
+
 def test_only_the_last_layer_may_skip_tokens(monkeypatch):
     model, tokens = model_and_tokens("hybrid-a")
     calls = []

@@ -61,10 +61,19 @@ def test_a_title_of_rows_counts_all_panels(tmp_path, figures):  # noqa: F811
     """rope has no run at M = 4, so it does not stay in every panel."""
     kept = [write(tmp_path, "mamba", M=M) for M in (1, 4)]
     fig, = figures(*kept, write(tmp_path, "rope", M=1), "--against", "model").values()
-    assert fig.get_suptitle() == "mamba stays above 0.95 beyond 64 tokens in every panel"
+    assert fig.get_suptitle() == "mamba stays above 0.95 from L to 3L in every panel"
     lost = [write(tmp_path, "rope", M=M, beyond=0.5) for M in (1, 4)]
     fig, = figures(*lost, "--against", "model").values()
-    assert fig.get_suptitle() == "no model stays above 0.95 beyond 64 tokens in every panel"
+    assert fig.get_suptitle() == "no model stays above 0.95 from L to 3L in every panel"
+    fig, = figures(kept[0], "--against", "model").values()
+    assert fig.get_suptitle() == "mamba stays above 0.95 from L to 3L"
+
+
+def test_a_caption_speaks_of_a_median_where_there_is_one(tmp_path, figures):  # noqa: F811
+    paths = [write(tmp_path, seed=seed) for seed in (0, 1)]
+    caption = figures(*paths, "--panels", "seed")["length_by_seed_tau1_K16_d8_L64_M1.png"]
+    assert "seed 0, 1;" in caption.get_supxlabel() and "median" not in caption.get_supxlabel()
+    assert "their median" in figures(*paths).popitem()[1].get_supxlabel()
 
 
 def test_a_figure_that_is_left_out_is_named(tmp_path, figures, capsys):  # noqa: F811

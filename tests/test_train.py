@@ -246,6 +246,16 @@ def test_a_task_of_ones_own_trains(train_tiny, monkeypatch):
     assert result["train"]["loss"][-1] < 0.5 * result["train"]["loss"][0]
 
 
+def test_a_task_with_long_sequences_has_positions(train_tiny, monkeypatch):
+    """Longer than the sequences of any task here; `learned` needs a row for each token."""
+    def padded(batch_size, L, K, M, tau, device, generator, uniform):
+        tokens = torch.randint(K, (batch_size, L + 5), device=device, generator=generator)
+        return tokens, tokens[:, 0], None
+    monkeypatch.setitem(TASKS, "padded", padded)
+    result, = train_tiny("--task", "padded", "--model", "learned")
+    assert result["eval"]["length"][-1] == 24
+
+
 def test_a_model_learns(train_tiny):
     """The assignment's easiest question, at a length at which it takes a moment."""
     result, = train_tiny("--d", 16, "--L", 6, "--steps", 400, "--batch-size", 32)
