@@ -15,9 +15,9 @@ state grows with the context; that of a state space model has a fixed size.
     S        tokens of earlier calls, in the cache
     H, P     heads, and channels per head; d = H P
 
-The formula knows the order of tokens through the mask s <= t alone. There are three choices:
+In the formula, only the mask s <= t depends on the order of tokens. There are three choices:
 
-    position="none"     no more than that
+    position="none"     nothing more than the mask
     position="rope"     the query and the key are rotated by an angle proportional to their position
     LearnedPosition     a layer of its own, which adds a trained vector per absolute position
 
@@ -42,13 +42,13 @@ class Attention(nn.Module):
     """Multi-head causal self-attention, without a residual connection or a norm.
 
     d_model: width of x and y; n_heads must divide it, and rope needs heads of even size.
-    recency: with rope, the initial value of the biases of q and k, None for torch's own. Two equal
-        biases add a score of their own. It is highest at distance 0 and lower far away on average,
-        but it oscillates: with P = 8, a key 6 tokens back scores above the previous one.
+    recency: with rope, the initial value of the biases of q and k, None for torch's own. Equal
+        biases add a term that depends on distance alone. It is highest at 0 and lower far away on
+        average, but it oscillates: with P = 8, a key 6 tokens back scores above the previous one.
 
     The maps to q, k and v have a bias, which is the same for every token. At d = 8, recall needs
     it: a head that looks at the previous token, whatever it is, needs queries and keys that do not
-    depend on the token, and a linear map can send all 16 embeddings to one vector only if it is 0.
+    depend on the token. A linear map can send all 16 embeddings to one vector only if this is 0.
     """
 
     attends = True       # two class attributes that hybrid.py explains
@@ -106,7 +106,7 @@ class Attention(nn.Module):
         # Without a mask, a single query sees all keys, and the first segment, Q = S + L, is masked
         # by is_causal. In a later segment, is_causal would let the first query see one key only.
         causal = mask is None and Q > 1
-        # This call computes, and where torch has a fused kernel does not store the scores,
+        # The call computes the following; a fused kernel, where torch has one, stores no scores.
         #     score = q @ k.mT / sqrt(P), -inf where the mask is False   (B, H, Q, S+L)
         #     y = softmax(score) @ v                                     (B, H, Q, P)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)

@@ -6,8 +6,8 @@
     python bench.py --tables length --out length.json             what a longer context costs
     python bench.py --draw length.json                            its figure, length.png
 
-If they are installed, others are timed in the same run: mambapy's scan and, on CUDA, mamba_ssm's
-kernels. Times are medians; on CUDA of CUDA graphs, as in training, except for prefill.
+Other implementations, if installed, are timed in the same run: mambapy's scan and, on CUDA,
+mamba_ssm's kernels. Times are medians; on CUDA, of CUDA graphs, except for prefill.
 """
 
 import argparse

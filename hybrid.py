@@ -18,7 +18,7 @@ width d, and with those values of `build_layer` that its constructor names. A la
 Class attributes, False unless a layer sets them, tell the model how to treat it:
 
     takes_bias        its norm has a bias, because the layer's input projection has none
-    attends           if any layer of a model has this, all those biases start at random, else at 0
+    attends           if a layer of a model sets this, all biases of norms start random, else at 0
     skips_norm        no norm comes before it: it needs none, or has its own
     needs_embedding   forward takes embedding=, the embeddings of the same tokens
     answers_last      forward takes last_only=True and then returns y of the last token, (B, 1, d)
@@ -117,7 +117,7 @@ class Model(nn.Module):
                 x = x[:, -1:]
             if y.shape[1:] != x.shape[1:]:
                 name = type(layer).__name__
-                raise ValueError(f"{name} made {tuple(y.shape)} of x {tuple(x.shape)}")
+                raise ValueError(f"{name} returned y {tuple(y.shape)}, not {tuple(x.shape)}")
             x = x + y
         return x[:, -1:] if last_only else x, states
 
@@ -170,7 +170,7 @@ FAMILY = {  # published models: the order of their layers, not their size
     "zamba2": "2xmamba2+zamba2+2xmamba2+zamba2+2xmamba2+zamba2",
     "zamba2-mini": "2xmamba2+zamba2-mini+2xmamba2+zamba2-mini",
 }
-LAYERS = {  # word -> the class that builds it, with the options that make it this word
+LAYERS = {  # word -> the layer's class, with the arguments that the word stands for
     "attention": Attention,
     "rope": partial(Attention, position="rope"),
     "rope-fast": partial(RotaryVariant, base=100.0),
@@ -211,12 +211,12 @@ LAYERS = {  # word -> the class that builds it, with the options that make it th
     "zamba2": partial(SharedUse, blocks=2, rank=4),
     "zamba2-mini": partial(SharedUse, rank=4, position="rope"),
 }
-RECENCY = 2.0            # a first rotary layer prefers near tokens at first: see Attention
+RECENCY = 2.0            # first biases of q and k, if the first layer is rotary: see Attention
 MOST_LAYERS = 256
 
 
 def takes(word, name):
-    """Whether the constructor of a layer has an argument of this name that LAYERS leaves open."""
+    """Whether a layer's constructor has an argument of this name that LAYERS does not set."""
     build = LAYERS[word]
     fixed = getattr(build, "keywords", {})                   # of a partial
     return name in inspect.signature(build).parameters and name not in fixed

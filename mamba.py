@@ -68,7 +68,7 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
     step, None for zero. It computes in the dtype of its arguments.
     Returns y (b, L, D) and the state after the last step (b, D, N).
 
-    With L = 1 it is the decode step. mamba_ssm has the same function, with skip, gate and softplus.
+    With L = 1 it is the decode step. mamba_ssm's version adds a skip, a gate and a softplus.
     """
     check_shapes(x, dt, A, B, C, h)
     if h is None:
@@ -136,11 +136,11 @@ class Mamba(nn.Module):
     in_proj has no bias, so that state dicts fit. For recall (data.py) that hurts, because z gates
     the output at its own token. In the first layer, z is a linear map of the token's embedding, up
     to a positive factor from the norm before the layer. At d_model = 8 a sum of our 16 embeddings,
-    with suitable positive weights, is zero. So is that of the z, and each channel has z <= 0 at
-    some token, where it is nearly closed: SiLU(z) lies between -0.28 and 0. We take this as the
-    reason why a Mamba layer followed by attention learned 16 queries in 0 of 12 runs without a bias
-    in its norm, and in 3 of 3 with one (report/README.md, appendix on defaults). `takes_bias` asks
-    hybrid.Model for that bias, which gives x and z a constant part.
+    with suitable positive weights, is zero. So is a positive sum of their z, and each channel has
+    z <= 0 at some token, where it is nearly closed: SiLU(z) lies between -0.28 and 0. We take this
+    as the reason why a Mamba layer followed by attention learned 16 queries in 0 of 12 runs without
+    a bias in its norm, and in 3 of 3 with one (report/README.md, appendix on defaults).
+    `takes_bias` asks hybrid.Model for that bias, which gives x and z a constant part.
     """
 
     takes_bias = True
@@ -269,11 +269,11 @@ class ChunkedScan(torch.autograd.Function):
             starts.append(h)
             steps = len(dt_k)                                            # T, or fewer in the last
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
-            # For v from -87 to -104, exp(v) is a denormal float32, below 1.2e-38, on which CPUs are
-            # 10 to 50 times slower. So both passes clamp dt A at -80, which dt = 5 and A = -16
+            # For v between -104 and -87, exp(v) is a denormal float32, below 1.2e-38, on which CPUs
+            # are 10 to 50 times slower. So both passes clamp dt A at -80, which dt = 5 and A = -16
             # reach: a decay of 2e-35 is effectively 0, and so is d(dt A), a multiple of it. The
-            # margin to -87 keeps a h normal unless h is below 1e-3. A trained model runs up to
-            # twice as fast. selective_scan_ref and parallel_scan do not clamp.
+            # margin to -87 keeps the product a h normal unless h is below 1e-3. A trained model
+            # runs up to twice as fast. selective_scan_ref and parallel_scan do not clamp.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)         # h_k is u_t B_t, and after _recur h_t
             h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs
@@ -335,7 +335,7 @@ def chunked_scan(x, dt, A, B, C, h=None):
     h = x.new_zeros(b, D, A.shape[1]) if h is None else h
     if x.numel() == 0:
         return x.clone(), h
-    T = min(L, max(8, CHUNK_ELEMENTS // (b * A.numel())))                # at least 8
+    T = min(L, max(8, CHUNK_ELEMENTS // (b * A.numel())))                # 8 steps at least, or all
     x, dt, B, C = (v.transpose(0, 1).contiguous() for v in (x, dt, B, C))
     y, h = ChunkedScan.apply(x, dt, A, B, C, h.permute(2, 0, 1).contiguous(), T)
     return y.transpose(0, 1).contiguous(), h.permute(1, 2, 0).contiguous()

@@ -38,8 +38,8 @@ def numbered(numbers):
 def length(word):
     """A context length on the command line, as a `type` of argparse."""
     if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{text(word)} is no context length, a number of at least "
-                                         "1; files come before the flag")
+        raise argparse.ArgumentTypeError(f"{text(word)} is no context length, a whole number from "
+                                         "1 on; files come before the flag")
     return int(word)
 
 

@@ -108,7 +108,7 @@ def check(config):
         raise ValueError(f"--train-lengths is uniform, but --task {config['task']} has one length")
     check_memory(config)
     K, M, tau, task = (config[flag] for flag in ("K", "M", "tau", "task"))
-    for length in (shortest(M, tau, task), config["L"], 3 * config["L"]):     # used in testing, too
+    for length in (shortest(M, tau, task), config["L"], 3 * config["L"]):     # tests go to 3 L
         try:
             tokens, labels, at = TASKS[task](1, length, K, M, tau, "cpu", None, False)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -203,7 +203,7 @@ def load_run(path, device="cpu"):
         check({**config, "device": str(device)})
     except ValueError as error:
         reason, unknown, _ = str(error).partition(" is no layer;")
-        hint = " is no layer here; register it in hybrid.py, or load it where it is registered"
+        hint = " is no layer here; add it to LAYERS in hybrid.py, or load it where it exists"
         raise ValueError(f"{path} cannot be loaded: {reason}{unknown and hint}") from None
     except (KeyError, TypeError):
         raise not_whole from None

@@ -276,7 +276,7 @@ def file_name(kind, cells, args):
 
 
 def table(runs, lengths=None):
-    """A Markdown table, a row for each setting; or medians at `lengths` that all were tested at."""
+    """A Markdown table, a row for each setting; or medians at `lengths` where all were tested."""
     flags = ["model", "d", "M", "tau"]
     flags += [flag for flag in ("task", "K", "L") if len({run["config"][flag] for run in runs}) > 1]
     flags += [flag for flag in sorted({flag for run in runs for flag in run["changed"]})

@@ -34,8 +34,8 @@ CLIP = 0.2               # maximum norm of the gradient
 TESTS = 200              # during a run, about
 STEPS_APART = 10         # minimum between two tests, if --steps is at least 200
 SOLVED_TESTS = 3         # a task is solved when this many tests in a row reach SOLVED
-COOLDOWN_STEPS = 1000    # of the final fall of the learning rate, at most a quarter of the run;
-COOLDOWN_SHARE = 1 / 5   # in runs of over 5,000 steps, this share of them
+COOLDOWN_STEPS = 1000    # the learning rate falls in the last 1,000, at most a quarter of a run;
+COOLDOWN_SHARE = 1 / 5   # in runs of over 5,000 steps, in the last fifth
 EVAL_SEQUENCES = 1024    # of each length, after training
 STATE_TOKENS = 64, 4096  # contexts after which the size of the state is reported
 SAVE_SECONDS = 5         # between saves of an unfinished run
@@ -171,7 +171,7 @@ def run(config, path, title="", runs_left=0):
     saved = {"model": model, "optimizer": optimizer, "training": draws, "testing": test_draws}
     step, curves, seconds = runs.load_progress(path, saved, device, title)
 
-    # next_step() is training_step (above), next_test() an accuracy. On CUDA both become graphs.
+    # next_step() runs training_step (above), next_test() a test. On CUDA both become graphs.
     def test(model):
         return accuracy_now(model, config, test_draws, device)
 
@@ -231,7 +231,7 @@ def run(config, path, title="", runs_left=0):
     ended = f"stopped at step {step:,}, not solved; more --steps may help"
     first, solved = solved_at(curves, 1), solved_at(curves)
     if solved:
-        ended = f"at {SOLVED} at step {first:,}, solved at step {solved:,}, stopped at {step:,}"
+        ended = f"first {SOLVED} at step {first:,}, solved at step {solved:,}, stopped at {step:,}"
     say(f"{title}{ended}; wrote {path}.json")
     print_table(result)
     if not title:

@@ -12,7 +12,7 @@
     H, P     heads, and channels per head; d = H P
     G        heads of keys and values
 
-`python -m family.attention_variants` shows that single steps agree with one call, and the caches.
+`python -m family.attention_variants` shows that single steps agree, and how large the caches are.
 """
 
 import torch
@@ -93,7 +93,7 @@ class GroupedAttention(Attention):
 
 
 class RotaryVariant(Attention):
-    """Rotary attention with another base, or for some of the channels.
+    """Rotary attention with another base, or with only some channels rotated.
 
     base: a smaller one rotates the slow channels faster; 10,000 in `attention.rotary`.
     rotated: the share of each head's channels that are rotated; the rest carry no position.

@@ -25,7 +25,7 @@ With beta_t = 1 and |k_t| = 1, S_t k_t = v_t exactly, whatever the decay: the ru
 which is what associative recall needs.
 
 `python -m family.deltanet` shows that recurrence, chunks and single steps agree, and their times;
-`python -m family.linear_attention` shows the rule overwrite.
+`python -m family.linear_attention` shows the rule overwrite a value.
 """
 
 import math

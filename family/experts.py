@@ -121,7 +121,7 @@ class MixtureOfExperts(nn.Module):
 class NormedMamba(Mamba):
     """Mamba with an RMSNorm on dt, B and C, which Jamba adds (arXiv 2403.19887, section 6.4).
 
-    dt_rank: None for d_model; of a single number, a norm would leave only the sign.
+    dt_rank: None for d_model; the norm of a single number would leave only its sign.
     """
 
     def __init__(self, d_model, d_state=16, dt_rank=None):

@@ -390,7 +390,7 @@ def test_a_layer_that_changes_the_shape_is_refused(wrong, monkeypatch):
     monkeypatch.setitem(hybrid.LAYERS, "wrong", Wrong)
     model = build_model("wrong+attention", d=8)
     for at in (None, torch.zeros(2, dtype=torch.long)):
-        with pytest.raises(ValueError, match="Wrong made"):
+        with pytest.raises(ValueError, match="Wrong returned y"):
             model(torch.zeros(2, 9, dtype=torch.long), at)
 
 

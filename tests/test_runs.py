@@ -285,7 +285,7 @@ def test_a_result_is_no_checkpoint(tmp_path):
 
 
 def test_a_checkpoint_of_an_unknown_layer_names_it(checkpoint):
-    with pytest.raises(ValueError, match="'gpt' is no layer here; register it in hybrid.py"):
+    with pytest.raises(ValueError, match="'gpt' is no layer here; add it to LAYERS in hybrid.py"):
         runs.load_run(checkpoint(change_config(model="gpt")))
 
 
