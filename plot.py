@@ -170,7 +170,7 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
               for tokens in ((64, 4096) if kind == "state" else (None,))]
     xs = sorted({x for _, _, x in cells}, key=sort_key)
     if kind == "against" and len(xs) == 1:
-        raise ValueError(f"all runs have {across[0]} = {xs[0][0]}: there is nothing to compare")
+        raise ValueError(f"all runs have {across[0]} = {xs[0][0]}")
     if len(places) > MOST_PANELS:
         raise ValueError(f"a figure of {len(places)} panels, {MOST_PANELS} are the most")
     columns = 2 if kind == "state" or len(places) == 4 else min(3 + len(places) // 10, len(places))

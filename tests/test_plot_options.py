@@ -54,7 +54,7 @@ def test_an_unknown_flag_is_answered_with_the_known(tmp_path, figures, refuses):
         if flag in ("model", "state"):
             assert len(figures(path, "--against", flag)) == 1
         else:
-            assert "nothing to compare" in refuses(plot.main, [path, "--against", flag])
+            assert "all runs have" in refuses(plot.main, [path, "--against", flag])
 
 
 def test_a_title_of_rows_counts_all_panels(tmp_path, figures):  # noqa: F811
