@@ -278,6 +278,12 @@ def test_crafted_checkpoints_are_refused_in_one_sentence(change, checkpoint, ref
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize("flag, value", [("L", 8.0), ("L", "8"), ("M", True), ("seed", -1)])
+def test_a_number_that_is_not_whole_is_named(flag, value, checkpoint, refuses):
+    error = refuses(evaluation.main, [checkpoint(change_config(**{flag: value}))])
+    assert f"--{flag} is {value!r}, but it must be a whole number" in error
+
+
 def test_a_result_is_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="name .*x.pt"):
         (tmp_path / "x.json").write_text("{}")
