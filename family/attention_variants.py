@@ -4,14 +4,7 @@
     GroupedAttention    several query heads share a head of keys and values: a smaller cache
     RotaryVariant       rotary positions with faster or slower angles, or for some channels only
 
-    symbol   meaning
-    B        sequences in the batch
-    L        tokens in this call
-    Q        queries: those of all L tokens, or of the last one alone
-    S        tokens of earlier calls, in the cache
-    H, P     heads, and channels per head; d = H P
-    G        heads of keys and values
-
+Symbols are those of attention.py; G is the number of heads of keys and values.
 `python -m family.attention_variants` shows that single steps agree, and how large the caches are.
 """
 
