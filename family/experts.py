@@ -141,7 +141,7 @@ def main():
     torch.manual_seed(0)
     layer, x = MixtureOfExperts(64), torch.randn(8, 64, 64)
     exact = mixture_ref(layer, x)
-    print(f"4 experts, 2 per token: blocks and one token at a time, {difference(layer(x)[0], exact)}")
+    print(f"4 experts, 2 per token: blocks, one token at a time: {difference(layer(x)[0], exact)}")
 
 
 if __name__ == "__main__":
