@@ -70,7 +70,7 @@ def label_ends(ax, ends):
     heights = spread([y for _, y, _, _ in ends], ax.get_ylim()[0] + 0.04, 1.01)
     for (x, y, name, (colour, dashes)), height in zip(ends, heights):
         beside = dict(color=colour, clip_on=False, transform=ax.get_yaxis_transform())
-        ax.plot([x, right], [y, y], lw=0.8, ls=":", color=colour)
+        ax.plot([x, right], [y, y], lw=0.8, ls=":", color=colour, alpha=0.4)
         ax.plot([1, 1.04], [y, height], lw=0.8, **beside)
         ax.plot([1.04, key], [height, height], lw=2, ls=dashes, **beside)
         ax.text(key + 0.02, height, name, va="center_baseline", **beside)
