@@ -145,7 +145,7 @@ def evaluate(model, config, lengths, sequences, device, seed=0, bar=False):
     K, M, tau, task = (config[flag] for flag in ("K", "M", "tau", "task"))
     longest = TASKS[task](1, max(lengths), K, M, tau, "cpu", None, False)[0].shape[1]
     torch.manual_seed(seed)                                  # for rows that extend_positions adds
-    model.extend_positions(max(longest, max(lengths) + M + 1))
+    model.extend_positions(longest)
     if task == "recall":
         return accuracy_by_length(model, lengths, K, M, tau, sequences, device, seed, bar)
     return accuracy_one_by_one(model, lengths, K, M, tau, sequences, device, seed, task, bar)

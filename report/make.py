@@ -66,7 +66,7 @@ EXPERIMENTS = {
                 "followed by attention recalls all 16",
             "{}/problem2/* --panels model --name problem2_models":
                 "With more queries rotary attention fades sooner and Mamba learns a smaller part; "
-                "the hybrids keep all"}},
+                "the hybrids keep all in the median"}},
     "problem3": {
         "train": ["--d 64 --M 4 8 16 --model mamba", "--d 64 --M 16 --tau 10 --model mamba"],
         "draw": {

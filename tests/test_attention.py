@@ -173,7 +173,8 @@ def test_wrong_arguments(arguments, sentence):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    ((8, 3, 1), "d is 8, but .* 3 heads"), ((6, 2, 1, "rope"), "odd size 3"),
+    ((8, 3, 1), "d is 8, but .* 3 heads"), ((8, 0, 1), "n-heads is 0"),
+    ((6, 2, 1, "rope"), "odd size 3"),
     ((8, 4, 3), "kv_heads is 3"), ((8, 4, 0), "kv_heads is 0")])
 def test_wrong_groups(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
