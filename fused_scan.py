@@ -2,7 +2,7 @@
 
 mamba.py has the recurrence, and a scan that takes one chunk after another. A GPU has room for all
 chunks, but each needs the last state of the one before. The recurrence is linear, and that helps:
-`two_chunks` below is the whole idea, `python mamba.py` checks the scan. For many chunks:
+`two_chunks` below is the whole idea. For many chunks:
 
     1. run every chunk from a zero state, which gives its end               all at once
     2. start of the next chunk = exp(A sum of dt) start + end               one after another
@@ -29,7 +29,6 @@ import functools
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_STEPS = 8     # maximum in a chunk, if L < LONG
@@ -63,16 +62,15 @@ def split(v, most):
     chunks = max(1, -(-v.shape[1] // most))
     missing = -v.shape[1] % chunks       # 17 steps are 3 chunks of 6, not 2 of 8 and one of 1
     if missing:
-        v = F.pad(v, (0, 0) * (v.dim() - 2) + (0, missing))
+        v = torch.nn.functional.pad(v, (0, 0) * (v.dim() - 2) + (0, missing))
     return v.unflatten(1, (chunks, -1))
 
 
 # ---- Inside a chunk ------------------------------------------------------------------------------
 #
-# Each function that goes through _kernel becomes one kernel, its loop over steps unrolled; those
-# that also sum dt become two. A kernel sums over states (dx, ddt) or over channels (dB, dC), not
-# both; dB needs g, and dC needs h. So these are three kernels; each recomputes its h or g. Sums for
-# dB and dC stay in A's dtype until the end: rounding in the loop made it write states to memory.
+# Each function becomes one kernel, its loop over steps unrolled, or two if it also sums dt. A
+# kernel sums over states (dx, ddt) or over channels; dB needs g, and dC needs h. So there are
+# three, which recompute h or g. Rounding dB and dC in the loop made it write states to memory.
 
 def _decay(dt, A):
     """exp(dt A) for one step's dt (b, c, D): (b, c, D, N)."""
@@ -189,8 +187,7 @@ def _across(span, A, ends, h, backwards, compiled):
         return starts, last[:, 0]
     group_ends, group_span = _kernel(_group_ends, compiled)(span, A, ends, backwards)
     starts_of_groups, last = _across(group_span, A, group_ends, h, backwards, compiled)
-    starts, _ = group_starts(span, A, ends, starts_of_groups, backwards)     # (b, c, D, N)
-    return starts, last
+    return group_starts(span, A, ends, starts_of_groups, backwards)[0], last
 
 
 # ---- Compiled kernels ----------------------------------------------------------------------------
@@ -210,8 +207,11 @@ def compile_each_shape(function, options):
 
 
 @functools.cache
-def _kernel(function, compiled):
-    return compile_each_shape(function, OPTIONS) if compiled else function
+def _kernel(function, compiled, summands=math.inf):
+    """A kernel, if compiled. The compiler times several block sizes and takes the fastest, except
+    in sums of up to 16 numbers: there its guess is as fast, after half the compile time."""
+    options = {**OPTIONS, "deterministic": summands <= 16}
+    return compile_each_shape(function, options) if compiled else function
 
 
 # ---- The scan ------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor | No
     """-> y, the last state (b, D, N), and for the gradient every chunk's start and span."""
     ends, span = _kernel(_ends_forward, compiled)(x, dt, A, B)
     starts, last = _across(span, A, ends, h, backwards=False, compiled=compiled)
-    return _kernel(_outputs, compiled)(x, dt, A, B, C, starts), last, starts, span
+    return _kernel(_outputs, compiled, A.shape[1])(x, dt, A, B, C, starts), last, starts, span
 
 
 @torch.library.custom_op("mamba::scan_backward", mutates_args=())
@@ -233,9 +233,9 @@ def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start
     ends = _kernel(_ends_backward, compiled)(dt, A, C, dy)
     carries, dh = _across(span, A, ends, dh, backwards=True, compiled=compiled)
     del ends                                               # as large as carries, or as starts
-    dB = _kernel(_gradient_B, compiled)(x, dt, A, B, C, dy, carries)
-    dC = _kernel(_gradient_C, compiled)(x, dt, A, B, C, dy, starts)
-    dx, ddt = _kernel(_gradients_x_dt_A, compiled)(x, dt, A, B, C, dy, starts, carries)
+    dB = _kernel(_gradient_B, compiled, A.shape[0])(x, dt, A, B, C, dy, carries)
+    dC = _kernel(_gradient_C, compiled, A.shape[0])(x, dt, A, B, C, dy, starts)
+    dx, ddt = _kernel(_gradients_x_dt_A, compiled, A.shape[1])(x, dt, A, B, C, dy, starts, carries)
     dA = _kernel(_sum_of_chunks, compiled)(carries)        # carries have become the parts of dA
     return dx, ddt, dA, dB, dC, dh
 
