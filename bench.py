@@ -180,9 +180,9 @@ def times(title, shape, forms, inputs, dtype):
 
 def model_and_step(config, device):
     """A new model, and its training step as a call without arguments."""
-    model = runs.model_from(config).to(device)
-    optimizer, draws = make_optimizer(model, config, device), torch.Generator(device)
-    return model, gpu.Captured(*make_training_step(model, optimizer, config, draws), draws, config)
+    model, draws = runs.model_from(config).to(device), torch.Generator(device)
+    step = make_training_step(model, make_optimizer(model, config, device), config, draws)
+    return model, gpu.Captured("training step", *step, draws, config)
 
 
 def config_for(name, **changes):

@@ -51,7 +51,7 @@ def check_task(L, K=16, M=1, tau=1, task="recall"):
 
 def shortest(M=1, tau=1, task="recall"):
     """The shortest context of a task, in tokens."""
-    return {"mqar": 3 * M, "copy": M, "parity": 1}.get(task, tau + 1)
+    return {"recall": tau + 1, "mqar": 3 * M, "copy": M}.get(task, 1)
 
 
 def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, lengths=None,

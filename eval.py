@@ -3,7 +3,7 @@
     python eval.py results/X.pt                         lengths up to 3L: all if L is at most 256
     python eval.py results/X.pt --lengths 64 1024 65536
 
-The numbers are printed and added to the run's JSON, results/X.json.
+The numbers are printed, and added to results/X.json unless it has some from more sequences.
 """
 
 import argparse
@@ -19,9 +19,9 @@ if __name__ == "__main__":
 import torch
 
 from data import TASKS, recall_batch, shortest, show, stream
-from grid import wait_for
+from grid import locked
 from output import Progress, say, short_errors
-from runs import load_run, pick_device, read_result, remove, write_json
+from runs import load_run, pick_device, read_result, write_json
 from summary import TEST_SEQUENCES
 
 SEGMENT = 4096       # most tokens per call when a long context is processed
@@ -31,7 +31,7 @@ CUDA_FACTOR = 16     # on CUDA, a batch has this many times as many contexts and
 CALL_FLOATS = 2**22  # most rows x tokens x d per call: Mamba needs a kilobyte for each, 4 GB in all
 MOST_LENGTHS = 768   # tested after training; up to L = 256 these are all lengths to 3L
 MOST_LENGTHS_ALONE = 24      # of tasks whose lengths cannot share contexts
-STRIDE = 8           # a group has every eighth length of a block
+STRIDE = 8           # of the lengths that could form one group, every eighth does: see `groups`
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def accuracy_one_by_one(model, lengths, K, M, tau, sequences=1024, device="cpu",
     """Accuracy at each length, from sequences of exactly that length: a list like `lengths`.
 
     This is the definition. For 191 lengths it processes 19 million tokens; `accuracy_by_length`
-    processes 5 million.
+    processes fewer than 6 million.
     """
     generator, accuracies = stream(seed, "evaluation", device), []
     progress = Progress(sum(lengths), quiet=not bar, desc="testing")
@@ -64,10 +64,8 @@ def accuracy_of(model, tokens, labels, at):
 
 
 def rows_per_call(model, tokens):
-    """The number of sequences of this length per call: a power of two.
-
-    The parts of a test then have one shape, so a compiler compiles once.
-    """
+    """The number of sequences of this length per call: a power of two, so that the parts of a test
+    have one shape, and a compiler compiles once."""
     rows = CALL_FLOATS // (model.embedding.embedding_dim * tokens)
     return 2 ** (max(1, rows).bit_length() - 1)
 
@@ -76,10 +74,9 @@ def groups(lengths, tau):
     """Split lengths into groups that can share their contexts: lists of lengths, sorted.
 
     In a group, the longest has at most about twice as many positions for the query as the shortest.
-    Neighbours are in different groups, because lengths that share contexts also share their error:
-    in a single group, the mean of a curve would be as uncertain as one of its points. With eight
-    groups for each factor of two, the standard deviation of that mean is below 0.004 for 1,024
-    sequences.
+    Neighbours are in different groups, because lengths that share contexts share their error: in a
+    single group, the mean of a curve would be as uncertain as one of its points. With eight groups
+    for each factor of two, its standard deviation is below 0.004 for 1,024 sequences to 3L.
     """
     lengths = sorted(set(lengths))
     while lengths:
@@ -94,58 +91,73 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
     """Accuracy at each length, from at least `sequences` contexts: a list like `lengths`.
 
     The first tokens of a context are a shorter context, provided that its value is among them, and
-    the query's position in it is uniform too. So draw contexts of a group's longest length, with
-    positions spread evenly (each equally often, if there are four contexts or more for each), read
-    them once, and ask the query at every length of the group.
+    the query's position in it is uniform too. So, for each group of lengths:
+
+    1. draw contexts of its longest length, with the query's positions spread evenly;
+    2. read them once, and ask the query at every length of the group;
+    3. at each length, count only the contexts whose value has come by then.
     """
     generator, accuracy = stream(seed, "evaluation", device), {}
     scale = CUDA_FACTOR if torch.device(device).type == "cuda" else 1
-    plan = list(groups(lengths, tau))
-    progress = Progress(sum(group[-1] for group in plan), quiet=not bar, desc="testing")
-    for group in plan:
+    plan = [(group, n_contexts(group, tau, sequences)) for group in groups(lengths, tau)]
+    progress = Progress(sum(n * group[-1] for group, n in plan), quiet=not bar, desc="testing")
+    for group, n in plan:
         longest, positions = group[-1], group[-1] - tau
-        n = math.ceil(sequences * positions / (group[0] - tau)) + 1
-        if n > 4 * positions:            # each position equally often: n is a multiple of positions
-            n = -(-n // positions) * positions
-        # A random place within each nth part, the same in every group.
+        # 1. A position at a random place within each nth part of the context.
         jitter = torch.rand(n, dtype=torch.float64, generator=stream(seed, "evaluation"))
         i = ((torch.arange(n) + jitter) / n * positions).long().clamp(max=positions - 1).to(device)
         correct, asked = torch.zeros(2, len(group), dtype=torch.int64, device=device)
         rows = max(1, min(scale * BATCH_ROWS, scale * HELD_TOKENS // longest))
         for i_b in i.split(min(rows, rows_per_call(model, min(longest, SEGMENT)))):
             tokens, labels = recall_batch(len(i_b), longest, K, M, tau, device, generator, i=i_b)
-            states, start = None, 0
-            for k, length in enumerate(group):
-                for segment in tokens[:, start:length].split(SEGMENT, dim=1):
-                    # Only the states are needed: the last layer may leave out most outputs.
-                    _, states = model.run_layers(segment, states, last_only=True)
-                    progress.update(segment.numel() / n)
-                    progress.report(f"testing: {progress.n / progress.total:.0%}")
-                start = length
-                x, _ = model.run_layers(tokens[:, -1:], states)    # the query; its state is dropped
-                right = model.head(x[:, -1]).argmax(-1) == labels
-                seen = i_b + tau < length
-                correct[k] += (right & seen).sum()
-                asked[k] += seen.sum()
+            for k, answers in enumerate(answers_at(model, tokens, group, progress)):      # 2
+                has_come = i_b + tau < group[k]                                           # 3
+                correct[k] += ((answers == labels) & has_come).sum()
+                asked[k] += has_come.sum()
         accuracy.update(zip(group, (correct / asked).tolist()))
     progress.close()
     return [accuracy[length] for length in lengths]
 
 
+def n_contexts(group, tau, sequences):
+    """How many contexts of the longest length a group needs: in at least `sequences` of them, the
+    value has come at the shortest. If there are many, each position occurs equally often."""
+    positions = group[-1] - tau
+    n = math.ceil(sequences * positions / (group[0] - tau)) + 1          # + 1 against rounding
+    return math.ceil(n / positions) * positions if n > 4 * positions else n
+
+
+def answers_at(model, tokens, lengths, progress):
+    """Read tokens (n, L + 1) once, and yield the answers (n,) to its query after each length."""
+    states, start = None, 0
+    for length in lengths:
+        for segment in tokens[:, start:length].split(SEGMENT, dim=1):
+            # Only the states are needed: the last layer may leave out most outputs.
+            _, states = model.run_layers(segment, states, last_only=True)
+            progress.update(segment.numel())
+            progress.report(f"testing: {progress.n / progress.total:.0%}")
+        start = length
+        x, _ = model.run_layers(tokens[:, -1:], states)      # the query; its state is dropped
+        yield model.head(x[:, -1]).argmax(-1)
+
+
 @torch.no_grad()
 def accuracy_now(model, config, generator, device):
-    """Accuracy on TEST_SEQUENCES fresh sequences of the training length, a tensor ()."""
+    """During training: accuracy on TEST_SEQUENCES sequences of the training length, a tensor ()."""
     K, M, tau, L = (config[k] for k in ("K", "M", "tau", "L"))
-    draw_batch = TASKS[config["task"]]
-    return accuracy_of(model, *draw_batch(TEST_SEQUENCES, L, K, M, tau, device, generator, False))
+    batch = TASKS[config["task"]](TEST_SEQUENCES, L, K, M, tau, device, generator, False)
+    model.eval()
+    accuracy = accuracy_of(model, *batch)
+    model.train()
+    return accuracy
 
 
 def evaluate(model, config, lengths, sequences, device, seed=0, bar=False):
     """Accuracy of a run's model at these lengths, on its own task: a list like `lengths`."""
     K, M, tau, task = (config[flag] for flag in ("K", "M", "tau", "task"))
-    longest = TASKS[task](1, max(lengths), K, M, tau, "cpu", None, False)[0].shape[1]
+    tokens, _, _ = TASKS[task](1, max(lengths), K, M, tau, "cpu", None, False)
     torch.manual_seed(seed)                                  # for rows that extend_positions adds
-    model.extend_positions(longest)
+    model.extend_positions(tokens.shape[1])
     if task == "recall":
         return accuracy_by_length(model, lengths, K, M, tau, sequences, device, seed, bar)
     return accuracy_one_by_one(model, lengths, K, M, tau, sequences, device, seed, task, bar)
@@ -156,25 +168,26 @@ def lengths_to_test(L, M=1, tau=1, task="recall"):
 
     Of other tasks than recall, MOST_LENGTHS_ALONE: about eight up to L, sixteen beyond.
     """
-    lengths = range(shortest(M, tau, task), 3 * L + 1)
+    least = shortest(M, tau, task)
+    lengths = range(least, 3 * L + 1)
     most = MOST_LENGTHS if task == "recall" else MOST_LENGTHS_ALONE
     if len(lengths) <= most:
         return list(lengths)
-    chosen = {round(3 * L * k / most) for k in range(1, most + 1)} | set(some_lengths(L, tau))
+    chosen = {round(3 * L * k / most) for k in range(1, most + 1)} | set(some_lengths(L, least))
     return sorted(n for n in chosen if n in lengths)
 
 
-def some_lengths(L, tau):
+def some_lengths(L, least):
     """A few lengths below, at and beyond L, for a table that fits into a terminal."""
-    lengths = tau + 1, L // 8, L // 4, L // 2, L, 3 * L // 2, 2 * L, 3 * L
-    return sorted({n for n in lengths if n > tau})
+    lengths = least, L // 8, L // 4, L // 2, L, 3 * L // 2, 2 * L, 3 * L
+    return sorted({n for n in lengths if n >= least})
 
 
 def print_table(result, lengths=None):
     """Print a result's accuracies, eight per line, at these lengths or a few."""
-    L, tau, evaluation = result["config"]["L"], result["config"]["tau"], result["eval"]
+    L, evaluation = result["config"]["L"], result["eval"]
     accuracy = dict(zip(evaluation["length"], evaluation["accuracy"]))
-    lengths = [n for n in lengths or some_lengths(L, tau) if n in accuracy]
+    lengths = [n for n in lengths or some_lengths(L, min(accuracy)) if n in accuracy]
     for k in range(0, len(lengths), 8):
         say("length   " + " ".join(f"{n:>7}" for n in lengths[k:k + 8]))
         say("accuracy " + " ".join(f"{accuracy[n]:7.3f}" for n in lengths[k:k + 8]))
@@ -199,22 +212,21 @@ def main(argv=None):
     parser = short_errors(argparse.ArgumentParser(
         description="Accuracy of trained models against context length. The numbers go into each "
                     "run's JSON, unless it has numbers from more sequences."))
-    parser.add_argument("checkpoints", nargs="*", metavar="RUN.pt", help="checkpoints of train.py")
-    parser.add_argument("--lengths", nargs="+", default=[], metavar="N",
-                        help="context lengths (default: up to 3L, all if L is at most 256)")
-    parser.add_argument("--sequences", type=int, default=1024, metavar="N",
-                        help="least number of sequences per length (default: 1024)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N",
-                        help="of the test sequences (default: 0)")
-    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best one here)")
-    parser.add_argument("--no-save", action="store_true", help="leave the JSON as it is")
+    add = parser.add_argument
+    add("checkpoints", nargs="*", metavar="RUN.pt", help="checkpoints of train.py")
+    add("--lengths", nargs="+", default=[], metavar="N",
+        help="context lengths (default: up to 3L, all if L is at most 256)")
+    add("--sequences", type=int, default=1024, metavar="N",
+        help="least number of sequences per length (default: 1024)")
+    add("--seed", type=int, default=0, metavar="N", help="of the test sequences (default: 0)")
+    add("--device", help="cuda, cuda:1, mps or cpu (default: the best one here)")
+    add("--no-save", action="store_true", help="leave the JSON as it is")
     args = parser.parse_intermixed_args(argv)
     # In `--lengths 5 X.pt`, argparse takes X.pt for a length, so sort them out here.
     numbers = [word for word in args.lengths if word.removeprefix("-").isdecimal()]
     others = [word for word in args.lengths if word not in numbers]
-    paths = args.checkpoints + others
     lengths = sorted(set(map(int, numbers)))
-    paths = [path for path in dict.fromkeys(paths) if not path.endswith(".resume.pt")]
+    paths = [p for p in dict.fromkeys(args.checkpoints + others) if not p.endswith(".resume.pt")]
     try:
         device = pick_device(args.device)
         if not paths:
@@ -228,8 +240,8 @@ def main(argv=None):
             raise ValueError(f"--seed is {args.seed}, but it must be from 0 to 2^30 - 1")
         if lengths and lengths[-1] >= 2**31:
             raise ValueError(f"--lengths has {lengths[-1]}, but it must be below 2^31")
-        runs = [(path, *load_run(path, device)) for path in paths]
-        for path, _, c in runs:
+        checkpoints = [(path, *load_run(path, device)) for path in paths]
+        for path, _, c in checkpoints:
             least = shortest(c["M"], c["tau"], c["task"])
             if lengths and lengths[0] < least:
                 raise ValueError(f"--lengths has {lengths[0]}, but {path} needs at least {least}")
@@ -239,7 +251,7 @@ def main(argv=None):
         parser.error(str(error))
 
     found = []
-    for path, model, c in runs:
+    for path, model, c in checkpoints:
         began = time.monotonic()
         tested = lengths or lengths_to_test(c["L"], c["M"], c["tau"], c["task"])
         torch.set_flush_denormal(True)       # a CPU computes denormal floats 10 to 50 times slower
@@ -253,20 +265,17 @@ def main(argv=None):
         stem = os.path.splitext(path)[0]
         if args.no_save:
             continue
-        if not os.path.exists(stem + ".json"):
-            say(f"{stem}.json is not there, so the numbers are only printed")
-            continue
-        with wait_for(stem):                         # two processes must not overwrite each other
+        with locked(stem):                           # two processes must not overwrite each other
             result = read_result(stem + ".json")
+            if result is None:
+                say(f"{stem}.json is missing or damaged, so the numbers are only printed")
+                continue
+            result["eval"] = merged(result["eval"], tested, accuracies, args.sequences)
+            result["seconds"]["eval"] = round(time.monotonic() - began, 3)
             try:
-                if result:
-                    result["eval"] = merged(result["eval"], tested, accuracies, args.sequences)
-                    result["seconds"]["eval"] = round(time.monotonic() - began, 3)
-                    write_json(stem + ".json", result)
+                write_json(stem + ".json", result)
             except OSError as error:
                 sys.exit(f"eval.py: the numbers of {path} were not written: {error.strerror}")
-            finally:
-                remove(stem + ".lock")
     return found
 
 

@@ -20,7 +20,8 @@ from fused_scan import compile_each_shape, compiled_scan
 from output import say
 from runs import shape_of
 
-FIRST_CALLS = 5        # three that are launched, the capture with a first replay, a second replay
+WARMUP_CALLS = 3       # launched one kernel at a time: they allocate memory, and may compile
+FIRST_CALLS = WARMUP_CALLS + 2       # one that captures and replays, and one that tells the time
 GUESSED_SECONDS = {"training step": 40, "test": 15}     # to compile, until this process timed it
 SPEEDUP = 2.5          # of compiling, a guess: from 2.6 (rope) to 9 (mamba) on an H100
 SMALL_D, SMALL_L = 16, 256
@@ -83,25 +84,26 @@ class Captured:
 
     A call does what function(*parts) does, up to rounding, and returns its result, a tensor that
     the next call overwrites. The function must do the same operations on the same tensors every
-    time, must not wait for the GPU, and must draw from `generator` alone. parts: functions that it
-    uses, later replaced by compiled ones; config: the run's, whose "compile" is auto, on or off. On
-    other devices than CUDA, a call is function(*parts) and no more.
+    time, must not wait for the GPU, and must draw from `generator` alone. name: "training step" or
+    "test"; parts: what the function calls, later replaced by its compiled forms; config: the run's,
+    whose "compile" is auto, on or off. On other devices than CUDA, a call is function(*parts) and
+    no more.
     """
 
-    def __init__(self, function, parts, generator, config):
-        self.function, self.parts = function, parts
+    def __init__(self, name, function, parts, generator, config):
+        self.name, self.function, self.parts = name, function, parts
         self.generator, self.config = generator, config
-        self.name = function.__name__.replace("_", " ")      # a key of GUESSED_SECONDS
         self.shape = shape_of(config)
         self.on_cuda = generator.device.type == "cuda"
         if not self.on_cuda:
             return
-        # Small models use attention's plain formula, because the compiler can fuse it.
+        # In small models attention is its plain formula, which the compiler can fuse; uncompiled,
+        # too, so that both forms compute the same.
         self.backends = [SDPBackend.MATH] if is_small(config) else None
         self.compiled = False
         self.restart()
         self.undecided = config["compile"] == "auto" and has_compiler()
-        known = (self.name, self.shape) in measured_seconds
+        known = (self.name, self.shape) in measured_seconds          # its kernels exist already
         if config["compile"] == "on" or (self.undecided and known):
             self.compile()
 
@@ -117,11 +119,9 @@ class Captured:
         self.calls += 1
         if self.calls > FIRST_CALLS:
             return self.replay()
-        # The first calls allocate the memory that the graph uses, and may compile; then comes the
-        # capture; a first replay loads the graph, and the second tells how long a call takes.
         torch.cuda.synchronize()
         began = time.monotonic()
-        if self.calls == FIRST_CALLS - 1:
+        if self.calls == WARMUP_CALLS + 1:       # capturing runs no kernel; the first replay does
             self.replay = capture(self.launch, self.generator)
         result = self.replay() if self.replay else self.launch()
         torch.cuda.synchronize()
@@ -151,7 +151,7 @@ class Captured:
         cost = min(measured, default=GUESSED_SECONDS[self.name])
         if calls_left * self.seconds * (1 - 1 / SPEEDUP) > cost:
             say(f"{1e3 * self.seconds:.2f} ms per {self.name}, captured; compiling it now, which "
-                f"takes about {cost:.0f} s and pays within {calls_left:,} more")
+                f"takes about {cost:.0f} s and should pay: about {calls_left:,} are left")
             self.compile()
 
 
@@ -159,11 +159,13 @@ def steps_left(step, last, runs_left):
     """A guess of the steps to go in this run and in the runs of its shape that follow.
 
     A run ends when its task is solved, so nobody knows. We guess that this run is half over, and
-    that the others will take as many steps. last: the most steps that the run can take.
+    that the others will take as many steps. last: the step at which it ends, as far as known.
     """
     to_go = min(step, last - step)
     return to_go + runs_left * (step + to_go)
 
+
+# ---- A faster start ------------------------------------------------------------------------------
 
 class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW without the wrappers that import torch's compiler.

@@ -3,11 +3,12 @@
 Each process takes the next free run, so eight processes train eight runs at a time: `torchrun
 --nproc-per-node 8 -- train.py ...`, on one machine or on several with the same folder. A process
 takes a run by locking OUT/NAME.lock. The system frees the lock of a process that dies, so its run
-goes to another, or to the same command given again. A run that fails is not tried by the others of
-the same torchrun on that machine. Without file locks (Windows, some network folders), use one
-process.
+goes to another, or to the same command given again. Under torchrun, a run that fails leaves
+OUT/NAME.failed, so that the other processes do not try it. Without file locks (Windows, some
+network folders), use one process.
 """
 
+import contextlib
 import glob
 import itertools
 import os
@@ -19,9 +20,10 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from output import say
-from runs import GRID, check, is_finished, read_result, remove, run_name, shape_of
+from runs import check, is_finished, read_result, remove, run_name, shape_of
 from summary import DEFAULTS, IGNORED, default_lr
 
+GRID = dict(model="rope", M=1, tau=1, K=16, d=8, L=64, seed=0)     # flags that take several values
 STARTED = time.time() - 1     # when this process started; file systems round times
 
 
@@ -36,7 +38,7 @@ def configs_of(args, device):
     for values in itertools.product(*(getattr(args, flag) for flag in GRID)):
         config = {**vars(args), **dict(zip(GRID, values)), "device": str(device)}
         if config["lr"] is None:
-            config["lr"] = default_lr(max(1, config["d"]))
+            config["lr"] = default_lr(max(1, config["d"]))     # `check` refuses a d below 1
         check(config)
         configs.append(config)
     return configs
@@ -60,10 +62,9 @@ def claim(path):
     try:
         import fcntl
     except ImportError:                          # Windows: one process makes the whole grid
-        return open(os.devnull, "r+")
+        return open(os.devnull)
     while True:
-        descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        lock = os.fdopen(descriptor, "r+", errors="replace")
+        lock = os.fdopen(os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -71,7 +72,8 @@ def claim(path):
             return None
         except OSError:                          # a file system without locks
             return lock
-        try:                                     # its owner may just have removed the file
+        # Its owner may have removed the file after we opened it. Then nobody else sees our lock.
+        try:
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(path + ".lock")):
                 return lock
         except FileNotFoundError:
@@ -79,13 +81,18 @@ def claim(path):
         lock.close()
 
 
-def wait_for(path):
-    """Take a run, waiting until no other process has it."""
+@contextlib.contextmanager
+def locked(path):
+    """Hold a run, after waiting for the process that has it."""
     lock = claim(path)
     while lock is None:
         time.sleep(0.1)
         lock = claim(path)
-    return lock
+    with lock:
+        try:
+            yield
+        finally:
+            remove(path + ".lock")
 
 
 def barrier():
@@ -140,10 +147,15 @@ def make_all(configs, out, overwrite, make, wait=True, show=None):
         sharing = -(-processes // len(shapes))           # processes per shape, rounded up
         return sum(not os.path.exists(run.path + ".json") for run in same) // sharing
 
-    waiting, failed = sorted(grid, key=lambda run: (run.shape - rank) % len(shapes)), []
+    failed = []                                          # paths
+    # Process r begins with shape r, so that few processes compile the same one.
+    waiting = sorted(grid, key=lambda run: (run.shape - rank) % len(shapes))
     try:
         while waiting:
-            taken = [run for run in waiting if not make_if_free(run, make, runs_left, failed)]
+            taken = []                                   # by other processes
+            for run in waiting:
+                if not make_if_free(run, make, runs_left, failed):
+                    taken.append(run)
             if len(taken) == len(waiting):               # others are making all that are left
                 if not wait:
                     break
@@ -159,9 +171,12 @@ def make_all(configs, out, overwrite, make, wait=True, show=None):
 
 
 def make_if_free(run, make, runs_left, failed):
-    """Make a run, unless it is finished or has failed -> False if another process has taken it."""
+    """Make a run, unless it is finished -> False if another process has it.
+
+    If it fails, or another process of this torchrun has tried in vain, its path goes into `failed`.
+    """
     if is_finished(run.path) and not os.path.exists(run.path + ".lock"):
-        return True     # with a lock there, left by a process that died, continue: it is removed
+        return True     # a lock that was left by a process that died is claimed, and then removed
     try:
         lock = claim(run.path)
     except OSError as error:
@@ -170,25 +185,28 @@ def make_if_free(run, make, runs_left, failed):
         return True
     if lock is None:
         return False
-    # A run that fails leaves this mark in its lock, so that the other processes of this torchrun,
-    # our parent, skip it. A mark older than this process is of a torchrun with the same number.
-    mark = f"failed {os.getppid()}" if "RANK" in os.environ else None
     with lock:
-        if mark and lock.read(100) == mark and os.fstat(lock.fileno()).st_mtime >= STARTED:
-            failed.append(run.path)
-            return True
         try:
-            remove(*glob.glob(glob.escape(run.path) + ".*.tmp"))     # of a process that was killed
-            if not is_finished(run.path):
+            if has_failed(run.path):
+                failed.append(run.path)
+            elif not is_finished(run.path):
+                leftovers = glob.glob(glob.escape(run.path) + ".*.tmp")      # of a killed process
+                remove(run.path + ".failed", *leftovers)
                 make(run.config, run.path, run.title, runs_left(run))
         except (FloatingPointError, OSError) as error:
             failed.append(run.path)
             say(f"{run.title}{run.path} failed: {error}")
+            if "RANK" in os.environ:                     # tell the others
+                with contextlib.suppress(OSError):       # the disk may be full
+                    open(run.path + ".failed", "x").close()
         finally:                                 # also after Ctrl-C, or a mistake in a new layer
-            if mark and run.path in failed:
-                lock.seek(0)
-                lock.truncate()
-                lock.write(mark)
-            else:
-                remove(run.path + ".lock")
+            remove(run.path + ".lock")
     return True
+
+
+def has_failed(path):
+    """Whether a run has failed since this process started, in another of the same torchrun."""
+    try:
+        return os.path.getmtime(path + ".failed") >= STARTED
+    except OSError:
+        return False

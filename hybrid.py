@@ -13,12 +13,12 @@ width d, and with those values of `build_layer` that its constructor names. A la
   - is causal, and gives the same result for a sequence in segments as for one call;
   - uses no dropout or other random numbers, or a resumed run would differ;
   - never asks for values (.item()), so that a GPU can capture it in a CUDA graph;
-  - loops over x.unbind(1), not x[:, t], whose gradient is as large as x at each step.
+  - loops over x.unbind(1), not x[:, t], which backwards allocates zeros as large as x at every t.
 
 Class attributes, False unless a layer sets them, tell the model how to treat it:
 
     takes_bias        its norm has a bias, because the layer's input projection has none
-    attends           if a layer of a model sets this, all biases of norms start random, else at 0
+    attends           if a layer of a model sets this, biases of norms start at random, else at 0
     skips_norm        no norm comes before it: it needs none, or has its own
     needs_embedding   forward takes embedding=, the embeddings of the same tokens
     answers_last      forward takes last_only=True and then returns y of the last token, (B, 1, d)
@@ -110,13 +110,17 @@ class Model(nn.Module):
             options = {}
             if getattr(layer, "needs_embedding", False):
                 options["embedding"] = embedding
+            # Only the last layer may leave tokens out: later layers read the others' outputs.
             if last_only and i == len(self.layers) - 1 and getattr(layer, "answers_last", False):
                 options["last_only"] = True
-            y, states[i] = layer(norm(x), states[i], **options)
+            name = type(layer).__name__
+            returned = layer(norm(x), states[i], **options)
+            if not isinstance(returned, tuple) or len(returned) != 2:
+                raise ValueError(f"{name} must return y and its next state")
+            y, states[i] = returned
             if "last_only" in options:
                 x = x[:, -1:]
             if y.shape[1:] != x.shape[1:]:
-                name = type(layer).__name__
                 raise ValueError(f"{name} returned y {tuple(y.shape)}, not {tuple(x.shape)}")
             x = x + y
         return x[:, -1:] if last_only else x, states
@@ -150,16 +154,14 @@ FAMILY = {  # published models: the order of their layers, not their size
     "rnn": "2xrnn",
     "lti": "2xlti",
     "retention": "2xretention",
-    # De et al. 2024, arXiv 2402.19427
-    "griffin": "rglru+mlp+rglru+mlp+window+mlp",
+    "griffin": "rglru+mlp+rglru+mlp+window+mlp",    # De et al. 2024, arXiv 2402.19427
     "mamba2": "2xmamba2",
     "mamba3": "2xmamba3",
     "deltanet": "2xdeltanet",
     "gated-deltanet": "2xgated-deltanet",
     "alibi": "2xalibi",
     "forgetting": "2xforgetting",
-    # Ren et al. 2024, arXiv 2406.07522
-    "samba": "mamba+mlp+window+mlp",
+    "samba": "mamba+mlp+window+mlp",                # Ren et al. 2024, arXiv 2406.07522
     # Waleffe et al. 2024, arXiv 2406.07887
     "mamba2-hybrid": "mamba2+mlp+mamba2+mlp+grouped+mlp+mamba2+mlp",
     # Lieber et al. 2024, arXiv 2403.19887
@@ -178,10 +180,10 @@ LAYERS = {  # word -> the layer's class, with the arguments that the word stands
     "rope-half": partial(RotaryVariant, rotated=0.5),
     "position": LearnedPosition,
     "window": SlidingWindow,
-    "grouped": partial(GroupedAttention, n_heads=4, kv_heads=2),
+    "grouped": partial(GroupedAttention, n_heads=4, kv_heads=2),     # heads share keys and values
     "alibi": partial(DecayAttention, decay="alibi"),
     "forgetting": partial(DecayAttention, decay="forgetting"),
-    "conv": ShortConv,
+    "conv": ShortConv,                                               # a filter of 4 taps
     "conv2": partial(ShortConv, d_conv=2),
     "conv8": partial(ShortConv, d_conv=8),
     "rnn": RNN,
@@ -189,17 +191,17 @@ LAYERS = {  # word -> the layer's class, with the arguments that the word stands
     "retention": partial(Retention, n_heads=4),
     "rglru": RGLRU,
     "mamba": Mamba,
-    "mamba-noconv": partial(Mamba, d_conv=1),
-    "mamba-own": MambaOwn,
-    "normed-mamba": NormedMamba,
+    "mamba-noconv": partial(Mamba, d_conv=1),                        # the state alone
+    "mamba-own": MambaOwn,                                           # B and C as in Mamba-2
+    "normed-mamba": NormedMamba,                                     # Jamba's
     "mamba2": Mamba2,
-    "mamba2-shared": Mamba2Shared,
+    "mamba2-shared": Mamba2Shared,                                   # B and C as in Mamba
     "mamba3": Mamba3,
     "mamba3-mimo": partial(Mamba3, is_mimo=True),
     "deltanet": partial(GatedDeltaNet, gated=False),
     "gated-deltanet": GatedDeltaNet,
-    "linear-fixed": partial(LinearAttention, fixed_decay=True),
-    "linear-decay": LinearAttention,
+    "linear-fixed": partial(LinearAttention, fixed_decay=True),      # the decay is a constant
+    "linear-decay": LinearAttention,                                 # the token sets the decay
     "linear-rotation": partial(LinearAttention, delta=True, rotation=True),
     "linear-fixed-noconv": partial(LinearAttention, fixed_decay=True, d_conv=None),
     "linear-decay-noconv": partial(LinearAttention, d_conv=None),
@@ -211,14 +213,14 @@ LAYERS = {  # word -> the layer's class, with the arguments that the word stands
     "zamba2": partial(SharedUse, blocks=2, rank=4),
     "zamba2-mini": partial(SharedUse, rank=4, position="rope"),
 }
-RECENCY = 2.0            # first biases of q and k, if the first layer is rotary: see Attention
+RECENCY = 2.0            # initial biases of q and k in a rotary first layer: see Attention
 MOST_LAYERS = 256
 
 
-def takes(word, name):
+def accepts(word, name):
     """Whether a layer's constructor has an argument of this name that LAYERS does not set."""
     build = LAYERS[word]
-    fixed = getattr(build, "keywords", {})                   # of a partial
+    fixed = getattr(build, "keywords", {})      # of a partial, whose signature still lists them
     return name in inspect.signature(build).parameters and name not in fixed
 
 
@@ -233,7 +235,7 @@ def build_layer(word, d, L, n_heads, d_state, before):
         "recency": None if before else RECENCY,
         "before": before,                                    # where Zamba finds its shared block
     }
-    return LAYERS[word](d, **{name: v for name, v in values.items() if takes(word, name)})
+    return LAYERS[word](d, **{name: v for name, v in values.items() if accepts(word, name)})
 
 
 def layer_words(name):
@@ -243,7 +245,7 @@ def layer_words(name):
         count, word = re.fullmatch(r"(?:(\d+)x)?(.*)", part, re.DOTALL).groups()
         repeats = int(count or 1)
         if word not in LAYERS:
-            known = [*MODELS, *FAMILY] if name == word else []             # no stack, no count
+            known = [*MODELS, *FAMILY] if name == word else []      # there is no hybrid-a+mlp
             near = difflib.get_close_matches(word.lower(), [*known, *LAYERS], 1)
             hint = f"did you mean {near[0]}? It" if near else "it"
             raise ValueError(
@@ -265,8 +267,10 @@ def build_model(name, K=16, d=8, L=64, n_heads=1, d_state=16, learn_embedding=Fa
     if min(K, d, L, n_heads, d_state) < 1:
         raise ValueError("K, d, L, n_heads and d_state must be at least 1")
     words, layers = layer_words(name), []
-    if n_heads > 1 and not any(takes(word, "n_heads") for word in words):
-        raise ValueError(f"--n-heads is {n_heads}, but no layer of {name} takes a number of heads")
+    for flag, value, default in ("n_heads", n_heads, 1), ("d_state", d_state, 16):
+        if value != default and not any(accepts(word, flag) for word in words):
+            flag = flag.replace("_", "-")
+            raise ValueError(f"--{flag} is {value}, but no layer of {name} takes it")
     for word in words:
         layers.append(build_layer(word, d, L, n_heads, d_state, layers))
     return Model(layers, K, d, learn_embedding)

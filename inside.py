@@ -245,7 +245,6 @@ def main(argv=None):
                 raise ValueError(f"{path} has the name of another; draw it with its own --out")
             with matplotlib.rc_context(RC_PARAMS):
                 fig = draw(look(path))
-                os.makedirs(args.out, exist_ok=True)
                 write_figure(target, fig)
         except ValueError as error:
             left_out.append(str(error))

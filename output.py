@@ -52,6 +52,8 @@ def short_errors(parser):
             message += f"; did you mean {near[0]}?" if near else "; --help lists the flags"
         elif message.startswith("unrecognized arguments"):
             message += "; a value needs its flag, and --help says what takes several values"
+        elif message.startswith("the following arguments are required"):
+            message += "; they come before flags that take several values"
         parser.exit(2, f"{parser.prog}: {text(message, 2000)}\n")
 
     parser.allow_abbrev, parser.error = False, error
@@ -65,7 +67,7 @@ def end_with(parser, written, left_out):
     reason is the error.
     """
     if not written and len(left_out) == 1:
-        parser.error(f"{left_out[0]}; there is nothing to draw")
+        parser.error(left_out[0])
     for sentence in left_out:
         print(f"{parser.prog}: left out: {text(sentence, 1000)}", file=sys.stderr)
     if not written:
@@ -108,7 +110,8 @@ class Progress(tqdm):
 
 
 def write_figure(path, fig):
-    """Write a figure of matplotlib as PNG."""
+    """Write a figure of matplotlib as PNG, in a folder that is made if it is not there."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     image = io.BytesIO()
     fig.savefig(image, format="png", dpi=150)
     write_file(path, image.getvalue())

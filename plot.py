@@ -122,7 +122,7 @@ def draw_curves(ax, curves, styles, flag, kind):
     ends = []
     for (curve, _), runs in curves.items():
         colour, dashes = styles[curve]
-        for run in runs:
+        for run in runs if len(runs) > 1 else ():            # alone, it would fill the dashes
             ax.plot(*run[kind], color=colour, lw=0.6, alpha=0.6, clip_on=False, zorder=2)
         x, y = median(runs, kind)
         few = len(x) == 1 or (kind == "length" and len(x) < 30)     # points: say where they are
@@ -235,8 +235,9 @@ def main(argv=None):
         "plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
     add = parser.add_argument
     add("results", nargs="+", metavar="RUN.json", help="results of train.py")
-    add("--panels", nargs="+", default=["M"], metavar="FLAG", help="flags of panels (default: M)")
-    add("--against", metavar="FLAG", help="a flag of train.py, model, or state")
+    flag = dict(metavar="FLAG", type=lambda word: word.replace("-", "_"))
+    add("--panels", nargs="+", default=["M"], **flag, help="flags of panels (default: M)")
+    add("--against", **flag, help="a flag of train.py, model, or state")
     add("--lowest", dest="what", action="store_const", const="lowest", default="at",
         help="with --against: see above")
     add("--title", help="of the figures (default: what they show)")
@@ -246,8 +247,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.what == "lowest" and args.against in (None, "model"):
         parser.error("--lowest needs --against state or --against FLAG")
-    args.panels = [flag.replace("-", "_") for flag in args.panels]
-    args.against = args.against and args.against.replace("-", "_")
+    if args.table is not None and args.against:
+        parser.error("--table prints a table and draws nothing, so it takes no --against")
     runs, published, left_out = read(args.results)
     if args.table is not None and runs:
         say(table(runs, args.table))
@@ -284,7 +285,6 @@ def main(argv=None):
                 with matplotlib.rc_context(RC_PARAMS):
                     fig = draw(kind, cells, panels, curve, across, stacks, published, args.what,
                                None if kind == "training" else args.title)
-                    os.makedirs(args.out, exist_ok=True)
                     write_figure(path, fig)
                 written.append(path)
                 say(path)

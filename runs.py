@@ -4,6 +4,7 @@
     OUT/NAME.pt           the trained model and its config
     OUT/NAME.resume.pt    the progress of an unfinished run
     OUT/NAME.lock         held by the process that works on the run
+    OUT/NAME.failed       left by a process of torchrun that could not make it: see grid.py
 """
 
 import copy
@@ -21,9 +22,7 @@ import torch
 from data import TASKS, check_task, shortest
 from hybrid import build_model
 from output import say, write_file
-from summary import DEFAULTS, default_lr      # DEFAULTS: the other flags that change a run
-
-GRID = ["model", "M", "tau", "K", "d", "L", "seed"]          # flags that take several values
+from summary import DEFAULTS, default_lr
 
 
 def pick_device(name=None):
@@ -53,7 +52,7 @@ def pick_device(name=None):
 # ---- what a run is -------------------------------------------------------------------------------
 
 def run_name(config):
-    """A run's name: the flags of GRID, and every other flag that is not at its default."""
+    """A run's name: the flags of GRID, and those of DEFAULTS that are not at their default."""
     task = "" if config["task"] == "recall" else config["task"] + "_"
     name = task + "{model}_M{M}_tau{tau}_K{K}_d{d}_L{L}".format(**config)
     for flag, default in DEFAULTS.items():
@@ -106,7 +105,7 @@ def check(config):
     check_task(config["L"], config["K"], config["M"], config["tau"], config["task"])
     if config["task"] != "recall" and config["train_lengths"] != "fixed":
         raise ValueError(f"--train-lengths is uniform, but --task {config['task']} has one length")
-    check_memory(config)
+    check_memory(config)         # and builds the model, which may refuse its layers and heads
     K, M, tau, task = (config[flag] for flag in ("K", "M", "tau", "task"))
     for length in (shortest(M, tau, task), config["L"], 3 * config["L"]):     # tests go to 3 L
         try:
@@ -117,7 +116,7 @@ def check(config):
 
 
 def check_memory(config):
-    """Raise a ValueError if a run certainly needs more memory than there is."""
+    """Raise a ValueError if a run certainly needs more memory than there is, or has no model."""
     available = memory(config.get("device"))
     # An embedding table in float64; at least eight float32 activations per token, channel, layer.
     activations = 32 * config["batch_size"] * config["L"] * config["d"]
@@ -128,7 +127,7 @@ def check_memory(config):
     if bound < available:
         try:
             with torch.device("cpu" if config["d"] * widest <= 2**16 else "meta"):
-                model = model_from(config)
+                model = model_from(config)                   # a ValueError of its own goes on
             bound += activations * (len(model.layers) - 1)
             bound += 16 * model.n_params()                   # weights, gradients, two moments
         except (RuntimeError, MemoryError, OverflowError):
@@ -191,14 +190,14 @@ def load_run(path, device="cpu"):
         raise ValueError(f"{path} is a folder; name the .pt files in it")
     if path.endswith(".json"):
         raise ValueError(f"{path} is no checkpoint; name {path[:-len('.json')]}.pt")
-    not_whole = ValueError(f"{path} is not a whole checkpoint of train.py")
+    not_whole = f"{path} is not a whole checkpoint of train.py"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             config, weights = {**DEFAULTS, **checkpoint["config"]}, checkpoint["model"]
     except Exception:     # a file of another kind can fail in any way
-        raise not_whole from None
+        raise ValueError(not_whole) from None
     try:
         check({**config, "device": str(device)})
     except ValueError as error:
@@ -206,12 +205,13 @@ def load_run(path, device="cpu"):
         hint = " is no layer here; add it to LAYERS in hybrid.py, or load it where it exists"
         raise ValueError(f"{path} cannot be loaded: {reason}{unknown and hint}") from None
     except (KeyError, TypeError):
-        raise not_whole from None
+        raise ValueError(not_whole) from None
+    model = model_from(config)
     try:
-        model = model_from(config)
         model.load_state_dict(weights)
     except Exception:
-        raise not_whole from None
+        raise ValueError(f"{path} cannot be loaded: its weights do not fit the layers of "
+                         f"{config['model']} here; was one changed?") from None
     return model.to(device).eval(), config
 
 
@@ -250,7 +250,7 @@ def set_states(parts, states):
             own = [{k: v for k, v in group.items() if k != "params"} for group in part.param_groups]
             part.load_state_dict(states[name])
             for group, options in zip(part.param_groups, own):
-                group.update(options)        # lr on this device, fused, ...
+                group.update(options)        # above all lr, a tensor that train.run holds, too
         else:
             part.load_state_dict(states[name])
 
@@ -284,7 +284,7 @@ def load_progress(path, parts, device, title=""):
         return progress
     except FileNotFoundError:
         pass
-    except Exception:     # a damaged file can fail in any way
+    except Exception:     # damaged, or of another version of the code
         set_states(parts, before)
         remove(path + ".resume.pt")
         say(f"{path}.resume.pt is damaged or of another version; the run starts from the beginning")

@@ -10,7 +10,7 @@ import numpy as np
 
 from output import listed, numbered, text
 
-DEFAULTS = dict(  # of flags that change a run, except GRID in runs.py; lr: default_lr
+DEFAULTS = dict(  # of flags that change a run, except GRID in grid.py; lr: default_lr
     task="recall", batch_size=64, steps=20000, lr=None, weight_decay=0.0, n_heads=1, d_state=16,
     train_lengths="fixed", learn_embedding=False, stop_early=True)
 TASK = ["task", "tau", "K", "d", "L", "M"]                   # the flags that say what is learned
@@ -121,8 +121,7 @@ def sort_key(value):
         return tuple(sort_key(part) for part in value)
     if isinstance(value, (int, float)):
         return 0, value, ""
-    place = ORDER.index(value) if value in ORDER else len(ORDER)
-    return 1, place, str(value)
+    return 1, ORDER.index(value) if value in ORDER else len(ORDER), str(value)
 
 
 def values(run, flags):
@@ -134,8 +133,8 @@ def group(runs, fixed, panels, curve, across=()):
     """Put runs into figures -> a list of {(panel, curve, x): its seeds}, sorted.
 
     A figure, a panel and an x are the values of the flags in fixed, panels and across. A curve is
-    (value of the flag `curve`, extra), where extra are (flag, value) of its other flags: those off
-    the default that tell two curves of one value apart somewhere in the figure.
+    (value of `curve`, extra): extra has (flag, value) of its other flags off the default, if they
+    tell two curves of one value apart somewhere in the figure.
     """
     figures, found = {}, []
     for run in runs:
@@ -267,6 +266,7 @@ def file_name(kind, cells, args):
     if args.name:
         return args.name.replace(os.sep, "-") + ("_training" if kind == "training" else "") + ".png"
     parts = [f"against_{args.against}" if args.against else kind]
+    parts += ["lowest"] if args.what == "lowest" else []
     parts += [f"by_{'-'.join(args.panels)}"] if args.panels != ["M"] else []
     for flag in TASK:
         found = sorted({run["config"][flag] for runs in cells.values() for run in runs})

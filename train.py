@@ -2,7 +2,7 @@
 
     python train.py --model rope --M 4 --tau 1
     python train.py --model rope mamba --M 4 16 --seed 0 1 2     all combinations, one after another
-    torchrun --nproc-per-node 8 -- train.py --seed 0 1 2 3 4 5 6 7       the same, eight at a time
+    torchrun --nproc-per-node 8 -- train.py --seed 0 1 2 3 4 5 6 7      eight runs at a time
 
 A run writes OUT/NAME.json, the result, and OUT/NAME.pt, the model. Give the same command again to
 continue after it was killed; finished runs are not repeated unless --overwrite says so.
@@ -23,7 +23,7 @@ import gpu
 import runs
 from data import TASKS, stream
 from eval import accuracy_now, evaluate, lengths_to_test, print_table, show_answers
-from grid import configs_of, make_all, prepare_folder
+from grid import GRID, configs_of, make_all, prepare_folder
 from hybrid import FAMILY, LAYERS, MODELS, state_bytes
 from output import Progress, say, short_errors
 from summary import SOLVED
@@ -31,11 +31,11 @@ from summary import SOLVED
 WARMUP = 400             # steps in which the learning rate rises
 BETAS = (0.9, 0.98)      # of AdamW
 CLIP = 0.2               # maximum norm of the gradient
-TESTS = 200              # during a run, about
+TESTS = 200              # in a long run; in a short one, fewer
 STEPS_APART = 10         # minimum between two tests, if --steps is at least 200
 SOLVED_TESTS = 3         # a task is solved when this many tests in a row reach SOLVED
-COOLDOWN_STEPS = 1000    # the learning rate falls in the last 1,000, at most a quarter of a run;
-COOLDOWN_SHARE = 1 / 5   # in runs of over 5,000 steps, in the last fifth
+COOLDOWN_STEPS = 1000    # the learning rate falls in the last fifth of a run: in at least 1,000
+COOLDOWN_SHARE = 1 / 5   # steps, but at most a quarter of the run
 EVAL_SEQUENCES = 1024    # of each length, after training
 STATE_TOKENS = 64, 4096  # contexts after which the size of the state is reported
 SAVE_SECONDS = 5         # between saves of an unfinished run
@@ -46,14 +46,14 @@ def parse(argv):
     parser = short_errors(argparse.ArgumentParser(
         description="Train a model on a task and test it against context length.",
         epilog="Flags marked * take several values and run all combinations of them."))
-    one, several = dict(metavar="N"), dict(type=int, nargs="+", action="extend", metavar="N")
+    several = dict(type=int, nargs="+", action="extend", metavar="N")
     add = parser.add_argument_group("the model").add_argument
     add("--model", nargs="+", action="extend", metavar="NAME",
         help=f"* {', '.join([*MODELS, *FAMILY])}; or a stack such as mamba+attention, of "
              f"{', '.join(LAYERS)} (default: rope)")
     add("--d", **several, help="* width (default: 8)")
-    add("--n-heads", type=int, **one, help="heads of an attention layer (default: 1)")
-    add("--d-state", type=int, **one, help="states per channel of Mamba (default: 16)")
+    add("--n-heads", type=int, metavar="N", help="heads of an attention layer (default: 1)")
+    add("--d-state", type=int, metavar="N", help="states per channel of Mamba (default: 16)")
     add("--learn-embedding", action="store_true", help="train the embedding table too")
 
     add = parser.add_argument_group("the task").add_argument
@@ -66,9 +66,10 @@ def parse(argv):
 
     add = parser.add_argument_group("training").add_argument
     add("--seed", **several, help="* seed of weights and data (default: 0)")
-    add("--steps", type=int, **one, help="maximum number of training steps (default: 20000)")
-    add("--batch-size", type=int, **one, help="sequences per step (default: 64)")
-    add("--lr", type=float, metavar="X", help="peak learning rate (default: min(0.008, 0.128 / d))")
+    add("--steps", type=int, metavar="N", help="maximum number of training steps (default: 20000)")
+    add("--batch-size", type=int, metavar="N", help="sequences per step (default: 64)")
+    add("--lr", type=float, metavar="X", help=f"learning rate, after a rise of {WARMUP} steps "
+        "(default: min(0.008, 0.128 / d))")
     add("--weight-decay", type=float, metavar="X", help="of AdamW (default: 0)")
     add("--stop-early", action=argparse.BooleanOptionalAction,
         help="cool down and stop once the task is solved (default: on)")
@@ -82,7 +83,7 @@ def parse(argv):
     parser.set_defaults(**runs.DEFAULTS)
     args = parser.parse_args(argv)
     # Set here, because action="extend" appends to a default. dict.fromkeys drops repeated values.
-    for flag, value in dict(model="rope", M=1, tau=1, K=16, d=8, L=64, seed=0).items():
+    for flag, value in GRID.items():
         setattr(args, flag, list(dict.fromkeys(getattr(args, flag) or [value])))
     return parser, args
 
@@ -93,7 +94,7 @@ def learning_rate(step, last, highest):
     Recall is learned suddenly, at a step that differs from run to run. A plateau suits any such
     step; a schedule that falls from the start has to guess it. (Runs under 532 steps have none.)
     """
-    fall = max(COOLDOWN_SHARE * last, min(COOLDOWN_STEPS, last / 4))
+    fall = min(last / 4, max(COOLDOWN_STEPS, COOLDOWN_SHARE * last))
     return highest * min(1, (step + 1) / WARMUP, (last - step) / fall)
 
 
@@ -106,10 +107,9 @@ def solved_at(curves, tests=SOLVED_TESTS):
 
 
 def last_step(curves, config):
-    """Where a run ends: at --steps, or once it has solved its task and cooled down.
+    """Where a run ends: at --steps or, solved at step s, at s + 1,000 or 5/4 s, whichever is later.
 
-    Solved at step s, it ends at s + 1,000 or 5/4 s, whichever is later, and the learning rate falls
-    in the last 1,000 steps or, if longer, the last fifth; in runs under 4,000, the last quarter.
+    So the learning rate falls only after s, or in runs under 4,000 steps from soon before.
     """
     solved = solved_at(curves)
     if solved is None or not config["stop_early"]:
@@ -130,8 +130,8 @@ def make_optimizer(model, config, device):
 
 
 def make_training_step(model, optimizer, config, generator):
-    """-> training_step, and the three functions that it calls. They are its arguments, so that
-    gpu.Captured can put compiled ones in their place."""
+    """Returns training_step and its arguments: draw_batch, loss_of and clip. They are arguments so
+    that gpu.Captured can replace them by compiled functions."""
     B, L, K, M, tau = (config[flag] for flag in ("batch_size", "L", "K", "M", "tau"))
     uniform, device = config["train_lengths"] == "uniform", generator.device
 
@@ -154,7 +154,7 @@ def make_training_step(model, optimizer, config, generator):
 def run(config, path, title="", runs_left=0):
     """Make one run and write path.pt and path.json.
 
-    title: prefix of every printed line; runs_left: how many runs of this shape follow. Raises
+    title: prefix of every printed line; runs_left: how many runs with its shapes follow. Raises
     FloatingPointError if the loss becomes NaN or infinite, OSError if the result cannot be written.
     """
     device, steps = torch.device(config["device"]), config["steps"]
@@ -163,28 +163,27 @@ def run(config, path, title="", runs_left=0):
     torch.manual_seed(config["seed"])
     model = runs.model_from(config).to(device)
     optimizer = make_optimizer(model, config, device)
-    rate = optimizer.param_groups[0]["lr"]                   # a tensor that both groups share
+    rate = optimizer.param_groups[0]["lr"]       # the tensor of both groups, also in a resumed run
     draws = stream(config["seed"], "training", device)
     test_draws = stream(config["seed"], "test", device)
 
     # Continue a run that was killed.
-    saved = {"model": model, "optimizer": optimizer, "training": draws, "testing": test_draws}
-    step, curves, seconds = runs.load_progress(path, saved, device, title)
+    parts = {"model": model, "optimizer": optimizer, "training": draws, "testing": test_draws}
+    step, curves, seconds = runs.load_progress(path, parts, device, title)
 
-    # next_step() runs training_step (above), next_test() a test. On CUDA both become graphs.
-    def test(model):
-        return accuracy_now(model, config, test_draws, device)
+    # next_step() is training_step, above, and next_test() a test. On CUDA they become graphs.
+    training_step, functions = make_training_step(model, optimizer, config, draws)
+    next_step = gpu.Captured("training step", training_step, functions, draws, config)
+    next_test = gpu.Captured("test", lambda model: accuracy_now(model, config, test_draws, device),
+                             [model], test_draws, config)
 
-    next_step = gpu.Captured(*make_training_step(model, optimizer, config, draws), draws, config)
-    next_test = gpu.Captured(test, [model], test_draws, config)
-
-    # About 200 tests, at least 10 steps apart. Runs of fewer than 200 steps have about 20.
+    # Of 20,000 steps, a test every 100. They are at least 10 apart; under 200 steps, there are 20.
     every = max(1, steps // TESTS, min(STEPS_APART, steps // 20))
     last = last_step(curves, config)
     began = saved_at = time.monotonic()
     bar = Progress(steps, initial=step, desc=title)
     while step < last:
-        # The learning rate, then a batch, the loss, its gradient, AdamW.
+        # Set the learning rate, then draw a batch, compute the loss and its gradient, step AdamW.
         rate.fill_(learning_rate(step, last, config["lr"]))
         loss = next_step()
         step += 1
@@ -211,14 +210,15 @@ def run(config, path, title="", runs_left=0):
         now = time.monotonic()
         if now - saved_at > SAVE_SECONDS and step < last:
             saved_at = now
-            runs.save_progress(path, saved, step=step, curves=curves, seconds=seconds + now - began)
+            runs.save_progress(path, parts, step=step, curves=curves, seconds=seconds + now - began)
     bar.close()
     seconds += time.monotonic() - began
 
     # The test against context length. The result is written last: it marks a finished run.
     began = time.monotonic()
     lengths = lengths_to_test(config["L"], config["M"], config["tau"], config["task"])
-    accuracies = evaluate(model.eval(), config, lengths, EVAL_SEQUENCES, device, bar=True)
+    model.eval()
+    accuracies = evaluate(model, config, lengths, EVAL_SEQUENCES, device, bar=True)
     checkpoint = runs.write_checkpoint(path + ".pt", model, config)
     result = {
         "config": config, "params": model.n_params(), "checkpoint": checkpoint, "train": curves,
@@ -229,12 +229,12 @@ def run(config, path, title="", runs_left=0):
     runs.write_json(path + ".json", result)
     runs.remove(path + ".resume.pt")
     ended = f"stopped at step {step:,}, not solved; more --steps may help"
-    first, solved = solved_at(curves, 1), solved_at(curves)
+    first, solved = solved_at(curves, tests=1), solved_at(curves)
     if solved:
         ended = f"first {SOLVED} at step {first:,}, solved at step {solved:,}, stopped at {step:,}"
     say(f"{title}{ended}; wrote {path}.json")
     print_table(result)
-    if not title:
+    if not title:                                            # the command's only run
         show_answers(model, config, device)
 
 
@@ -256,5 +256,5 @@ def main(argv=None, wait=True):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # make_all says how to continue
     main()

@@ -129,7 +129,6 @@ def main(argv=None):
         for name, shares in rows.items():
             print(f"{name:9}" + "".join(f"{100 * share:4.0f}" for share in shares), flush=True)
     if args.out:
-        os.makedirs(args.out, exist_ok=True)
         with matplotlib.rc_context(RC_PARAMS):
             write_figure(os.path.join(args.out, "probe.png"), draw(found, args.title))
         print(os.path.join(args.out, "probe.png"))

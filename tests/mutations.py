@@ -55,9 +55,9 @@ EVAL = [
     ("STRIDE = 8", "STRIDE = 1"),
     ("block[first::STRIDE]", "block[first * len(block) // STRIDE:][:len(block) // STRIDE + 1]"),
     ("lengths[-1] - tau <= 2 * (length - tau) + 1", "lengths[-1] - tau <= 9 * (length - tau) + 1"),
-    ("seen = i_b + tau < length", "seen = i_b + tau <= length"),
-    ("seen = i_b + tau < length", "seen = i_b < length"),
-    ("correct[k] += (right & seen).sum()", "correct[k] += right.sum()"),
+    ("has_come = i_b + tau < group[k]", "has_come = i_b + tau <= group[k]"),
+    ("has_come = i_b + tau < group[k]", "has_come = i_b < group[k]"),
+    ("((answers == labels) & has_come).sum()", "(answers == labels).sum()"),
     ("start = length\n", "start = 0\n"),
     ("/ n * positions).long()", "/ n * positions / 2).long()"),
     ("(torch.arange(n) + jitter) / n", "torch.rand(n)"),
@@ -67,11 +67,11 @@ EVAL = [
     ('generator, accuracies = stream(seed, "evaluation", device)',
      'generator, accuracies = stream(seed, "test", device)'),
     ("min(rows, rows_per_call(model, min(longest, SEGMENT)))", "rows"),
-    ("n = -(-n // positions) * positions", "pass"),
+    ("math.ceil(n / positions) * positions if n > 4 * positions else n", "n"),
     ("rows[n][1] <= sequences", "True"),
     ("if args.no_save:", "if False:"),
-    ("if not path.endswith(\".resume.pt\")", "if path"),
-    ("range(shortest(M, tau, task), 3 * L + 1)", "range(shortest(M, tau, task), 2 * L + 1)"),
+    ("if not p.endswith(\".resume.pt\")", "if p"),
+    ("range(least, 3 * L + 1)", "range(least, 2 * L + 1)"),
     ("if len(lengths) <= most:", "if True:"),
 ]
 
@@ -91,7 +91,7 @@ RUNS = [
     ("if flag == \"task\" or value == default:",
      "if flag in (\"task\", \"lr\") or value == default:"),
     ("default = default_lr(config[\"d\"])", "default = 0.008"),
-    ("    check_memory(config)\n", ""),
+    ("    check_memory(config)  ", "    pass  "),
     ("type(value) is not int", "not isinstance(value, (int, float))"),
 ]
 
@@ -108,16 +108,17 @@ OUTPUT = [
 ]
 
 GRID = [
-    ("if mark and lock.read(100) == mark and", "if False and"),
-    (" and os.fstat(lock.fileno()).st_mtime >= STARTED", ""),
+    ("            if has_failed(run.path):", "            if False:"),
+    ("os.path.getmtime(path + \".failed\") >= STARTED", "os.path.exists(path + \".failed\")"),
+    ("remove(run.path + \".failed\", *leftovers)", "remove(*leftovers)"),
     ("except (FloatingPointError, OSError) as error:", "except FloatingPointError as error:"),
     ("        sys.exit(130)\n", "        sys.exit(1)\n"),
     ("                if not wait:\n                    break\n", ""),
-    ("        remove(*glob.glob(glob.escape(run.path) + \".*.tmp\"))", "        pass"),
+    ("leftovers = glob.glob(glob.escape(run.path) + \".*.tmp\")", "leftovers = []"),
     ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
     ("| os.O_NOFOLLOW", ""),
     ("for ending in (\".json\", \".resume.pt\")", "for ending in (\".resume.pt\",)"),
-    ("        return False\n    # A run", "        return True\n    # A run"),
+    ("        return False\n    with lock:", "        return True\n    with lock:"),
     ("                show(read_result(run.path + \".json\"))", "                pass"),
     ("if not is_finished(run.path):", "if True:"),
     ("sum(not os.path.exists(run.path + \".json\") for run in same)", "len(same)"),
@@ -145,9 +146,9 @@ TRAIN = [
     ("SOLVED_TESTS = 3", "SOLVED_TESTS = 2"),
     ("max(solved + COOLDOWN_STEPS, round(solved / (1 - COOLDOWN_SHARE)))",
      "solved + COOLDOWN_STEPS"),
-    ("min(COOLDOWN_STEPS, last / 4)", "COOLDOWN_STEPS"),
+    ("min(last / 4, max(COOLDOWN_STEPS, COOLDOWN_SHARE * last))", "COOLDOWN_STEPS"),
     ("if not math.isfinite(loss):", "if math.isnan(loss):"),
-    ("solved_at(curves, 1)", "solved_at(curves)"),
+    ("solved_at(curves, tests=1)", "solved_at(curves)"),
     ("\"model\": model, \"optimizer\": optimizer, \"training\": draws,",
      "\"model\": model, \"optimizer\": optimizer,"),
     ("    runs.write_json(path + \".json\", result)\n    runs.remove(path + \".resume.pt\")\n",
@@ -157,7 +158,7 @@ TRAIN = [
 ]
 
 GPU = [
-    ("self.calls == FIRST_CALLS - 1:", "self.calls == FIRST_CALLS - 2:"),
+    ("self.calls == WARMUP_CALLS + 1:", "self.calls == WARMUP_CALLS:"),
     ("(1 - 1 / SPEEDUP)", "1"),
     ("if self.calls > FIRST_CALLS:", "if self.calls > 99:"),
     ("(self.undecided and known)", "False"),

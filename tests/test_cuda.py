@@ -122,7 +122,7 @@ def losses(model, mode, steps=12, switch=None):
     step, functions = train.make_training_step(net, optimizer, config, generator)
     if mode == "none":
         return [step(*functions).item() for _ in range(steps)]
-    fast, found = gpu.Captured(step, functions, generator, config), []
+    fast, found = gpu.Captured("training step", step, functions, generator, config), []
     for k in range(steps):
         if k == switch:
             fast.compile()
@@ -152,7 +152,7 @@ def test_captured_and_compiled_tests_are_tests(model, task):
         def test(net):
             return accuracy_now(net, config, generator, device)
 
-        one = gpu.Captured(test, [net], generator, {**config, "compile": mode})
+        one = gpu.Captured("test", test, [net], generator, {**config, "compile": mode})
         return [float(one() if mode else test(net)) for _ in range(8)]
 
     found = accuracies(None)

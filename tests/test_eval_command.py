@@ -162,14 +162,22 @@ def test_main_leaves_denormals_as_they_were(folder):
     assert torch.tensor([1e-310], dtype=torch.float64) / 2 != 0
 
 
+def test_the_table_has_the_lengths_of_the_task(capsys):
+    """Parity ignores tau; its lengths begin at 1."""
+    config = {"task": "parity", "L": 8, "tau": 50}
+    evaluation.print_table({"config": config, "eval": {"length": [1, 8, 24], "accuracy": [1, 1, 1]}})
+    assert capsys.readouterr().out.splitlines()[0].split() == ["length", "1", "8", "24"]
+
+
 @pytest.mark.parametrize("text", ["", "[1, 2]", "{}", '{"config": {}, "eval": {"length": [1], '
                                   '"accuracy": [0.5]}}', "\0" * 50])
-def test_a_json_that_is_no_result_is_left_alone(text, folder):
+def test_a_json_that_is_no_result_is_left_alone(text, folder, capsys):
     path = folder / (HYBRID + ".json")
     path.write_text(text)
     evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "5", "--sequences", "4",
                      "--device", "cpu"])
     assert path.read_text() == text
+    assert f"{path} is missing or damaged, so the numbers are only printed" in capsys.readouterr().out
 
 
 def test_a_disk_that_is_full_is_one_sentence(folder, monkeypatch, capsys):

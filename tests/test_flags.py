@@ -76,8 +76,8 @@ def two_results(batch_size, L, K, M, tau, device, generator, uniform):
 
 
 @pytest.mark.parametrize("task, sentence", [
-    (short_task, "fails with 24 context tokens (at most 20"), (no_uniform, "fails with 2 context"),
-    (two_results, "fails with 2 context tokens (not enough values")])
+    (short_task, "fails with 24 context tokens (at most 20"), (no_uniform, "fails with 1 context"),
+    (two_results, "fails with 1 context tokens (not enough values")])
 def test_a_task_that_cannot_work_is_refused_before_training(task, sentence, refuses, tmp_path,
                                                             monkeypatch):
     monkeypatch.setitem(TASKS, "mine", task)
@@ -96,9 +96,8 @@ def test_a_task_that_cannot_be_tested_is_refused_before_training(refuses, tmp_pa
     monkeypatch.setitem(TASKS, "after", after_tau)
     flags = tiny("--out", tmp_path / "out", "--task", "after", "--tau", 5)
     error = refuses(train.main, flags)
-    assert "--task after fails with 6 context tokens" in error and names(tmp_path) == []
-    shortest = data.shortest
-    monkeypatch.setattr(runs, "shortest", lambda M, tau, task: shortest(M, tau, task) + 1)
+    assert "--task after fails with 1 context tokens" in error and names(tmp_path) == []
+    monkeypatch.setattr(runs, "shortest", lambda M, tau, task: tau + 2)
     train.configs_of(train.parse(flags)[1], "cpu")
 
 

@@ -17,16 +17,9 @@ CONFIG = {**runs.DEFAULTS, "model": "rope", "K": 16, "d": 8, "L": 64, "M": 1, "s
 CUDA = types.SimpleNamespace(device=torch.device("cuda"))                # instead of a generator
 
 
-def test(part):                        # gpu.py knows a training step and a test by their names
-    return part(1)
-
-
-test.__test__ = False
-
-
 @pytest.fixture
 def fast(monkeypatch):
-    """fast(mode) -> a gpu.Captured of `test`; a call returns 2, or 102 if compiled."""
+    """fast(mode) -> a gpu.Captured; a call returns 2, or 102 if compiled."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(gpu, "capture", lambda call, generator: lambda: ("replay", call()))
     monkeypatch.setattr(gpu, "compile_part", lambda part, config: lambda n: part(n) + 100)
@@ -35,7 +28,8 @@ def fast(monkeypatch):
     monkeypatch.setattr(gpu, "say", lambda line: None)
 
     def make(mode, generator=CUDA):
-        return gpu.Captured(test, [lambda n: n + 1], generator, {**CONFIG, "compile": mode})
+        return gpu.Captured("test", lambda part: part(1), [lambda n: n + 1], generator,
+                            {**CONFIG, "compile": mode})
     return make
 
 

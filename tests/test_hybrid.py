@@ -230,13 +230,15 @@ def test_segments_equal_one_call(name, sizes):
     assert torch.allclose(after, model.run_layers(more, last)[0], atol=1e-12), message
 
 
-def test_states_are_not_written_over():
-    for name in NAMES:
-        model, tokens = model_and_tokens(name)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_states_are_not_written_over(gradients, name):
+    model, tokens = model_and_tokens(name)
+    with torch.set_grad_enabled(gradients):
         _, states = model.run_layers(tokens[:, :9])
         first = model.run_layers(tokens[:, 9:], states)[0]
         again = model.run_layers(tokens[:, 9:], states)[0]
-        assert torch.equal(again, first), f"{name} writes over the state that it was given"
+    assert torch.equal(again, first), f"{name} writes over the state that it was given"
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -392,6 +394,27 @@ def test_a_layer_that_changes_the_shape_is_refused(wrong, monkeypatch):
     for at in (None, torch.zeros(2, dtype=torch.long)):
         with pytest.raises(ValueError, match="Wrong returned y"):
             model(torch.zeros(2, 9, dtype=torch.long), at)
+
+
+def test_a_layer_without_a_state_is_refused(monkeypatch):
+    """Two sequences would be taken for y and a state."""
+    class Stateless(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+
+        def forward(self, x, state=None):
+            return x
+    monkeypatch.setitem(hybrid.LAYERS, "stateless", Stateless)
+    with pytest.raises(ValueError, match="Stateless must return y and its next state"):
+        build_model("stateless", d=8)(torch.zeros(2, 9, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name, flag, value", [("rope", "d_state", 4), ("mamba", "n_heads", 2)])
+def test_an_option_that_no_layer_takes_is_refused(name, flag, value):
+    sentence = f"--{flag.replace('_', '-')} is {value}, but no layer of {name} takes it"
+    with pytest.raises(ValueError, match=sentence):
+        build_model(name, **{flag: value})
+    build_model("hybrid-a", **{flag: value})
 
 
 def test_only_the_last_layer_may_skip_tokens(monkeypatch):

@@ -169,7 +169,7 @@ def test_one_unfit_checkpoint_does_not_prevent_the_others(train_tiny, tmp_path, 
     assert len(errors) == 4 and all(line.startswith("inside.py: left out: ") for line in errors)
     with pytest.raises(SystemExit) as stop:
         inside.main([str(bad), "--out", str(tmp_path / "x")])
-    assert stop.value.code == 2 and capsys.readouterr().err.endswith("nothing to draw\n")
+    assert stop.value.code == 2 and str(bad) in capsys.readouterr().err
     assert "none.pt" in refuses(inside.main, [tmp_path / "none.pt"])            # one sentence
     assert "--out" in refuses(inside.main, [good, "--out", good])
     assert not (tmp_path / "x").exists()

@@ -84,7 +84,7 @@ def test_accuracy_against_length(tmp_path, figures):
     assert texts(ax) == ["chance 1/16", "trained at 64", "mamba", "rope", "hybrid-a"]
     x, y = thick(ax)[plot.COLOURS["rope"].lower()]
     assert list(x) == list(range(2, 193)) and y[0] == 0.98 and y[-1] == 0.5
-    assert sorted(seed[0] for seed in thin(ax)) == [0.5, 0.97, 0.98, 1.0, 1.0]  # every seed
+    assert sorted(seed[0] for seed in thin(ax)) == [0.97, 0.98, 1.0]    # every seed, if several
     assert fig.get_suptitle().replace("\n", " ") == (
         "mamba stays above 0.95 beyond 64 tokens; rope fades beyond 64; "
         "below 0.95 at 64 already: hybrid-a")

@@ -11,7 +11,7 @@ import summary
 def test_lowest(tmp_path, figures):  # noqa: F811
     paths = [write(tmp_path, d=d, at=1.0, beyond=low) for d, low in ((8, 0.25), (16, 0.995))]
     at = figures(*paths, "--against", "d")["against_d_tau1_K16_d8-16_L64_M1.png"]
-    lowest = figures(*paths, "--against", "d", "--lowest")["against_d_tau1_K16_d8-16_L64_M1.png"]
+    lowest = figures(*paths, "--against", "d", "--lowest")["against_d_lowest_tau1_K16_d8-16_L64_M1.png"]
     colour = plot.COLOURS["rope"].lower()
     assert list(thick(at.axes[0])[colour][1]) == [1.0, 1.0]
     assert list(thick(lowest.axes[0])[colour][1]) == [0.25, 0.995]
@@ -25,6 +25,16 @@ def test_lowest(tmp_path, figures):  # noqa: F811
 def test_lowest_needs_points(tmp_path, refuses):
     for flags in [], ["--against", "model"]:
         assert "--lowest needs" in refuses(plot.main, [write(tmp_path), "--lowest", *flags])
+
+
+def test_a_table_draws_nothing(tmp_path, refuses):
+    flags = ["--against", "lr", "--table"]
+    assert "it takes no --against" in refuses(plot.main, [write(tmp_path), *flags])
+
+
+def test_files_come_before_flags_of_several_values(tmp_path, refuses):
+    error = refuses(plot.main, ["--panels", "d", write(tmp_path)])
+    assert "RUN.json; they come before flags that take several values" in error
 
 
 def test_title(tmp_path, figures):  # noqa: F811

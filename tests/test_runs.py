@@ -13,7 +13,7 @@ import eval as evaluation
 import runs
 import train
 from conftest import names, numbers
-from grid import make_all
+from grid import GRID, make_all
 from hybrid import build_model
 
 CONFIG = {**runs.DEFAULTS, "model": "rope", "M": 1, "tau": 1, "K": 16, "d": 8, "L": 64, "seed": 0,
@@ -46,7 +46,7 @@ def test_any_other_flag_off_its_default_goes_before_the_seed(flag, value, part):
 def test_every_flag_that_changes_a_run_is_in_its_name(tmp_path):
     """A flag that is added to train.py has to be added to DEFAULTS, or to the list here."""
     _, args = train.parse([])
-    assert set(vars(args)) == {*runs.GRID, *runs.DEFAULTS, "device", "compile", "out", "overwrite"}
+    assert set(vars(args)) == {*GRID, *runs.DEFAULTS, "device", "compile", "out", "overwrite"}
 
 
 def test_runs_that_differ_in_a_flag_are_both_made(train_tiny, tmp_path):
@@ -135,13 +135,13 @@ def test_a_process_stays_with_a_shape_and_begins_with_another(tmp_path, monkeypa
 @pytest.mark.parametrize("age, made", [(0, False), (3600, True)])
 def test_a_failed_run_is_tried_again_by_a_later_torchrun(age, made, train_tiny, tmp_path,
                                                          monkeypatch):
-    """The mark in its lock has the number of a torchrun; a later one may have the same."""
+    """A torchrun leaves a mark for its own processes, not for those that start later."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     (tmp_path / "out").mkdir()
-    lock = tmp_path / "out" / (NAME + ".lock")
-    lock.write_text(f"failed {os.getppid()}")
-    os.utime(lock, (lock.stat().st_atime, lock.stat().st_mtime - age))
+    mark = tmp_path / "out" / (NAME + ".failed")
+    mark.touch()
+    os.utime(mark, (mark.stat().st_atime, mark.stat().st_mtime - age))
     if made:
         train_tiny()
         assert names(tmp_path / "out") == [NAME + ".json", NAME + ".pt"]
@@ -206,8 +206,8 @@ def test_the_result_is_written_last_and_then_the_progress_removed(train_tiny, mo
         replace(source, target)
 
     def noted_remove(path):
+        remove(path)                                     # raises an error if it is not there
         done.append("remove " + path.split("_seed0")[1])
-        remove(path)
     monkeypatch.setattr(os, "replace", noted_replace)
     monkeypatch.setattr(os, "remove", noted_remove)
     monkeypatch.setattr(train, "SAVE_SECONDS", -1)
@@ -259,7 +259,7 @@ def without(flag):
 
 
 @pytest.mark.parametrize("change", [
-    *map(without, runs.GRID), change_config(M=17), change_config(tau=0), change_config(tau=8),
+    *map(without, GRID), change_config(M=17), change_config(tau=0), change_config(tau=8),
     change_config(K=3), change_config(K=2**29), change_config(L=10**9), change_config(L=10**30),
     change_config(d=10**6), change_config(d=-8), change_config(L=8.0), change_config(L="8"),
     change_config(M=True), change_config(M=None), change_config(seed=-1), change_config(n_heads=0),
@@ -274,7 +274,7 @@ def test_crafted_checkpoints_are_refused_in_one_sentence(change, checkpoint, ref
     path = checkpoint(change)
     began = time.monotonic()
     error = refuses(evaluation.main, [path, "--device", "cpu"])
-    assert "x.pt is not a whole checkpoint" in error or "x.pt cannot be loaded: --" in error
+    assert "x.pt is not a whole checkpoint" in error or "x.pt cannot be loaded: " in error
     assert time.monotonic() - began < 5
 
 
@@ -293,6 +293,13 @@ def test_a_result_is_no_checkpoint(tmp_path):
 def test_a_checkpoint_of_an_unknown_layer_names_it(checkpoint):
     with pytest.raises(ValueError, match="'gpt' is no layer here; add it to LAYERS in hybrid.py"):
         runs.load_run(checkpoint(change_config(model="gpt")))
+
+
+def test_a_checkpoint_of_a_layer_that_was_changed_says_so(checkpoint):
+    def change(saved):
+        saved["model"]["head.1.weight"] = torch.zeros(3, 3)
+    with pytest.raises(ValueError, match="its weights do not fit the layers of .* was one changed"):
+        runs.load_run(checkpoint(change))
 
 
 @pytest.mark.parametrize("damage", [

@@ -8,7 +8,7 @@ import pytest
 
 import plot
 import summary
-from test_plot import figures, thin, write  # noqa: F401, a fixture
+from test_plot import figures, thick, thin, write  # noqa: F401, a fixture
 
 
 def test_a_seed_that_stopped_keeps_its_accuracy_and_lengths_are_common():
@@ -81,7 +81,8 @@ def test_the_same_run_twice(tmp_path, figures, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one, two = write(tmp_path, at=1.0), write(tmp_path / "copy", at=0.5, device="cuda")
     fig = figures(one, two)["length_tau1_K16_d8_L64_M1.png"]
-    assert thin(fig.axes[0])[0][0] == 1.0 and len(thin(fig.axes[0])) == 1
+    (x, y), = thick(fig.axes[0]).values()
+    assert y[0] == 1.0 and not thin(fig.axes[0])                # a single seed
     error = capsys.readouterr().err
     assert one in error and two in error
     figures(one, os.path.relpath(one), "./" + os.path.relpath(one))

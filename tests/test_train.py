@@ -18,7 +18,7 @@ import summary
 import train
 from conftest import ROOT, names, numbers
 from data import TASKS, embedding_table, recall_batch, stream
-from hybrid import FAMILY, MODELS, build_model
+from hybrid import FAMILY, LAYERS, MODELS, build_model
 from summary import DEFAULTS
 
 NAME = "rope_M2_tau1_K16_d8_L8_batch-size4_steps20_seed0"
@@ -218,6 +218,22 @@ def test_the_commit_that_made_it(tmp_path, monkeypatch):
     assert git("rev-parse", "HEAD").startswith(runs.commit()) and len(runs.commit()) >= 7
     (tmp_path / "runs.py").write_text("2\n")
     assert runs.commit() == git("rev-parse", "--short", "HEAD") + "+"
+
+
+def test_tests_are_made_in_eval_mode(train_tiny, monkeypatch):
+    """A layer with dropout trains with it and is tested without."""
+    modes = []
+
+    class Spy(torch.nn.Module):
+        def __init__(self, d):
+            super().__init__()
+
+        def forward(self, x, state=None):
+            modes.append((torch.is_grad_enabled(), self.training))
+            return x, state
+    monkeypatch.setitem(LAYERS, "spy", Spy)
+    train_tiny("--model", "spy+attention", "--steps", 3)
+    assert set(modes) == {(True, True), (False, False)}
 
 
 def test_every_model_trains(train_tiny):
