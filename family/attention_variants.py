@@ -19,8 +19,8 @@ class SlidingWindow(Attention):
     """Attention whose queries see the last `window` tokens only, their own included (Longformer,
     Beltagy et al. 2020, arXiv 2004.05150). The cache keeps window - 1 tokens, so it stays small.
 
-    In a long call, the scores outside the window are computed, then masked, which saves no time. A
-    decode step computes those of the window alone.
+    A decode step computes the scores of the window alone. A long call computes all scores and masks
+    those outside, which saves no time.
     """
 
     def __init__(self, d_model, n_heads=1, window=16, position="rope", recency=None):
@@ -31,8 +31,7 @@ class SlidingWindow(Attention):
 
     def mask(self, Q, length, device):
         """(Q, length) bool: each of the last Q tokens sees itself and the window - 1 before it."""
-        causal = super().mask(Q, length, device)                         # (Q, length)
-        return causal & causal.triu(length - Q - self.window + 1)
+        return super().mask(Q, length, device).triu(length - Q - self.window + 1)
 
     def forward(self, x, state=None, last_only=False):
         """As Attention.forward. The keys in the cache are not rotated yet: scores depend on
@@ -57,7 +56,7 @@ class GroupedAttention(Attention):
     heads of keys and values serves H / G query heads, and only they are cached."""
 
     def __init__(self, d_model, n_heads, kv_heads, position="none"):
-        nn.Module.__init__(self)       # skips Attention's, which makes a qkv of another size
+        nn.Module.__init__(self)       # not Attention's, which would draw a qkv of another size
         if n_heads > 0 and d_model % n_heads:
             raise ValueError(f"--d is {d_model}, but grouped attention's {n_heads} heads must "
                              "divide it")

@@ -1,9 +1,10 @@
 """Between Mamba and Mamba-2: where a token's B and C come from.
 
 B says how a token is written to the state and C how the state is read: the key and the query of
-attention. In Mamba they are shared: linear maps of x, the channels that are written, after the
-convolution, so that key and value come from the same channels. In Mamba-2 they are channels of
-their own, beside x, in the same convolution. The two layers here move B and C:
+attention. In Mamba, B and C are linear maps of x after the convolution, so key and value are made
+from the same channels. In Mamba-2, they are channels of their own, which pass through the
+convolution beside x. Is that why Mamba-2 recalls more (report/README.md, on narrow Mambas)? The two
+layers here move B and C:
 
     mamba-own        Mamba, with B and C as in Mamba-2
     mamba2-shared    Mamba-2, with B and C as in Mamba
@@ -22,7 +23,7 @@ from mamba import CausalConv1d, Mamba, MambaState, selective_scan
 
 
 class MambaOwn(Mamba):
-    """Mamba, with B and C from in_proj and the convolution; only dt is a map of x."""
+    """Mamba, with B and C from in_proj and the convolution; only dt is still computed from x."""
 
     def __init__(self, d_model, d_state=16, d_conv=4, expand=2, dt_rank=None):
         super().__init__(d_model, d_state, d_conv, expand, dt_rank)
@@ -46,7 +47,8 @@ class MambaOwn(Mamba):
 
 
 class Mamba2Shared(Mamba2):
-    """Mamba-2, with B and C by a map of x after the convolution and SiLU, as in Mamba."""
+    """Mamba-2, with B and C by a map of x after the convolution and SiLU, as in Mamba. They get no
+    SiLU of their own."""
 
     def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64):
         super().__init__(d_model, d_state, d_conv, expand, headdim)

@@ -1,7 +1,9 @@
 """Helpers of the chunked forms of recurrences.
 
 A chunk is computed by matmuls over all pairs of its steps. The decay between two steps is the exp
-of a difference of running sums of log decays. Last come the checks that the files of family/ print.
+of a difference of running sums of log decays. `fused_scan.split` cuts a sequence into equal chunks
+and fills up the last one with zeros, which write nothing and do not decay: the state is kept. Last
+come the checks that the files of family/ print.
 """
 
 import time
@@ -13,10 +15,11 @@ def set_nan_aside(*inputs):
     """Returns the inputs (b, L, ...) with 0 where they are not finite, and nan (b, L): 0 where all
     inputs of a token are finite, otherwise NaN or infinite.
 
-    A chunk's matmul leaves later tokens out of y_t by multiplying them by 0. But 0 times NaN is
-    NaN, which would spoil outputs before it. So a chunked form computes with finite numbers only,
-    and at the end adds nan.cumsum(1) to its outputs and nan.sum(1) to its last state. C and q enter
-    their own token's output only, so they can stay.
+    In a recurrence, a NaN reaches only its own output and later ones. A chunk's matmul multiplies
+    later tokens by 0 instead of leaving them out, and 0 times NaN is NaN: earlier outputs would be
+    spoiled, too. So a chunked form computes with finite numbers only, and at the end adds
+    nan.cumsum(1) to its outputs and nan.sum(1) to its last state, in all heads and channels. C and
+    q enter their own token's output only, so they can stay.
     """
     finite, nan = [], 0.0
     for v in inputs:
@@ -41,17 +44,18 @@ def widest(device):
 def clamped_exp(exponent, dtype):
     """exp(exponent) for differences of running sums, clamped to -80 ... 0.
 
-    Nothing overflows: positive differences belong to later steps, whose weights tril discards. The
-    sums are float64: after one strong decay, a float32 sum would lose the digits of the weak ones
-    that follow. exp below -87 gives denormal floats, which CPUs compute 10 to 50 times slower; at
-    -80 it is effectively 0.
+    Nothing overflows: sum_t - sum_s is positive only for s > t, and tril discards those. The sums
+    are float64: after one strong decay, a float32 sum would lose the digits of the weak ones that
+    follow. exp below -87 gives denormal floats, which CPUs compute 10 to 50 times slower; at -80 it
+    is effectively 0.
     """
     return exponent.to(dtype).clamp(-80, 0).exp()
 
 
 class AcrossChunks(torch.autograd.Function):
-    """The recurrence from chunk to chunk, h <- decay_i h + end_i, where end_i is the last state of
-    chunk i from zero -> the state before each chunk, in the shape of ends, and the last state.
+    """The recurrence from chunk to chunk: h = decay_i h + end_i, with end_i the state at the end of
+    chunk i, had it started from zero. Returns the state before each chunk, in the shape of ends,
+    and the last state.
 
     decay (b, c, ..., 1, 1); ends (b, c, ..., P, N); h (b, ..., P, N). Autograd can do this too, but
     keeps every state twice and sums the gradient of each decay in a kernel of its own: on an H100,

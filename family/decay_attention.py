@@ -2,8 +2,8 @@
 
 ALiBi (Press et al. 2022, arXiv 2108.12409) subtracts from each score the distance between query and
 key times a slope m, one per head. The forgetting transformer (FoX, Lin et al. 2025, arXiv
-2503.02130) has a gate per token and head, f_t in 0 ... 1; each later token r adds log f_r <= 0 to a
-key's score:
+2503.02130) has a gate per token and head, f_t in 0 ... 1; every token after a key adds its log f,
+at most 0, to the key's score:
 
     score_ts = q_t . k_s / sqrt(P) + log f_{s+1} + ... + log f_t
     y_t = sum over s <= t of softmax_s(score_ts) v_s
@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import append_to_cache, causal_mask, check_heads
-from family.chunks import difference, show_steps
+from family.chunks import difference, show_steps, widest
 
 
 def decay_attention_ref(layer, x):
@@ -102,18 +102,20 @@ class DecayAttention(nn.Module):
 
         # sums: log f summed from the start of the segment. log f_{s+1} + ... + log f_t is sums_t -
         # sums_s, so query t adds sums_t and key s adds offset_s = -sums_s. For a key of an earlier
-        # segment, offset is its decay up to this segment.
-        sums = self.log_f(x).cumsum(-1)                                  # (B, H, L)
+        # segment, offset is log f_{s+1} + ... to the end of that segment, and sums_t completes it.
+        # float64, because differences of long float32 sums lose digits.
+        log_f = self.log_f(x)                                            # (B, H, L)
+        sums = log_f.to(widest(x.device)).cumsum(-1)                     # (B, H, L)
         offset = -sums                                                   # (B, H, L)
         k, v = append_to_cache(state, k, v)                              # (B, H, S+L, P) each
         if state is not None:
             offset = torch.cat([state.decay, offset], dim=2)             # (B, H, S+L)
-        cache = DecayCache(k, v, offset + sums[:, :, -1:])
+        cache = DecayCache(k, v, (offset + sums[:, :, -1:]).to(log_f.dtype))
         if last_only:
             q, sums = q[:, :, -1:], sums[:, :, -1:]
 
         Q, length = q.shape[2], k.shape[2]
-        bias = sums[..., :, None] + offset[..., None, :]                 # (B, H, Q, S+L)
+        bias = (sums[..., :, None] + offset[..., None, :]).to(log_f.dtype)       # (B, H, Q, S+L)
         score = q @ k.mT / math.sqrt(q.shape[-1]) + bias                 # (B, H, Q, S+L)
         seen = causal_mask(Q, length, x.device)                          # (Q, S+L)
         w = score.masked_fill(~seen, -math.inf).softmax(-1).to(v.dtype)

@@ -2,9 +2,9 @@
 
 Linear attention keeps a matrix S that maps keys to values, and adds v_t k_t^T to it for each token.
 If two values are written under one key, a read returns their sum. The delta rule first looks up the
-value that S has under k_t, and moves it a fraction beta_t of the way to v_t (Yang et al. 2024,
-arXiv 2406.06484). The gate a_t lets all of S decay (Gated DeltaNet, Yang et al. 2024, arXiv
-2412.06464, equation 10):
+value that S has under k_t, and moves it a fraction beta_t of the way to v_t (Schlag et al. 2021,
+arXiv 2102.11174; in chunks, Yang et al. 2024, arXiv 2406.06484). The gate a_t lets all of S decay
+(Gated DeltaNet, Yang et al. 2024, arXiv 2412.06464, equation 10):
 
     S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T          y_t = S_t q_t
 
@@ -22,7 +22,7 @@ arXiv 2406.06484). The gate a_t lets all of S decay (Gated DeltaNet, Yang et al.
     c, T     chunks, and steps per chunk
 
 With beta_t = 1 and |k_t| = 1, S_t k_t = v_t exactly, whatever the decay: the rule overwrites,
-which is what associative recall needs.
+which is what associative recall needs. (The layer's beta is a sigmoid, below 1.)
 
 `python -m family.deltanet` shows that recurrence, chunks and single steps agree, and their times;
 `python -m family.linear_attention` shows the rule overwrite a value.
@@ -119,6 +119,8 @@ class GatedDeltaNet(nn.Module):
         y, S = delta_rule(q / self.d_state**0.5, k, v, beta, log_a, S)   # (b, L, H, P)
         return self.output(y, x), DeltaState(window, S)
 
+    # family/linear_attention.py replaces some of the following steps.
+
     def qkv_of(self, x, window):
         """x (b, L, d) -> q, k (b, L, H, N) of length 1, v (b, L, H, P), the next window."""
         qkv = self.qkv(x)                                                # (b, L, H (2 N + P))
@@ -161,14 +163,16 @@ def unit(v, eps=1e-6):
 #
 #     S_t = exp(g_t) S_0 + sum over s <= t of exp(g_t - g_s) u_s k_s^T
 #
-# Put into u_t for S_{t-1}, this makes the corrections of a chunk solve a triangular system:
+# Insert this sum for S_{t-1} into the definition of u_t. The corrections of a chunk then solve a
+# triangular system:
 #
 #     u_t + sum over s < t of beta_t exp(g_t - g_s) (k_t . k_s) u_s
 #         = beta_t v_t - beta_t exp(g_t) S_0 k_t
 #
-# The right-hand side has a known part, beta v, and a part that needs S_0, "waiting" in the code.
-# Solve for both in all chunks at once; then only S_0 goes from chunk to chunk. Every argument of
-# exp, g_t and g_t - g_s, is at most 0: nothing overflows.
+# It is linear, so u = known - waiting S_0^T, where `known` solves it for beta_t v_t and `waiting`
+# for beta_t exp(g_t) k_t^T. Neither needs S_0: solve for both in all chunks at once. Then only S_0
+# goes from chunk to chunk. Every argument of exp, g_t and g_t - g_s, is at most 0: nothing
+# overflows.
 
 def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     """delta_rule_ref in chunks of at most T steps: same arguments, same results and gradients.
@@ -203,13 +207,13 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     to_end = clamped_exp(g[..., -1:] - g, dtype)[..., None]              # (c, b, H, T, 1)
     k_to_end = (to_end * k).to(matmul_dtype)                             # (c, b, H, T, N)
 
-    # 2. The triangular system: corrections u = known - waiting @ S_0^T, where known solves for
-    # beta v and waiting for beta exp(g) k.
+    # 2. The triangular system. The solver reads what is below the diagonal, and takes that for 1.
     kk, qk = (torch.cat([k, q], dim=-2) @ k.mT).split(T, dim=-2)         # (c, b, H, T, T) each
-    system = beta * decay * kk                       # read below its diagonal, which counts as 1
+    system = beta * decay * kk                                           # (c, b, H, T, T)
     if c == 1 and S is None:                         # one chunk, from zero: nothing waits
         corrections = UnitTriangularSolve.apply(system, (beta * v).to(matmul_dtype))
-        S, y = (corrections.mT @ k_to_end)[0].to(dtype), 0.0
+        S = (corrections.mT @ k_to_end)[0].to(dtype)                     # (b, H, P, N)
+        y = 0.0                                                          # no S_0 to read
     else:
         right = torch.cat([beta * v, beta * from_start * k], dim=-1).to(matmul_dtype)
         known, waiting = UnitTriangularSolve.apply(system, right).split([P, k.shape[-1]], dim=-1)

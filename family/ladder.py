@@ -39,8 +39,8 @@ class ShortConv(nn.Module):
         y_t = bias + w_0 x_t + w_1 x_{t-1} + ... + w_{d_conv - 1} x_{t - d_conv + 1}
 
     Mamba and most of its successors have one inside. Alone, in front of attention, it shows what
-    the state adds: it sees d_conv - 1 earlier tokens, so it cannot join a query to a value that
-    comes later than that. As a layer of its own: "Canon" (Allen-Zhu 2025, arXiv 2512.17351).
+    the state adds: it cannot link a query to a value more than d_conv - 1 tokens later. As a layer
+    of its own: "Canon" (Allen-Zhu 2025, arXiv 2512.17351). conv1d.weight has w_0 last.
     """
 
     def __init__(self, d_model, d_conv=4):
@@ -109,7 +109,7 @@ class LTI(nn.Module):
         self.D = nn.Parameter(torch.ones(d_model))
         self.out_proj = nn.Linear(d_model, d_model)      # the only place where channels meet
 
-    def discretised(self):
+    def discretized(self):
         """-> dt A and Bbar, (d, N) each, at least float32."""
         A = -torch.exp(at_least_float32(self.A_log))
         dtA = torch.exp(at_least_float32(self.dt_log))[:, None] * A
@@ -117,7 +117,7 @@ class LTI(nn.Module):
 
     def recur(self, x, h):
         """One step at a time: x (b, L, d), h (b, d, N) -> y (b, L, d), the last h."""
-        dtA, Bbar = self.discretised()
+        dtA, Bbar = self.discretized()
         Abar = torch.exp(dtA)                                            # (d, N)
         y = []
         for x_t in x.unbind(1):
@@ -128,7 +128,7 @@ class LTI(nn.Module):
     def convolve(self, x, h):
         """All steps at once, through the Fourier transform; the same results."""
         (x,), nan = set_nan_aside(x)         # the transform spreads one NaN over all of a sequence
-        dtA, Bbar = self.discretised()
+        dtA, Bbar = self.discretized()
         L, C = x.shape[1], self.C.to(dtA.dtype)
         l = torch.arange(L + 1, device=x.device)
         powers = torch.exp(dtA[..., None] * l)                           # (d, N, L+1), Abar^l
@@ -162,11 +162,11 @@ class Retention(nn.Module):
 
     with a gamma per head, 1 - 2^-5, 1 - 2^-6, ... (equation 8), and k_t = (W_k x_t + bias) /
     sqrt(P). In parallel form y_t is the sum over s <= t of (q_t . k_s) gamma^(t-s) v_s: attention
-    whose softmax has become a decay. That is mamba2.ssd with x = v, B = k, C = q and the same step
-    for every token, and so is the chunked form (equation 7). Then each head is normed by itself and
-    gated.
+    whose softmax has become a decay. That is mamba2.ssd with x = v, B = k, C = q, dt = 1 and
+    A = log gamma, whose chunks are the chunked form (equation 7). Then each head is normed by
+    itself and gated.
 
-    Left out: xPos (the rotation of q and k), values twice as wide, and two normalisations of the
+    Left out: xPos (the rotation of q and k), values twice as wide, and two normalizations of the
     scores, which the norm of each head cancels. Differs: q, k and v have biases; the norm is
     RMSNorm, as in the released code (GroupNorm in the paper), with eps 1e-5.
     """
@@ -185,7 +185,8 @@ class Retention(nn.Module):
         if x.shape[1] == 0:
             return x, state
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)     # (b, L, H, P) each
-        heads = at_least_float32(torch.arange(self.n_heads, device=x.device).to(x))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        heads = torch.arange(self.n_heads, device=x.device, dtype=dtype)
         log_gamma = torch.log1p(-2.0 ** (-5 - heads))                    # (H,)
         steps = torch.ones_like(v[..., 0])                               # (b, L, H)
         y, S = ssd(v, steps, log_gamma, k / k.shape[-1]**0.5, q, state)
@@ -216,7 +217,8 @@ class RGLRU(nn.Module):
 
     in each channel by itself, after a short convolution, and then y = out_proj(GELU(z) * h). The
     root keeps the variance of h the same for any a_t, if inputs are independent. The recurrence is
-    selective_scan with one state per channel and dt = -log a_t.
+    selective_scan with N = 1, A = -1, B = C = 1, dt = -log a_t, and x = sqrt(1 - a_t^2) i_t x_t /
+    dt.
 
     Differs from the paper: as wide as the residual stream, not 4/3 of it; the gates' maps are full,
     not block-diagonal. Differs from the released code: here a^8 starts in 0.9 to 0.999 (as in the

@@ -6,7 +6,7 @@ thing in the recurrence of the one before, and keeps its projections, its norm a
     linear-fixed      S_t = gamma S_{t-1} + beta_t v_t k_t^T       a fixed decay
     linear-decay      S_t = a_t S_{t-1} + beta_t v_t k_t^T         a decay that the token sets
     gated-deltanet    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T       it replaces
-    linear-rotation   the same, with q_t and k_t rotated by the sum of all angles up to t
+    linear-rotation   gated-deltanet, with q_t and k_t rotated by the sum of all angles up to t
 
     symbol   meaning
     q, k     queries and keys (b, L, H, N): k of length 1, q of length 1 / sqrt(N)
@@ -32,7 +32,7 @@ import torch
 import torch.nn as nn
 
 from family.chunks import show_steps, widest
-from family.deltanet import GatedDeltaNet, delta_rule, unit
+from family.deltanet import GatedDeltaNet, delta_rule
 from family.mamba3 import rotate, trapezoid
 
 
@@ -57,7 +57,7 @@ class LinearAttention(GatedDeltaNet):
         if fixed_decay and rotation:
             raise ValueError("rotation needs a decay per token, whose step size scales the angles")
         self.delta, self.fixed = delta, fixed_decay
-        if self.fixed:                   # the layer that this one extends has made the decay's maps
+        if self.fixed:                   # GatedDeltaNet made the maps of a decay per token
             del self.a_proj, self.A_log, self.dt_bias
         self.angle_proj = None
         if rotation:
@@ -67,7 +67,8 @@ class LinearAttention(GatedDeltaNet):
         """x (b, L, d) -> log a (b, L, H)."""
         if not self.fixed:
             return super().log_decay(x)
-        heads = torch.arange(self.n_heads, device=x.device, dtype=torch.float32)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        heads = torch.arange(self.n_heads, device=x.device, dtype=dtype)
         return torch.log1p(-2.0 ** (-5 - heads)).expand(*x.shape[:2], -1)
 
     def forward(self, x, state=None):
@@ -79,7 +80,8 @@ class LinearAttention(GatedDeltaNet):
         if self.angle_proj is None:
             angle = x.new_zeros(len(x), self.n_heads, 0)
         else:
-            # As in Mamba-3: per token, a pair turns by at most pi dt, and dt starts small.
+            # As in Mamba-3: per token, a pair turns by at most pi dt, and dt starts small. Here
+            # each head has rates of its own.
             rate = math.pi * torch.tanh(self.angle_proj(x)).unflatten(-1, (self.n_heads, -1))
             turn = (rate * self.step_size(x)[..., None]).to(widest(x.device))
             angles = turn.cumsum(1) if start is None else turn.cumsum(1) + start[:, None]
@@ -106,7 +108,7 @@ def additive_rule(q, k, v, beta, log_a, S=None):
 @torch.no_grad()
 def main():
     """Write 3 and then 5 under one key and read later; one call and single steps of each rung."""
-    key, others = unit(torch.eye(4)[:1]), unit(torch.eye(4)[1:])         # orthogonal keys
+    key, others = torch.eye(4).split([1, 3])                             # orthogonal keys
     print("3, then 5 written under one key with beta = 1; then read: 8 is a sum, 5 the last\n")
     print(f"{'more tokens in between':<22}{0:>6}{10:>8}{40:>8}")
     for name, log_a, rule in [("linear-fixed", math.log(1 - 2**-5), additive_rule),

@@ -151,21 +151,23 @@ class GatedNorm(nn.Module):
 
 # ---- Chunks --------------------------------------------------------------------------------------
 #
-# Let h_0 be the state before a chunk, and count its steps from 1 to T. Write s_t for the sum of
+# Let h_0 be the state before a chunk, and count its steps from 1 to T. Write g_t for the sum of
 # dt A over steps 1 to t (`sums`). Unrolled inside the chunk,
 #
-#     h_t = exp(s_t) h_0 + sum over r <= t of exp(s_t - s_r) u_r B_r
-#     y_t = exp(s_t) C_t h_0 + sum over r <= t of (C_t . B_r) exp(s_t - s_r) u_r
+#     h_t = exp(g_t) h_0 + sum over s <= t of exp(g_t - g_s) u_s B_s
+#     y_t = exp(g_t) C_t h_0 + sum over s <= t of (C_t . B_s) exp(g_t - g_s) u_s
 #
-# Neither sum needs h_0. So all chunks compute them at once: that of y by attention (step 1), that
-# of h_T by one more matmul (step 2). Then h_0 goes from chunk to chunk (step 3), and adds the first
-# term of y (step 4). Every argument of exp is at most 0: nothing overflows.
+# Neither sum needs h_0, so all chunks are computed at once: the sum in y_t by attention (step 1),
+# the sum in h_T by one more matmul (step 2). Then h_0 goes from chunk to chunk (step 3), and adds
+# the first term of y (step 4). Every argument of exp is at most 0: nothing overflows.
+#
+# In the einsums, t and s are steps, g groups, h the heads of a group; p and n are P and N.
 
 def ssd(x, dt, A, B, C, h=None, T=None):
     """ssd_ref in chunks of at most T steps: same arguments, same results and gradients.
 
     States and sums are at least float32; y has the dtype of x. Inputs of matmuls are bfloat16 if x
-    is, otherwise at least float32: products of float16 would overflow. T: None for 16 on a CPU,
+    is, otherwise at least float32: float16 ends at 65,504. T: None for 16 on a CPU,
     where longer chunks cost more arithmetic; on a GPU for 128 if L <= 128 or P N >= 4,096,
     otherwise 64. The four steps are those of the paper's listing 1.
     """
@@ -190,8 +192,8 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     log_decay = split(log_decay, T).unflatten(3, grouped).movedim(2, -1)   # (b, c, G, H/G, T)
     sums = log_decay.to(widest(x.device)).cumsum(-1)                     # (b, c, G, H/G, T)
 
-    # 1. In a chunk: attention. Its weights, (T, T) per head, are the largest tensors of all; so a
-    # GPU, where T is large, computes them again in the backward pass: a third less memory.
+    # 1. In a chunk: attention. Its weights, (T, T) per head, are the largest tensors of all. On a
+    # GPU, where T is large, the backward pass computes them again: a third of the memory less.
     within = (sums, C, B, u.to(matmul_dtype), dtype)
     if x.is_cuda and sums.shape[1] > 1:
         y = checkpoint(within_chunks, *within, use_reentrant=False, preserve_rng_state=False)
@@ -211,7 +213,7 @@ def ssd(x, dt, A, B, C, h=None, T=None):
         h = h.to(dtype).unflatten(1, grouped)                              # (b, G, H/G, P, N)
     starts, h = AcrossChunks.apply(decay, ends.to(dtype), h)             # (b, c, G, H/G, P, N)
 
-    # 4. The contribution of each chunk's first state to its outputs.
+    # 4. The contribution of each chunk's first state to its outputs; one chunk from zero has none.
     if sums.shape[1] > 1 or not from_zero:
         from_start = clamped_exp(sums, dtype).movedim(-1, 2)[..., None]  # (b, c, T, G, H/G, 1)
         starts = starts.to(matmul_dtype)

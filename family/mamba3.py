@@ -4,20 +4,22 @@ The differential equation is that of Mamba-2, h' = A h + B x, y = C h. Three thi
 
 1. The trapezoidal rule. Mamba takes B x at the end of a step as its input over the whole step.
    Mamba-3 takes a weighted mean of both ends, with a weight lambda_t in 0 ... 1 for the end, which
-   the token chooses. lambda = 1 is Mamba-2; with 1/2 the error is of order dt^2, not dt. As x_{t-1}
-   enters step t too, no short convolution is needed.
-2. A complex state. Pairs of states turn by angles that the token chooses. A state that turns by pi
-   for a 1 and stays for a 0 knows the parity of a sequence; one that only decays cannot.
+   the token chooses. lambda = 1 is Mamba-2; with 1/2 the error over a sequence is of order dt^2,
+   not dt. As x_{t-1} enters step t too, and B and C have biases, no short convolution is needed.
+2. A complex state. Pairs of states turn by angles that the token chooses, of at most pi dt. A state
+   that turns by pi for a 1 and stays for a 0 knows the parity of a sequence; one that only decays
+   cannot.
 3. More inputs and outputs (MIMO). With rank R, a token writes R outer products and reads R times;
    B_t x_t below is their sum.
 
     h_t = exp(dt_t A_t) Q_t (h_{t-1} + before_t B_{t-1} x_{t-1}) + now_t B_t x_t
     y_t = C_t h_t               before_t = (1 - lambda_t) dt_t          now_t = lambda_t dt_t
 
-where Q_t rotates pairs of states back by the token's angles. Rotations of one pair add up. So
-instead of the state, `forward` rotates B_t and C_t by the sum of all angles up to t, and the
-recurrence needs no Q_t (the paper's "RoPE trick"; in attention.rotary the angles do not depend on
-the token).
+where Q_t rotates pairs of states back by the token's angles. Rotations of one pair add up. Let
+Phi_t rotate by the sum of all angles up to t: Phi_t h_t obeys the recurrence without Q_t, with
+Phi_t B_t for B_t, and C_t . h_t = (Phi_t C_t) . (Phi_t h_t). So `forward` rotates B_t and C_t
+instead of the state (the paper's "RoPE trick"; in attention.rotary the angles do not depend on the
+token).
 
     symbol   meaning
     x        inputs (b, L, R, H, P)
@@ -106,11 +108,13 @@ class Mamba3(nn.Module):
                     \-> z -> SiLU ---------------------------------------------/
 
     d_inner = expand * d_model channels, in heads of headdim; d_state: N. rope_fraction: the share
-    of the N states that rotate, 0.5 or 1. is_mimo: with rank mimo_rank; otherwise R = 1.
+    of the N states that rotate, at most 1; officially 0.5 or 1. is_mimo: with rank mimo_rank;
+    otherwise R = 1.
 
     Names, shapes and initial values are those of mamba_ssm.Mamba3 with one group. Left out: several
     groups, and the norm before out_proj (is_outproj_norm). Differs: the official MIMO kernel pairs
-    state i with state i + N / 2; here, as in its SISO kernel, neighbours are pairs.
+    state i with state i + N / 2; here, as in its SISO kernel, neighbours are pairs. A is -softplus,
+    as in the first release; since June 2026 the official one has a heavier tail.
     """
 
     takes_bias = True
@@ -162,7 +166,8 @@ class Mamba3(nn.Module):
         A = -F.softplus(at_least_float32(A)).clamp(min=1e-4)             # (b, L, H), negative
         lam = torch.sigmoid(at_least_float32(lam))                       # (b, L, H)
 
-        # Angles add up over the whole sequence: float64, and whole turns taken away.
+        # The token sets S rates for all heads; in a head, a pair turns by pi tanh(rate) dt. Angles
+        # add up over the whole sequence: float64, and whole turns taken away.
         wide = widest(x.device)
         turn = torch.tanh(rate.to(wide))[:, :, None] * math.pi * dt[..., None].to(wide)
         angle = turn.cumsum(1)                                           # (b, L, H, S)
@@ -189,7 +194,8 @@ class Mamba3(nn.Module):
 
 
 def per_rank(v, weight):
-    """v (..., H, P) -> (..., R, H, P), times a weight (H, R, P); R = 1 without one."""
+    """v (..., H, P) -> R copies (..., R, H, P), each times its weight of (H, R, P). Without weight:
+    one copy."""
     v = v[..., None, :, :]
     return v if weight is None else v * weight.transpose(0, 1)
 
@@ -204,6 +210,9 @@ def per_rank(v, weight):
 # now_t. With a_ts, the decay between two steps,
 #
 #     y_t = sum over s < t of (C_t . B_s) a_ts (now_s + before_{s+1}) x_s + (C_t . B_t) now_t x_t
+#
+# So g goes from chunk to chunk. The first is h plus before_1 times what the last call's token wrote
+# (`last`). After the last token, before_{L+1} is set to 0, so that the last g is h.
 
 def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     """trapezoid_ref in chunks of at most T steps: same arguments, same results and gradients.
@@ -236,29 +245,25 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     x, B, C = (split(v, T).movedim(4, 2).flatten(3, 4) for v in (x, B, C))
     # log_a, now, before_next (b, c, H, T); x (b, c, H, T R, P); B, C (b, c, H, T R, N)
 
-    # A step has R rows in a chunk's matrices, one per rank, with the same decay.
-    def repeat_per_rank(v, *dims):
-        for dim in dims:
-            v = v.repeat_interleave(R, dim)
-        return v
-
-    # 1. In a chunk: attention.
+    # 1. In a chunk: attention. A step has R rows in its matrices, one per rank, of the same decay.
     sums = log_a.to(widest(x.device)).cumsum(-1)                         # (b, c, H, T)
     a = clamped_exp(sums[..., :, None] - sums[..., None, :], x.dtype).tril(-1)  # (b, c, H, T, T)
     weight = a * (now + before_next)[..., None, :] + torch.diag_embed(now)
-    y = (repeat_per_rank(weight, -1, -2) * (C @ B.mT)) @ x               # (b, c, H, T R, P)
+    weight = weight.repeat_interleave(R, -1).repeat_interleave(R, -2)    # (b, c, H, T R, T R)
+    y = (weight * (C @ B.mT)) @ x                                        # (b, c, H, T R, P)
 
     # 2. The state at the end of each chunk, had it started from zero.
     to_end = clamped_exp(sums[..., -1:] - sums, x.dtype) * (now + before_next)  # (b, c, H, T)
-    ends = (repeat_per_rank(to_end, -1)[..., None] * x).mT @ B           # (b, c, H, P, N)
+    to_end = to_end.repeat_interleave(R, -1)[..., None]                  # (b, c, H, T R, 1)
+    ends = (to_end * x).mT @ B                                           # (b, c, H, P, N)
 
     # 3. The recurrence from chunk to chunk.
     decay = clamped_exp(sums[..., -1], x.dtype)[..., None, None]         # (b, c, H, 1, 1)
     starts, h = AcrossChunks.apply(decay, ends, h)                       # (b, c, H, P, N)
 
     # 4. The contribution of each chunk's first state to its outputs.
-    from_start = repeat_per_rank(clamped_exp(sums, x.dtype), -1)[..., None]  # (b, c, H, T R, 1)
-    y = y + from_start * (C @ starts.mT)
+    from_start = clamped_exp(sums, x.dtype).repeat_interleave(R, -1)[..., None]
+    y = y + from_start * (C @ starts.mT)                                 # (b, c, H, T R, P)
     y = y.unflatten(3, (-1, R)).movedim(2, 4).flatten(1, 2)[:, :L]       # (b, L, R, H, P)
     y = y + nan.cumsum(1)[..., None, None, None]
     return y.to(x_dtype), h + nan.sum(1)[:, None, None, None]

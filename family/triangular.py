@@ -14,9 +14,10 @@ from family.chunks import difference
 class UnitTriangularSolve(torch.autograd.Function):
     """system (..., T, T), right (..., T, R) -> u: u_t + sum over s < t of system_ts u_s = right_t.
 
-    Only the part of `system` below the diagonal is read. With u = inverse right, the gradient of
-    `right` is inverse^T du, and that of `system` is minus its product with u^T. The inverse is
-    computed in the dtype of `system`, and multiplied in that of `right`, which u has, too.
+    For T = 3: u_1 = right_1, u_2 = right_2 - system_21 u_1, and so on. Only the part of `system`
+    below the diagonal is read. With u = inverse right, d_right = inverse^T du, and d_system =
+    -d_right u^T. The inverse is computed in the dtype of `system`, and multiplied in that of
+    `right`, which u has, too.
     """
 
     @staticmethod
@@ -52,8 +53,8 @@ def unit_inverse(system):
 
 
 def unit_inverse_by_blocks(system):
-    """unit_inverse from two blocks on the diagonal, with inverses X and Y, and the block B below
-    the first of them:
+    """unit_inverse from blocks: X and Y are the inverses of the two blocks on the diagonal, and B
+    is the block at the lower left:
 
         ( X^-1   0  )^-1     (   X     0 )
         (  B   Y^-1 )     =  ( -Y B X  Y )
@@ -63,16 +64,18 @@ def unit_inverse_by_blocks(system):
     T, padded = system.shape[-1], 1
     while padded < T:
         padded *= 2
-    system = F.pad(system, (0, padded - T, 0, padded - T))     # an identity: its ones are implied
+    # Rows of zeros are rows of an identity, because the diagonal counts as 1.
+    system = F.pad(system, (0, padded - T, 0, padded - T))
     # A block of one step is 1, and so is its inverse.
     blocks = system.new_ones(*system.shape[:-1], 1, 1)                   # (..., padded, 1, 1)
     while blocks.shape[-1] < padded:
         s = blocks.shape[-1]
         pairs = padded // (2 * s)
         X, Y = blocks.unflatten(-3, (pairs, 2)).unbind(-3)               # (..., pairs, s, s)
-        # B: the lower left corner of each block of 2 s steps on the diagonal.
-        B = system.unflatten(-1, (pairs, 2 * s)).unflatten(-3, (pairs, 2 * s))
-        B = B.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)[..., s:, :s]    # (..., pairs, s, s)
+        tiles = system.unflatten(-1, (pairs, 2 * s)).unflatten(-3, (pairs, 2 * s))
+        # (..., pairs, 2 s, pairs, 2 s): row of tiles, row in a tile, column of tiles, column in it
+        diagonal = tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)      # (..., pairs, 2 s, 2 s)
+        B = diagonal[..., s:, :s]                                        # (..., pairs, s, s)
         corner = -product(Y, product(B, X))
         first = torch.cat([X, torch.zeros_like(X)], dim=-1)
         blocks = torch.cat([first, torch.cat([corner, Y], dim=-1)], dim=-2)

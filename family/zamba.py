@@ -2,8 +2,9 @@
 
 Zamba: Glorioso et al. 2024, arXiv 2405.16712, section II. Zamba2: arXiv 2411.15242, figure 2.
 
-Attention with its MLP has 12 d^2 parameters, about twice those of a Mamba layer. Here all uses of a
-block share them, while each use has a cache of its own. A use of the block at depth l computes
+A block of attention and MLP on vectors of width 2d has 48 d^2 parameters, as many as eight Mamba
+layers. Here all uses of a block share them, while each has a cache and an out_proj, 2 d^2, of its
+own. A use of the block at depth l computes
 
     y_l = out_proj_l(block([x_l, e]))
 
@@ -15,10 +16,10 @@ in Zamba2, a small correction to the block's MLP (LoRA, Hu et al. 2021, arXiv 21
     d, f     width of x and e; hidden width of the block's MLP. The block has width 2 d
 
 Differs from the published models: y_l is added to the residual stream (there to the input of the
-next Mamba layer only); the block has two residual connections (there none); its attention has
-biases and scores divided by sqrt(head size) (there no biases, and by the root of half of it); its
-MLP is SwiGLU of hidden width 8/3 of 2d (there a gated GELU of 4d); Mamba layers have one head
-(there two).
+next Mamba layer only); all of the block is 2d wide (there attention returns to width d, and the MLP
+has that width); the block has two residual connections (there none); its attention has biases and
+scores divided by sqrt(head size) (there no biases, and by the root of half of it); its MLP is
+SwiGLU of hidden width 8/3 of 2d (there a gated GELU of 4d); Mamba layers have one head (there two).
 
 `python -m family.zamba` counts the parameters of three uses and shows that single steps agree.
 """
@@ -62,14 +63,14 @@ class SharedBlock(nn.Module):
 class SharedUse(nn.Module):
     """One use of a SharedBlock. Its state is a KVCache of its own.
 
-    before: the layers below this one. Among them and this one, uses with the same arguments share
-        blocks: the first `blocks` uses create one each, and later ones take turns.
+    before: the layers below this one. Uses with equal arguments share blocks: the first `blocks` of
+        them create one each, and a later one takes that of the use `blocks` before it.
     blocks: how many blocks there are; Zamba2 has two.
     rank: of the correction to the MLP's first map, 0 for none, as in Zamba. Zamba2's 1.2B model
         corrects its attention too, which is left out.
     """
 
-    attends = skips_norm = needs_embedding = True
+    attends = skips_norm = needs_embedding = True      # class attributes that hybrid.py explains
 
     def __init__(self, d_model, before, n_heads=1, blocks=1, rank=0, position="none"):
         super().__init__()
@@ -88,7 +89,7 @@ class SharedUse(nn.Module):
             hidden = self.block.mlp.up.out_features
             down = nn.Linear(2 * d_model, rank, bias=False)
             self.lora = nn.Sequential(down, nn.Linear(rank, hidden, bias=False))
-            nn.init.zeros_(self.lora[1].weight)                          # all uses start the same
+            nn.init.zeros_(self.lora[1].weight)          # all uses start with the block as it is
 
     def forward(self, x, state=None, embedding=None):
         """x and the tokens' embedding, (b, L, d) each -> y (b, L, d), the next KVCache."""

@@ -91,3 +91,9 @@ def test_the_additive_rule_is_a_sum_and_the_fixed_decay_is_the_same_for_every_to
 def test_rotation_needs_a_decay_per_token():
     with pytest.raises(ValueError, match="rotation needs a decay per token"):
         LinearAttention(8, fixed_decay=True, rotation=True)
+
+
+def test_a_fixed_decay_is_exact_in_float64():
+    layer, x = LinearAttention(8, n_heads=2, fixed_decay=True).double(), torch.zeros(1, 1, 8).double()
+    decay = layer.log_decay(x).exp()[0, 0]
+    assert torch.allclose(decay, 1 - 2.0 ** -torch.tensor([5.0, 6.0]).double(), rtol=1e-15, atol=0)
