@@ -92,7 +92,7 @@ def test_checkpoints_load(path):
     assert model.n_params() > 0 and config["task"] == "recall"
 
 
-ROWS = re.findall(r"^\| `([\w-]+)` \| [^|]* \| ([\d,]+) \| ([\d,]+) · ([\d,]+) \| ([\d.]*) "
+ROWS = re.findall(r"^\| `([\w-]+)` \| [^|]* \| ([\d,]+) \| ([\d,]+) / ([\d,]+) \| ([\d.]*) "
                   r"\| ([\d.]*) *\|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
 
 
