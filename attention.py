@@ -11,13 +11,13 @@ state grows with the context; that of a state space model has a fixed size.
     symbol   meaning
     B        sequences in the batch
     L        tokens in this call
-    Q        queries: those of all L tokens, or of the last one alone
+    Q        the last Q queries of this call: all L, or the last one alone
     S        tokens of earlier calls, in the cache
     H, P     heads, and channels per head; d = H P
 
-In the formula, only the mask s <= t depends on the order of tokens. There are three choices:
+In the formula, only the mask s <= t depends on the order of tokens. Besides it, there are two ways:
 
-    position="none"     nothing more than the mask
+    position="none"     neither: the mask alone
     position="rope"     the query and the key are rotated by an angle proportional to their position
     LearnedPosition     a layer of its own, which adds a trained vector per absolute position
 
@@ -48,11 +48,12 @@ class Attention(nn.Module):
 
     The maps to q, k and v have a bias, which is the same for every token. At d = 8, recall needs
     it: a head that looks at the previous token, whatever it is, needs queries and keys that do not
-    depend on the token. A linear map can send all 16 embeddings to one vector only if this is 0.
+    depend on the token. A linear map can send all 16 embeddings to one vector only if that is the
+    zero vector.
     """
 
-    attends = True       # two class attributes that hybrid.py explains
-    answers_last = True
+    attends = True       # biases of norms start at random: see hybrid.py
+    answers_last = True  # forward takes last_only
     scale = 1.0          # positions are multiplied by it: report/interpolate.py
 
     def __init__(self, d_model, n_heads=1, position="none", recency=None):
@@ -140,8 +141,8 @@ def rotary(x, start, base=10000.0, scale=1.0):
     (position interpolation, Chen et al. 2023, arXiv 2306.15595).
 
     x (..., L, P), the first token at position `start` (from 0) -> the same shape. Angles are
-    computed in float64, if the device has it: in float32 they are off by up to 0.06 at position
-    10^6, and above 2^24 neighbouring positions get the same angle.
+    computed in float64, if the device has it: in float32, with P = 128, they are off by up to 0.06
+    at position 10^6, and above 2^24 neighbouring positions get the same angle.
     """
     P = x.shape[-1]
     wide = torch.float32 if x.device.type == "mps" else torch.float64    # Apple's GPUs have none

@@ -43,8 +43,8 @@ SCAN_SHAPES = {  # (b, L, D, N)
 SSD_SHAPES = {  # (b, L, H, P, N)
     "cpu": [(64, 64, 1, 16, 16), (64, 64, 2, 64, 16), (8, 1024, 2, 64, 16)],
     "cuda": [(64, 64, 1, 16, 16), (64, 256, 2, 64, 16), (8, 2048, 24, 64, 128)]}
-LENGTHS = {"cpu": [2**10, 2**12, 2**14], "cuda": [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]}
-LONG = 2**16     # beyond it mamba alone: a training step of attention takes seconds
+LENGTHS = {"cpu": [2**10, 2**12, 2**14, 2**16], "cuda": [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]}
+LONG = {"cpu": 2**14, "cuda": 2**16}     # beyond it mamba alone: attention takes too long
 COSTS = {"train us/token": "training, μs per token", "prefill us/token": "prefill, μs per token",
          "decode ms": "decode step, ms", "state bytes": "state, bytes"}
 
@@ -210,12 +210,12 @@ def prefill(model, tokens):
 
 def length_rows(device, args):
     for name, L in itertools.product(args.model, LENGTHS[device.type]):
-        if L > LONG and name != "mamba":
+        if L > LONG[device.type] and name != "mamba":
             continue
         model, step = model_and_step(config_for(name, d=64, L=L - 1, batch_size=1), device)
         tokens = recall_batch(1, L - 1, device=device)[0]                             # (1, L)
         seconds(step, device, times=gpu.FIRST_CALLS)                                  # captures
-        repeats = 3 if L <= LONG else 1
+        repeats = 3 if L <= LONG[device.type] else 1
         train_ms = timed(step, device, repeats, in_a_row=1)
         with torch.no_grad():
             prefill_ms = timed(lambda: prefill(model, tokens), device, repeats, in_a_row=1)
@@ -234,19 +234,19 @@ def draw_lengths(path, out):
     try:
         with open(path) as f:
             result = json.load(f)
-        rows = result["length"]
+        rows, machine = result["length"], result["env"]["device"]
+        fig = matplotlib.figure.Figure(figsize=(10, 7), layout="constrained")
+        for ax, (cost, title) in zip(fig.subplots(2, 2, sharex=True).flat, COSTS.items()):
+            for name in dict.fromkeys(row["model"] for row in rows):
+                x, y = zip(*[(row["length"], row[cost]) for row in rows if row["model"] == name])
+                ax.semilogx(x, y, "o-", base=2, color=COLOURS.get(name, "black"), label=name)
+            ax.set(title=title, yscale="log")
+            ax.spines[["top", "right"]].set_visible(False)
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"--draw is {path!r}, but that is no file of --tables length") from None
-    fig = matplotlib.figure.Figure(figsize=(10, 7), layout="constrained")
-    for ax, (cost, title) in zip(fig.subplots(2, 2, sharex=True).flat, COSTS.items()):
-        for name in dict.fromkeys(row["model"] for row in rows):
-            x, y = zip(*[(row["length"], row[cost]) for row in rows if row["model"] == name])
-            ax.semilogx(x, y, "o-", base=2, color=COLOURS.get(name, "black"), label=name)
-        ax.set(title=title, yscale="log")
-        ax.spines[["top", "right"]].set_visible(False)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
     fig.supxlabel("context length of a single sequence, tokens")
-    fig.suptitle(f"Mamba's state does not grow, attention's does: d 64, {result['env']['device']}")
+    fig.suptitle(f"Mamba's state does not grow, attention's does: d 64, {machine}")
     write_figure(out, fig)
     print(out)
 

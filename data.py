@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 STREAMS = {"training": 0, "test": 1, "evaluation": 2}
-WHOLE, NEAR = 20, 2      # `show` shortens contexts longer than this; it keeps this many tokens
-                         # before and after a marked one
+WHOLE = 20               # `show` prints contexts up to this length in full,
+NEAR = 2                 # and of longer ones this many tokens around each mark
 
 
 def stream(seed, purpose, device="cpu"):
@@ -78,7 +78,7 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
     draw = dict(device=device, generator=generator)
     q = torch.randint(M, (batch_size, 1), **draw)                        # (B, 1)
     others = torch.randint(K - 1, (batch_size, L + 1), **draw)           # (B, L+1)
-    # Numbers are checked on a CPU alone: asking a GPU for values would break a CUDA graph.
+    # Checked only on a CPU: asking a GPU for values would break a CUDA graph.
     if lengths is None:
         lengths = torch.full((batch_size,), L, device=device)
     elif lengths.device.type == "cpu" and not ((lengths > tau) & (lengths <= L)).all():
@@ -112,7 +112,8 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
 def recall(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):
     """recall_batch. uniform: each sequence has a random length of its own, from tau + 1 to L.
 
-    In a longer context, q has more possible positions, and v has to be kept for longer.
+    In a longer context, q has more possible positions, and v has to be kept for longer. So short
+    contexts help training to start.
     """
     lengths = None
     if uniform:

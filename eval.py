@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import sys
-import time
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C prints no traceback, even in imports
@@ -22,16 +21,16 @@ from data import TASKS, recall_batch, shortest, show, stream
 from grid import locked
 from output import Progress, say, short_errors
 from runs import load_run, pick_device, read_result, write_json
-from summary import TEST_SEQUENCES
+from summary import DEFAULTS, TEST_SEQUENCES
 
 SEGMENT = 4096       # most tokens per call when a long context is processed
-BATCH_ROWS = 512     # most contexts in a batch on a CPU
-HELD_TOKENS = 2**20  # most tokens in a batch on a CPU
-CUDA_FACTOR = 16     # on CUDA, a batch has this many times as many contexts and tokens
+BATCH_ROWS = 512     # most contexts drawn together on a CPU,
+HELD_TOKENS = 2**20  # and most tokens: a context of a million is drawn alone
+CUDA_FACTOR = 16     # on CUDA, both limits are this many times as high
 CALL_FLOATS = 2**22  # most rows x tokens x d per call: Mamba needs a kilobyte for each, 4 GB in all
 MOST_LENGTHS = 768   # tested after training; up to L = 256 these are all lengths to 3L
 MOST_LENGTHS_ALONE = 24      # of tasks whose lengths cannot share contexts
-STRIDE = 8           # of the lengths that could form one group, every eighth does: see `groups`
+STRIDE = 8           # neighbouring lengths go into eight different groups: see `groups`
 
 
 @torch.no_grad()
@@ -103,7 +102,7 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
     progress = Progress(sum(n * group[-1] for group, n in plan), quiet=not bar, desc="testing")
     for group, n in plan:
         longest, positions = group[-1], group[-1] - tau
-        # 1. A position at a random place within each nth part of the context.
+        # 1. Contexts; each nth part of the positions has one query, at a random place.
         jitter = torch.rand(n, dtype=torch.float64, generator=stream(seed, "evaluation"))
         i = ((torch.arange(n) + jitter) / n * positions).long().clamp(max=positions - 1).to(device)
         correct, asked = torch.zeros(2, len(group), dtype=torch.int64, device=device)
@@ -144,7 +143,7 @@ def answers_at(model, tokens, lengths, progress):
 @torch.no_grad()
 def accuracy_now(model, config, generator, device):
     """During training: accuracy on TEST_SEQUENCES sequences of the training length, a tensor ()."""
-    K, M, tau, L = (config[k] for k in ("K", "M", "tau", "L"))
+    K, M, tau, L = (config[flag] for flag in ("K", "M", "tau", "L"))
     batch = TASKS[config["task"]](TEST_SEQUENCES, L, K, M, tau, device, generator, False)
     model.eval()
     accuracy = accuracy_of(model, *batch)
@@ -164,9 +163,9 @@ def evaluate(model, config, lengths, sequences, device, seed=0, bar=False):
 
 
 def lengths_to_test(L, M=1, tau=1, task="recall"):
-    """Every length from the shortest to 3L, or MOST_LENGTHS of them.
+    """Every length from the shortest to 3L, or about MOST_LENGTHS of them.
 
-    Of other tasks than recall, MOST_LENGTHS_ALONE: about eight up to L, sixteen beyond.
+    For other tasks than recall, about MOST_LENGTHS_ALONE: eight up to L, sixteen beyond.
     """
     least = shortest(M, tau, task)
     lengths = range(least, 3 * L + 1)
@@ -252,7 +251,6 @@ def main(argv=None):
 
     found = []
     for path, model, c in checkpoints:
-        began = time.monotonic()
         tested = lengths or lengths_to_test(c["L"], c["M"], c["tau"], c["task"])
         torch.set_flush_denormal(True)       # a CPU computes denormal floats 10 to 50 times slower
         try:
@@ -265,17 +263,16 @@ def main(argv=None):
         stem = os.path.splitext(path)[0]
         if args.no_save:
             continue
-        with locked(stem):                           # two processes must not overwrite each other
-            result = read_result(stem + ".json")
-            if result is None:
-                say(f"{stem}.json is missing or damaged, so the numbers are only printed")
-                continue
-            result["eval"] = merged(result["eval"], tested, accuracies, args.sequences)
-            result["seconds"]["eval"] = round(time.monotonic() - began, 3)
-            try:
+        try:
+            with locked(stem):                       # two processes must not overwrite each other
+                result = read_result(stem + ".json")
+                if result is None or {**DEFAULTS, **result["config"]} != c:
+                    say(f"{stem}.json is missing, damaged or of another run: only printed")
+                    continue
+                result["eval"] = merged(result["eval"], tested, accuracies, args.sequences)
                 write_json(stem + ".json", result)
-            except OSError as error:
-                sys.exit(f"eval.py: the numbers of {path} were not written: {error.strerror}")
+        except OSError as error:
+            sys.exit(f"eval.py: the numbers of {path} were not written: {error.strerror}")
     return found
 
 

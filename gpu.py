@@ -84,10 +84,10 @@ class Captured:
 
     A call does what function(*parts) does, up to rounding, and returns its result, a tensor that
     the next call overwrites. The function must do the same operations on the same tensors every
-    time, must not wait for the GPU, and must draw from `generator` alone. name: "training step" or
-    "test"; parts: what the function calls, later replaced by its compiled forms; config: the run's,
-    whose "compile" is auto, on or off. On other devices than CUDA, a call is function(*parts) and
-    no more.
+    time, because a replay runs no Python; it must not wait for the GPU, and must draw from
+    `generator` alone. name: "training step" or "test"; parts: the functions that it calls, later
+    replaced by compiled ones; config: the run's, whose "compile" is auto, on or off. On other
+    devices than CUDA, a call is function(*parts) and no more.
     """
 
     def __init__(self, name, function, parts, generator, config):
@@ -96,7 +96,7 @@ class Captured:
         self.shape = shape_of(config)
         self.on_cuda = generator.device.type == "cuda"
         if not self.on_cuda:
-            return
+            return                # all that follows is for CUDA
         # In small models attention is its plain formula, which the compiler can fuse; uncompiled,
         # too, so that both forms compute the same.
         self.backends = [SDPBackend.MATH] if is_small(config) else None
@@ -110,8 +110,8 @@ class Captured:
     def restart(self):
         """Forget the graph: the next FIRST_CALLS calls capture a new one."""
         self.calls, self.replay = 0, None
-        self.seconds = 0.0            # of the last timed call
-        self.first_seconds = 0.0      # of all timed calls together
+        self.last_seconds = 0.0       # of the last timed call
+        self.total_seconds = 0.0      # of all timed calls together
 
     def __call__(self):
         if not self.on_cuda:
@@ -125,10 +125,10 @@ class Captured:
             self.replay = capture(self.launch, self.generator)
         result = self.replay() if self.replay else self.launch()
         torch.cuda.synchronize()
-        self.seconds = time.monotonic() - began
-        self.first_seconds += self.seconds
+        self.last_seconds = time.monotonic() - began
+        self.total_seconds += self.last_seconds
         if self.compiled and self.calls == FIRST_CALLS:
-            measured_seconds.setdefault((self.name, self.shape), self.first_seconds)
+            measured_seconds.setdefault((self.name, self.shape), self.total_seconds)
         return result
 
     def launch(self):
@@ -149,8 +149,8 @@ class Captured:
             return
         measured = [took for (name, _), took in measured_seconds.items() if name == self.name]
         cost = min(measured, default=GUESSED_SECONDS[self.name])
-        if calls_left * self.seconds * (1 - 1 / SPEEDUP) > cost:
-            say(f"{1e3 * self.seconds:.2f} ms per {self.name}, captured; compiling it now, which "
+        if calls_left * self.last_seconds * (1 - 1 / SPEEDUP) > cost:
+            say(f"{1e3 * self.last_seconds:.2f} ms per {self.name}, captured; compiling it now, which "
                 f"takes about {cost:.0f} s and should pay: about {calls_left:,} are left")
             self.compile()
 

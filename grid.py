@@ -85,6 +85,8 @@ def claim(path):
 def locked(path):
     """Hold a run, after waiting for the process that has it."""
     lock = claim(path)
+    if lock is None:
+        say(f"waiting for the process that holds {path}.lock")
     while lock is None:
         time.sleep(0.1)
         lock = claim(path)
@@ -107,7 +109,7 @@ class Run(NamedTuple):
     config: dict
     path: str      # OUT/NAME, without an ending
     title: str     # such as "[3/8] ", before every printed line
-    shape: int     # runs with the same number share compiled kernels
+    shape_number: int      # runs with the same one share compiled kernels
 
 
 def make_all(configs, out, overwrite, make, wait=True, show=None):
@@ -127,8 +129,8 @@ def make_all(configs, out, overwrite, make, wait=True, show=None):
     for number, config in enumerate(configs, 1):
         title = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
         path = os.path.join(out, run_name(config))
-        shape = shapes.setdefault(shape_of(config), len(shapes))
-        grid.append(Run(config, path, title, shape))
+        number = shapes.setdefault(shape_of(config), len(shapes))
+        grid.append(Run(config, path, title, number))
 
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if overwrite:
@@ -141,24 +143,28 @@ def make_all(configs, out, overwrite, make, wait=True, show=None):
             if show:
                 show(read_result(run.path + ".json"))
 
-    def runs_left(this):
+    def count_left(this):
         """About how many more runs of this shape this process will make."""
-        same = [run for run in grid if run.shape == this.shape and run is not this]
+        same = [run for run in grid if run.shape_number == this.shape_number and run is not this]
         sharing = -(-processes // len(shapes))           # processes per shape, rounded up
         return sum(not os.path.exists(run.path + ".json") for run in same) // sharing
 
     failed = []                                          # paths
     # Process r begins with shape r, so that few processes compile the same one.
-    waiting = sorted(grid, key=lambda run: (run.shape - rank) % len(shapes))
+    waiting = sorted(grid, key=lambda run: (run.shape_number - rank) % len(shapes))
+    said = False
     try:
         while waiting:
             taken = []                                   # by other processes
             for run in waiting:
-                if not make_if_free(run, make, runs_left, failed):
+                if not make_if_free(run, make, count_left, failed):
                     taken.append(run)
             if len(taken) == len(waiting):               # others are making all that are left
                 if not wait:
                     break
+                if rank == 0 and not said:
+                    said = True
+                    say(f"waiting for runs that other processes are making: {len(taken)} left")
                 time.sleep(1)
             waiting = taken
     except KeyboardInterrupt:
@@ -170,13 +176,14 @@ def make_all(configs, out, overwrite, make, wait=True, show=None):
     return [read_result(run.path + ".json") for run in grid]
 
 
-def make_if_free(run, make, runs_left, failed):
+def make_if_free(run, make, count_left, failed):
     """Make a run, unless it is finished -> False if another process has it.
 
     If it fails, or another process of this torchrun has tried in vain, its path goes into `failed`.
     """
+    # A lock that was left by a process that died is claimed below, and then removed.
     if is_finished(run.path) and not os.path.exists(run.path + ".lock"):
-        return True     # a lock that was left by a process that died is claimed, and then removed
+        return True
     try:
         lock = claim(run.path)
     except OSError as error:
@@ -187,12 +194,12 @@ def make_if_free(run, make, runs_left, failed):
         return False
     with lock:
         try:
-            if has_failed(run.path):
+            remove(*glob.glob(glob.escape(run.path) + ".*.tmp"))         # of a killed process
+            if "RANK" in os.environ and has_failed(run.path):
                 failed.append(run.path)
             elif not is_finished(run.path):
-                leftovers = glob.glob(glob.escape(run.path) + ".*.tmp")      # of a killed process
-                remove(run.path + ".failed", *leftovers)
-                make(run.config, run.path, run.title, runs_left(run))
+                remove(run.path + ".failed")
+                make(run.config, run.path, run.title, count_left(run))
         except (FloatingPointError, OSError) as error:
             failed.append(run.path)
             say(f"{run.title}{run.path} failed: {error}")
@@ -205,7 +212,7 @@ def make_if_free(run, make, runs_left, failed):
 
 
 def has_failed(path):
-    """Whether a run has failed since this process started, in another of the same torchrun."""
+    """Whether a run has failed since this process started, in another one."""
     try:
         return os.path.getmtime(path + ".failed") >= STARTED
     except OSError:

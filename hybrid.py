@@ -13,12 +13,12 @@ width d, and with those values of `build_layer` that its constructor names. A la
   - is causal, and gives the same result for a sequence in segments as for one call;
   - uses no dropout or other random numbers, or a resumed run would differ;
   - never asks for values (.item()), so that a GPU can capture it in a CUDA graph;
-  - loops over x.unbind(1), not x[:, t], which backwards allocates zeros as large as x at every t.
+  - loops over x.unbind(1), not x[:, t], whose backward pass allocates zeros like x at every t.
 
 Class attributes, False unless a layer sets them, tell the model how to treat it:
 
     takes_bias        its norm has a bias, because the layer's input projection has none
-    attends           if a layer of a model sets this, biases of norms start at random, else at 0
+    attends           it is attention: then all biases of the model's norms start random, not at 0
     skips_norm        no norm comes before it: it needs none, or has its own
     needs_embedding   forward takes embedding=, the embeddings of the same tokens
     answers_last      forward takes last_only=True and then returns y of the last token, (B, 1, d)
@@ -167,7 +167,7 @@ FAMILY = {  # published models: the order of their layers, not their size
     # Lieber et al. 2024, arXiv 2403.19887
     "jamba": "normed-mamba+mlp+normed-mamba+experts+normed-mamba+mlp+normed-mamba+experts+"
              "grouped+mlp+normed-mamba+experts+normed-mamba+mlp+normed-mamba+experts",
-    # Glorioso et al. 2024, arXiv 2405.16712; for Zamba2, 2.7B and 1.2B, arXiv 2411.15242
+    # Glorioso et al. 2024, arXiv 2405.16712; Zamba2-2.7B and, mini, -1.2B: arXiv 2411.15242
     "zamba": "2xmamba+zamba+2xmamba+zamba",
     "zamba2": "2xmamba2+zamba2+2xmamba2+zamba2+2xmamba2+zamba2",
     "zamba2-mini": "2xmamba2+zamba2-mini+2xmamba2+zamba2-mini",

@@ -30,8 +30,8 @@ from runs import load_run
 
 CONTEXT = 24                               # tokens before the query: few enough to see each of them
 MARKS = {"q": "#D55E00", "v": "#009E73"}   # the query and its value in a sequence
-# A channel holds v for a million tokens if dt exceeds WRITES near v and is below IDLE elsewhere: a
-# million steps below 1e-6 sum to less than 1, so that the state with A = -1 keeps over 1/e.
+# A channel can hold v for a million tokens if dt exceeds WRITES near v and is below IDLE elsewhere:
+# a million steps below 1e-6 sum to less than 1, so that a state with A = -1 keeps over 1/e.
 WRITES, IDLE = 0.1, 1e-6
 
 
@@ -129,8 +129,8 @@ def count_keepers(dt, q, v, taps):
     """The number of channels that hold v for a million tokens, None if the context is too short.
 
     dt (D, L + 1). In such a channel, dt exceeds WRITES at a token where the convolution sees v, and
-    its mean over the tokens that do not matter is below IDLE. These are all tokens except the first
-    taps - 1, those from q until the convolution no longer sees v, and the last q.
+    its mean over the tokens that do not matter is below IDLE: all tokens except the first taps - 1,
+    those from q until the convolution no longer sees v, and the last q.
     """
     idle = np.ones(dt.shape[1], bool)
     idle[:taps - 1] = idle[q:v + taps] = idle[-1] = False
@@ -159,9 +159,8 @@ def images(layer, found):
     dt, left = layer["dt"][rows], layer["left"][rows]
     step = dict(norm=LogNorm(1e-3, 3, clip=True))
     count = count_keepers(dt, q, v, layer["taps"])
-    keep = (f"\n{count} of {len(dt)} would hold v for a million tokens:\n"
-            "Δ > 0.1 soon after v, Δ < 1e-6 elsewhere")
-    keep = keep if count else ""
+    keep = (f"\n{count} of {len(dt)} could hold v for a million tokens:\n"
+            "Δ > 0.1 at v or soon after, Δ < 1e-6 elsewhere") if count else ""
     return [(f"step size Δ, widest range on top\npale: state kept, dark: overwritten{keep}",
              dt, "Δ", step),
             ("share of each token left at the end\npale: forgotten, dark: kept",

@@ -24,15 +24,17 @@ def text(value, most=40):
 
 
 def listed(names):
-    """Join names as English does; spaces within a name do not break."""
-    *others, last = [name.replace(" ", "\u00a0") for name in names]
+    """Join names as English does."""
+    *others, last = names
     return f"{', '.join(others)} and {last}" if others else last
 
 
 def numbered(numbers):
-    """Whole numbers as text: all of them, or "first to last" if there are more than three."""
-    numbers = [f"{n:,}" for n in sorted(set(numbers))]
-    return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 3 else ", ".join(numbers)
+    """Whole numbers as text: up to three, or eight with gaps; of more, "smallest to largest"."""
+    numbers = sorted(set(numbers))
+    gaps = numbers[-1] - numbers[0] >= len(numbers)
+    words = [f"{n:,}" for n in numbers]
+    return ", ".join(words) if len(words) <= (8 if gaps else 3) else f"{words[0]} to {words[-1]}"
 
 
 def length(word):
@@ -77,7 +79,8 @@ def end_with(parser, written, left_out):
 def say(line):
     """Print a line above the progress bar. A closed or full stdout does not stop the program."""
     try:
-        tqdm.write(line, file=sys.stdout)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"      # of old terminals: not all
+        tqdm.write(line.encode(encoding, "replace").decode(encoding), file=sys.stdout)
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):
         sys.stdout = open(os.devnull, "w")
@@ -86,7 +89,8 @@ def say(line):
 class Progress(tqdm):
     """A progress bar; where there is no terminal, a line now and then instead.
 
-    Under torchrun only the first process shows one, because all would write on the same line.
+    quiet: neither. Under torchrun only the first process shows one, because all would write on the
+    same line.
     """
 
     def __init__(self, total, quiet=False, **options):

@@ -27,7 +27,6 @@ from output import end_with, length, say, short_errors, text, write_figure
 from summary import (COLOURS, IGNORED, ORDER, REACH, TASK, caption, file_name, finding, group,
                      median, middle, n_answers, name_of, read, sort_key, table)
 
-MOST_PANELS = 40  # of a figure
 LONG = 18         # characters in a curve's name, beyond which panels are wider
 AXES = {"at": "accuracy at L", "lowest": "lowest accuracy from L to 3L"}
 UNNAMED = ["black", "#E31A1C", "#6A3D9A", "#33A02C", "#B15928", "#1F78B4", "#FF7F00"]  # of others
@@ -39,7 +38,7 @@ RC_PARAMS = {"font.size": 11, "axes.titlesize": 11, "axes.edgecolor": GREY, "xti
 
 
 def curve_styles(cells, flag, stacks=()):
-    """{curve: (colour, dashes)}: a model has its colour everywhere, its variants other dashes."""
+    """{curve: (colour, dashes)}: models of COLOURS have theirs; variants have other dashes."""
     found, bases = {}, list(dict.fromkeys(base for _, (base, _), _ in cells))
     for base, extra in dict.fromkeys(curve for _, curve, _ in cells):
         dashes = sum(other == base for other, _ in found)
@@ -76,9 +75,9 @@ def label_ends(ax, ends):
         ax.text(key + 0.02, height, name, va="center_baseline", **beside)
 
 
-def mark(ax, config, kind, guesses):
+def mark(ax, runs, kind, guesses):
     """Draw chance, dotted, and the training length, dashed. guesses: {x: accuracy of a guess}."""
-    L, small = config["L"], dict(textcoords="offset points", color=GREY, fontsize=9)
+    L, small = runs[0]["config"]["L"], dict(textcoords="offset points", color=GREY, fontsize=9)
     lowest, dotted = min(guesses.values()), dict(color=GREY, lw=1, ls=":")
     if lowest == max(guesses.values()):
         ax.axhline(lowest, **dotted)
@@ -88,7 +87,8 @@ def mark(ax, config, kind, guesses):
                 ha="right", va="top", **small)
     ax.set(ylim=(min(0, lowest - 0.09), 1.05), ylabel="accuracy")
     if kind == "length":
-        words = "trained at" if config["train_lengths"] == "fixed" else "trained up to"
+        mixed = any(run["config"]["train_lengths"] == "uniform" for run in runs)
+        words = "trained up to" if mixed else "trained at"
         ax.axvline(L, color=GREY, lw=1, ls="--")
         ax.annotate(f"{words} {L}", (L, 1), (0, 2), ax.get_xaxis_transform(), ha="center", **small)
 
@@ -171,16 +171,16 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
     xs = sorted({x for _, _, x in cells}, key=sort_key)
     if kind == "against" and len(xs) == 1:
         raise ValueError(f"all runs have {across[0]} = {xs[0][0]}")
-    if len(places) > MOST_PANELS:
-        raise ValueError(f"a figure of {len(places)} panels, {MOST_PANELS} are the most")
+    if len(places) > 40:
+        raise ValueError(f"a figure of {len(places)} panels, 40 are the most")
     columns = 2 if kind == "state" or len(places) == 4 else min(3 + len(places) // 10, len(places))
     styles, rows = curve_styles(cells, curve, stacks), -(-len(places) // columns)
     # Inches: the width follows the longest name, the height the number of names and the title.
     longest = 0 if kind == "model" else max(len(name_of(curve, name)) for name in styles)
     wide = max(8, columns * (4.6 + 0.09 * max(0, longest - LONG)))
     flags = (*panels, curve, *across)
-    title = textwrap.fill(title or finding(cells, flags, kind, what), int(10 * wide),
-                          break_on_hyphens=False)
+    title = (title or finding(cells, flags, kind, what)).replace(" = ", "\u00a0=\u00a0")  # unbroken
+    title = textwrap.fill(title, int(9.5 * wide), break_on_hyphens=False, max_lines=6)
     height = 0.42 * len(styles) + 0.8 if kind == "model" else max(3.8, 0.22 * len(styles))
     tall = 1.2 + rows * height + 0.22 * max(0, title.count("\n") - 2)
     fig = Figure(figsize=(wide, tall), layout="constrained")
@@ -196,10 +196,11 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
         if kind == "model":
             draw_rows(ax, shown, styles)
             continue
-        mark(ax, config, kind, {xs.index(x): 1 / n_answers(seeds[0]["config"])
+        mark(ax, sum(shown.values(), []), kind, {xs.index(x): 1 / n_answers(seeds[0]["config"])
                                 for (_, x), seeds in shown.items()})
         if kind == "against":
-            aside = {c: 0.04 * (i - (len(styles) - 1) / 2) for i, c in enumerate(styles)}
+            apart = min(0.04, 0.7 / len(styles))             # so that no column reaches the next
+            aside = {c: apart * (i - (len(styles) - 1) / 2) for i, c in enumerate(styles)}
             ax.set(xlim=(-0.4, len(xs) - 0.6), xlabel=across[0], ylabel=AXES[what])
             names = [text(x[0]) for x in xs]                 # upright if they would touch
             ax.set_xticks(range(len(xs)), names, rotation=90 if len(" ".join(names)) > 36 else 0)
@@ -214,10 +215,9 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
             draw_points(ax, shown, styles, curve, lambda c, x, s: s[0]["state"][tokens], what)
             continue
         draw_curves(ax, shown, styles, curve, kind)
-        same_task = [source for source in published
-                     if kind == "length" and source["task"].items() <= config.items()]
-        for source in same_task:
-            for name, (x, y) in source["curves"].items():
+        for source in published if kind == "length" else ():
+            same_task = source["task"].items() <= config.items()
+            for name, (x, y) in source["curves"].items() if same_task else ():
                 sources[f"; hollow points: {source['published']}"] = True
                 if curve == "model" or name == config["model"]:
                     ax.plot(x, y, color=COLOURS.get(name, GREY), ls="", marker="o", mfc="white",
@@ -268,8 +268,8 @@ def main(argv=None):
     kinds = {None: ["length", "training"], "model": ["model"], "state": ["state"]}
     kinds = kinds.get(args.against, ["against"])
     for run in list(runs) if args.against else []:
-        if np.isnan(run["at"]) or (args.against == "state" and not run["state"]):
-            left_out.append(f"{run['path']} was not tested at L, or has no bytes of state")
+        if np.isnan(run[args.what]) or (args.against == "state" and not run["state"]):
+            left_out.append(f"{run['path']} was not tested to L or 3L, or has no bytes of state")
             runs.remove(run)
     if args.against == "model" and "d" in fixed:
         fixed.remove("d")
@@ -281,7 +281,7 @@ def main(argv=None):
             path = os.path.join(args.out, file_name(kind, cells, args))
             try:
                 if path in written:
-                    raise ValueError("another figure has this name")
+                    raise ValueError("another figure has this name; --name is for one figure")
                 with matplotlib.rc_context(RC_PARAMS):
                     fig = draw(kind, cells, panels, curve, across, stacks, published, args.what,
                                None if kind == "training" else args.title)

@@ -41,7 +41,7 @@ def pick_device(name=None):
     except (AssertionError, RuntimeError, ImportError):      # it depends on how torch was built
         known = False
     if not known:
-        raise ValueError(f"--device is {name!r}, but torch {torch.__version__} has no such device")
+        raise ValueError(f"--device is {name!r}, but it must be a cuda, mps or cpu of this machine")
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if device.type == "cuda" and device.index is not None:
@@ -76,8 +76,8 @@ def model_from(config):
 
 
 def shape_of(config):
-    """The settings that fix the shapes of tensors: runs with equal ones share compiled kernels."""
-    flags = ["task", "model", "K", "d", "L", "batch_size", "n_heads", "d_state", "train_lengths"]
+    """The settings that compiled kernels depend on: runs with equal ones share them."""
+    flags = "task model K d L batch_size n_heads d_state train_lengths learn_embedding".split()
     if config["task"] != "recall":                           # there M fixes shapes, too
         flags.append("M")
     return tuple(config[flag] for flag in flags)
@@ -269,7 +269,7 @@ def save_progress(path, parts, **progress):
 def load_progress(path, parts, device, title=""):
     """Restore the parts from the last save, and say so -> step, curves, seconds.
 
-    Without a usable save, the parts are unchanged and the run is at step 0.
+    Without a usable save, they are put back as they were before, and the run is at step 0.
     """
     before = copy.deepcopy({name: state_of(part) for name, part in parts.items()})
     try:

@@ -34,7 +34,7 @@ REACH = {"conv2+attention": 1, "conv+attention": 3, "conv8+attention": 7}   # to
 TEST_SEQUENCES = 512    # of a test during training
 SOLVED = 0.99           # a task is solved when tests reach this accuracy
 KEPT = 0.95             # a model that stays above it beyond L does not fade
-AFTER = {"at": " after {} tokens", "lowest": " from L to 3L"}                  # in titles
+REACHED = {"at": " at L = {}", "lowest": " from L to 3L"}                      # in titles
 
 
 def default_lr(d):
@@ -42,9 +42,9 @@ def default_lr(d):
 
 
 def n_answers(config):
-    """The number of possible answers: chance is 1 over it."""
+    """The number of possible answers; chance is about 1 over it."""
     K = config["K"]
-    return {"mqar": K // 2, "copy": max(1, K - 2), "parity": 2}.get(config["task"], K)
+    return {"mqar": K - K // 2, "copy": max(1, K - 2), "parity": 2}.get(config["task"], K)
 
 
 def load(path):
@@ -66,7 +66,7 @@ def load(path):
         config = {flag: value if isinstance(value, (int, float)) else str(value)
                   for flag, value in {**defaults, **result["config"]}.items() if value is not None}
         whole = all(type(config[flag]) is int and 0 < config[flag] < 2**53 for flag in TASK[1:])
-        if not (whole and type(config["seed"]) is int and isinstance(config["model"], str)):
+        if not (whole and type(config["seed"]) is int and type(result["config"]["model"]) is str):
             raise ValueError
         changed = {flag: value for flag, value in config.items()
                    if flag not in IGNORED.union(TASK) and value != defaults.get(flag, False)}
@@ -144,8 +144,8 @@ def group(runs, fixed, panels, curve, across=()):
         flags = {flag for run in figures[key] for flag in run["changed"]}
         for run in figures[key]:
             for flag in flags:
-                same = None if flag == "d" else run["config"].get(curve)     # --against model
-                seen.setdefault((flag, same), set()).add(run["changed"].get(flag))
+                base = None if flag == "d" else run["config"].get(curve)     # d: of all curves
+                seen.setdefault((flag, base), set()).add(run["changed"].get(flag))
         named = {flag for (flag, _), different in seen.items() if len(different) > 1}
         for run in figures[key]:
             extra = tuple((flag, value) for flag, value in sorted(run["changed"].items())
@@ -183,16 +183,16 @@ def verdict(runs, kind, what="at"):
     x, y = median(runs, "length")
     at, lowest = middle(runs, "at"), middle(runs, "lowest")
     if kind == "length":                                     # as far as the figure goes, not to 3L
-        lowest = min(y[x >= runs[0]["config"]["L"]], default=np.nan)
+        lowest = min(y[x > runs[0]["config"]["L"]], default=np.nan)
     if kind == "training":
         return "good" if middle(runs, "steps") < np.inf else "bad"
-    if np.isnan(at + lowest):
-        return None
     if kind in ("against", "state"):
         return "good" if middle(runs, what) >= SOLVED else "bad"
-    if lowest >= KEPT:
-        return "stay"
-    return "fade" if at >= KEPT else "miss"
+    if np.isnan(at + lowest):
+        return None
+    if at < KEPT:
+        return "miss"
+    return "stay" if lowest >= KEPT else "fade"
 
 
 def finding(cells, flags, kind, what="at"):
@@ -208,14 +208,14 @@ def finding(cells, flags, kind, what="at"):
         found.setdefault(verdict(runs, kind, what), {}).setdefault(name, []).append(place)
     parts = []
     L = numbered(runs[0]["config"]["L"] for runs in cells.values())
-    after = "" if kind == "training" else AFTER[what].format(L)
+    after = "" if kind == "training" else REACHED[what].format(L)
     panels = len({panel for panel, _, _ in cells})
     stay = f"above {KEPT} " + ("from L to 3L" if kind == "model" else f"beyond {L} tokens")
     stay += " in every panel" if kind == "model" and panels > 1 else ""
     for key, phrase in {
             "stay": f"{{}} stay{{}} {stay}", "fade": f"{{}} fade{{}} beyond {L}",
             "miss": f"below {KEPT} at {L} already: {{}}",
-            "good": f"at {SOLVED}{after}: {{}}", "bad": f"below {SOLVED}: {{}}"}.items():
+            "good": f"reached {SOLVED}{after}: {{}}", "bad": f"below {SOLVED}: {{}}"}.items():
         names = []
         for name, places in found.get(key, {}).items():
             some = "; ".join(", ".join(place) for place in places)
@@ -227,7 +227,7 @@ def finding(cells, flags, kind, what="at"):
             phrase = phrase[0].upper() + phrase[1:]
         if names and (kind != "model" or key == "stay"):
             parts.append(phrase.format(listed(names), "s" if len(names) == 1 else ""))
-    return "; ".join(parts) if parts or kind != "model" else f"no model stays {stay}"
+    return "; ".join(parts) if parts or kind != "model" or None in found else f"none stays {stay}"
 
 
 def caption(cells, flags, kind):
@@ -294,7 +294,7 @@ def table(runs, lengths=None):
             steps = middle(seeds, "steps")
             cells = [f"{steps:,.0f}" if steps < np.inf else "never"]
             for what in ("at", "lowest"):
-                cells += [f"{middle(seeds, what):.3f}", f"{min(run[what] for run in seeds):.3f}"]
+                cells += [f"{f([run[what] for run in seeds]):.3f}" for f in (np.median, np.min)]
         lines.append([f"`{text(setting[0])}`", *map(text, setting[1:]), str(len(seeds)),
                       *(cell.replace("nan", "") for cell in cells)])
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

@@ -26,7 +26,7 @@ from eval import accuracy_now, evaluate, lengths_to_test, print_table, show_answ
 from grid import GRID, configs_of, make_all, prepare_folder
 from hybrid import FAMILY, LAYERS, MODELS, state_bytes
 from output import Progress, say, short_errors
-from summary import SOLVED
+from summary import DEFAULTS, SOLVED
 
 WARMUP = 400             # steps in which the learning rate rises
 BETAS = (0.9, 0.98)      # of AdamW
@@ -80,7 +80,7 @@ def parse(argv):
         help="torch.compile on CUDA; auto: when it ends the work sooner (default: auto)")
     add("--out", default="results", metavar="DIR", help="folder of results (default: results)")
     add("--overwrite", action="store_true", help="repeat runs that are finished")
-    parser.set_defaults(**runs.DEFAULTS)
+    parser.set_defaults(**DEFAULTS)
     args = parser.parse_args(argv)
     # Set here, because action="extend" appends to a default. dict.fromkeys drops repeated values.
     for flag, value in GRID.items():
@@ -109,7 +109,7 @@ def solved_at(curves, tests=SOLVED_TESTS):
 def last_step(curves, config):
     """Where a run ends: at --steps or, solved at step s, at s + 1,000 or 5/4 s, whichever is later.
 
-    So the learning rate falls only after s, or in runs under 4,000 steps from soon before.
+    So the learning rate falls only after s, unless the fall at the end of --steps has begun.
     """
     solved = solved_at(curves)
     if solved is None or not config["stop_early"]:
@@ -130,8 +130,7 @@ def make_optimizer(model, config, device):
 
 
 def make_training_step(model, optimizer, config, generator):
-    """Returns training_step and its arguments: draw_batch, loss_of and clip. They are arguments so
-    that gpu.Captured can replace them by compiled functions."""
+    """Returns training_step and its arguments: functions, so that gpu.Captured can compile them."""
     B, L, K, M, tau = (config[flag] for flag in ("batch_size", "L", "K", "M", "tau"))
     uniform, device = config["train_lengths"] == "uniform", generator.device
 
@@ -177,7 +176,7 @@ def run(config, path, title="", runs_left=0):
     next_test = gpu.Captured("test", lambda model: accuracy_now(model, config, test_draws, device),
                              [model], test_draws, config)
 
-    # Of 20,000 steps, a test every 100. They are at least 10 apart; under 200 steps, there are 20.
+    # Of 20,000 steps, a test every 100. Tests are at least 10 apart; below 200 steps, 20 to 39.
     every = max(1, steps // TESTS, min(STEPS_APART, steps // 20))
     last = last_step(curves, config)
     began = saved_at = time.monotonic()
@@ -188,15 +187,15 @@ def run(config, path, title="", runs_left=0):
         loss = next_step()
         step += 1
         bar.update()
+
+        # Every `every` steps and at the end, test on fresh sequences: that decides when a run ends.
         if step % every and step < last:
             continue
-
-        # Every `every` steps, a test on fresh sequences: it decides when the run ends.
         loss, accuracy = float(loss), float(next_test())
         if not math.isfinite(loss):
             bar.close()
             runs.remove(path + ".resume.pt")
-            raise FloatingPointError(f"the loss is {loss} at step {step}; a lower --lr than "
+            raise FloatingPointError(f"the loss is {loss} by step {step}; a lower --lr than "
                                      f"{config['lr']:g} may help")
         for name, value in {"step": step, "loss": loss, "accuracy": accuracy}.items():
             curves[name].append(value)
@@ -228,10 +227,11 @@ def run(config, path, title="", runs_left=0):
         "seconds": {"train": round(seconds, 3), "eval": round(time.monotonic() - began, 3)}}
     runs.write_json(path + ".json", result)
     runs.remove(path + ".resume.pt")
-    ended = f"stopped at step {step:,}, not solved; more --steps may help"
     first, solved = solved_at(curves, tests=1), solved_at(curves)
     if solved:
         ended = f"first {SOLVED} at step {first:,}, solved at step {solved:,}, stopped at {step:,}"
+    else:
+        ended = f"stopped at step {step:,}, not solved; more --steps may help"
     say(f"{title}{ended}; wrote {path}.json")
     print_table(result)
     if not title:                                            # the command's only run

@@ -5,9 +5,9 @@
     python report/make.py problem1 --seed 0 1 2 3 4        the five seeds of the report
     torchrun --nproc-per-node 8 -- report/make.py problem1 problem2       eight runs at a time
 
-Runs go to results/EXPERIMENT/, figures to figures/; --out and --figures name other folders. If it
-is killed, the same command resumes it. Other flags, such as --device, are passed on to train.py.
-Some figures also show runs of other experiments, where they have been made.
+Runs go to results/EXPERIMENT/, figures to figures/; --out and --figures name other folders. If
+killed, the same command resumes it. Other flags, such as --device, are passed on to train.py. Some
+figures also show runs of other experiments.
 """
 
 import argparse
@@ -259,19 +259,26 @@ def main(argv=None):
 
 
 def make(args, flags):
-    """The runs and tests of the experiments named."""
-    # First take all runs that are free, then wait for those that other processes have taken.
+    """The runs and tests of the experiments named. SystemExit with status 1 if a run failed."""
+    stopped = None       # first take all runs that are free, then wait for those of other processes
     for wait in (False, True):
         for name in args.names:
             for line in EXPERIMENTS[name]["train"]:
-                train.main([*line.split(), "--seed", *args.seed, "--out", f"{args.out}/{name}",
-                            *flags], wait)
+                words = [*line.split(), "--seed", *args.seed, "--out", f"{args.out}/{name}", *flags]
+                try:
+                    train.main(words, wait)
+                except SystemExit as error:      # a run failed: make the others
+                    if error.code in (2, 130):   # no: a wrong flag, or Ctrl-C
+                        raise
+                    stopped = error
     for name in args.names:
         for pattern, line in EXPERIMENTS[name].get("test", ()):
             paths = share(sorted(glob.glob(f"{args.out}/{name}/{pattern}.pt")))
             if paths:
                 evaluation.main([*paths, *line.split()])
     barrier()                                                # figures need the tests of all
+    if stopped:
+        raise stopped
 
 
 def draw(line, more):
@@ -284,8 +291,7 @@ def draw(line, more):
         found = sorted(path for path in glob.glob(word) if path.endswith(".json"))
         words += found if "*" in word else [word]
     if not any(word.endswith(".json") for word in words):
-        raise ValueError(f"there are no runs to draw: {line.split(' --')[0]}; those of the report "
-                         "are drawn with --out report")
+        raise ValueError(f"no runs to draw: {line.split(' --')[0]}; the report's have --out report")
     plot.main([*words, *more])
 
 

@@ -108,13 +108,14 @@ OUTPUT = [
 ]
 
 GRID = [
-    ("            if has_failed(run.path):", "            if False:"),
+    ("if \"RANK\" in os.environ and has_failed(run.path):", "if False:"),
+    ("if \"RANK\" in os.environ and has_failed(run.path):", "if has_failed(run.path):"),
     ("os.path.getmtime(path + \".failed\") >= STARTED", "os.path.exists(path + \".failed\")"),
-    ("remove(run.path + \".failed\", *leftovers)", "remove(*leftovers)"),
+    ("                remove(run.path + \".failed\")\n", ""),
     ("except (FloatingPointError, OSError) as error:", "except FloatingPointError as error:"),
     ("        sys.exit(130)\n", "        sys.exit(1)\n"),
     ("                if not wait:\n                    break\n", ""),
-    ("leftovers = glob.glob(glob.escape(run.path) + \".*.tmp\")", "leftovers = []"),
+    ("            remove(*glob.glob(glob.escape(run.path) + \".*.tmp\"))", "            pass"),
     ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
     ("| os.O_NOFOLLOW", ""),
     ("for ending in (\".json\", \".resume.pt\")", "for ending in (\".resume.pt\",)"),
@@ -122,8 +123,8 @@ GRID = [
     ("                show(read_result(run.path + \".json\"))", "                pass"),
     ("if not is_finished(run.path):", "if True:"),
     ("sum(not os.path.exists(run.path + \".json\") for run in same)", "len(same)"),
-    ("(run.shape - rank) % len(shapes)", "run.shape"),
-    ("sorted(grid, key=lambda run: (run.shape - rank) % len(shapes))", "grid"),
+    ("(run.shape_number - rank) % len(shapes)", "run.shape_number"),
+    ("sorted(grid, key=lambda run: (run.shape_number - rank) % len(shapes))", "grid"),
 ]
 
 TRAIN = [
@@ -265,7 +266,7 @@ PLOT = [
 SUMMARY = [
     ("if flag in named and", "if"),
     ("if len(different) > 1}", "if False}"),
-    ("min(run[what] for run in seeds)", "max(run[what] for run in seeds)"),
+    ("for f in (np.median, np.min)", "for f in (np.median, np.max)"),
     ("np.median([run[what] for run in runs])", "np.mean([run[what] for run in runs])"),
     ("min(beyond)", "max(beyond)"),
     ("test >= SOLVED", "test > SOLVED"),

@@ -85,6 +85,14 @@ def test_figure_of_lengths(tiny, tmp_path, capsys):
     assert (tmp_path / "length.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("text", [
+    '{"length": []}', '{"length": [{"model": "rope"}], "env": {"device": "x"}}', "[]",
+    '{"length": 3, "env": {"device": "x"}}'])
+def test_a_file_of_another_table_is_refused(text, tmp_path, refuses):
+    (tmp_path / "x.json").write_text(text)
+    assert "no file of --tables length" in refuses(bench.main, ["--draw", tmp_path / "x.json"])
+
+
 @pytest.mark.parametrize("flags, word", [
     ("--tables all", "--tables"), ("--device cuda:77", "cuda:77"),
     ("--device nonsense", "nonsense"),

@@ -93,6 +93,14 @@ def test_without_a_terminal_long_tests_say_how_far_they_are(task, monkeypatch, c
     assert lines(True) == []
 
 
+def test_a_terminal_without_a_character_shows_another(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(output.sys, "stdout", stream)
+    output.say("é: 1")
+    output.say("more")
+    assert stream.buffer.getvalue() == b"?: 1\nmore\n"
+
+
 def test_lines_of_progress_are_half_a_minute_apart(monkeypatch, capsys):
     clock = itertools.count(0, 10)
     monkeypatch.setattr(output.time, "monotonic", lambda: next(clock))
@@ -156,6 +164,22 @@ def test_a_checkpoint_alone_is_enough(folder):
     assert found[0][0] == [5] and not (folder / (HYBRID + ".json")).exists()
 
 
+def test_a_model_of_another_run_is_only_tested(folder, capsys):
+    before = (folder / (HYBRID + ".json")).read_text()
+    shutil.copy(folder / (LEARNED + ".pt"), folder / (HYBRID + ".pt"))
+    evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "5", "--sequences", "4",
+                     "--device", "cpu"])
+    assert (folder / (HYBRID + ".json")).read_text() == before
+    assert "of another run: only printed" in capsys.readouterr().out
+
+
+def test_a_lock_that_cannot_be_taken_is_one_sentence(folder):
+    (folder / (HYBRID + ".lock")).mkdir()
+    with pytest.raises(SystemExit, match="the numbers of .* were not written: Is a directory"):
+        evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "5", "--sequences", "4",
+                         "--device", "cpu"])
+
+
 def test_main_leaves_denormals_as_they_were(folder):
     evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "5", "--sequences", "4",
                      "--device", "cpu"])
@@ -164,8 +188,8 @@ def test_main_leaves_denormals_as_they_were(folder):
 
 def test_the_table_has_the_lengths_of_the_task(capsys):
     """Parity ignores tau; its lengths begin at 1."""
-    config = {"task": "parity", "L": 8, "tau": 50}
-    evaluation.print_table({"config": config, "eval": {"length": [1, 8, 24], "accuracy": [1, 1, 1]}})
+    tested = {"length": [1, 8, 24], "accuracy": [1, 1, 1]}
+    evaluation.print_table({"config": {"task": "parity", "L": 8, "tau": 50}, "eval": tested})
     assert capsys.readouterr().out.splitlines()[0].split() == ["length", "1", "8", "24"]
 
 
@@ -177,7 +201,7 @@ def test_a_json_that_is_no_result_is_left_alone(text, folder, capsys):
     evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "5", "--sequences", "4",
                      "--device", "cpu"])
     assert path.read_text() == text
-    assert f"{path} is missing or damaged, so the numbers are only printed" in capsys.readouterr().out
+    assert f"{path} is missing, damaged or of another run: only printed" in capsys.readouterr().out
 
 
 def test_a_disk_that_is_full_is_one_sentence(folder, monkeypatch, capsys):

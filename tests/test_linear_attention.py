@@ -94,6 +94,6 @@ def test_rotation_needs_a_decay_per_token():
 
 
 def test_a_fixed_decay_is_exact_in_float64():
-    layer, x = LinearAttention(8, n_heads=2, fixed_decay=True).double(), torch.zeros(1, 1, 8).double()
-    decay = layer.log_decay(x).exp()[0, 0]
+    layer = LinearAttention(8, n_heads=2, fixed_decay=True).double()
+    decay = layer.log_decay(torch.zeros(1, 1, 8).double()).exp()[0, 0]
     assert torch.allclose(decay, 1 - 2.0 ** -torch.tensor([5.0, 6.0]).double(), rtol=1e-15, atol=0)

@@ -54,6 +54,23 @@ def test_runs_tests_and_figures(tmp_path, monkeypatch, capsys):
     assert os.path.getmtime(f"{out}/tiny/{stems[0]}.json") == before
 
 
+def test_a_run_that_fails_does_not_keep_others_from_being_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "TEST_SEQUENCES", 32)
+    monkeypatch.setattr(train, "EVAL_SEQUENCES", 16)
+    line = "--model nope --L 8 --steps 20 --batch-size 4"
+    tiny = {"train": [f"{line} --lr 1e30", line, "--no-such-flag"], "draw": {}}
+    monkeypatch.setitem(make.EXPERIMENTS, "tiny", tiny)
+    out = str(tmp_path / "out")
+    with pytest.raises(SystemExit) as stop:
+        make.main(["tiny", "--out", out, "--device", "cpu"])
+    assert stop.value.code == 2, "a wrong flag is not a run that fails"
+    tiny["train"].pop()
+    with pytest.raises(SystemExit, match="1 of 1 runs failed"):
+        make.main(["tiny", "--out", out, "--device", "cpu"])
+    stem = "nope_M1_tau1_K16_d8_L8_batch-size4_steps20_seed0"
+    assert names(out + "/tiny") == [f"{stem}.json", f"{stem}.pt"]
+
+
 def test_titles_are_for_the_runs_of_the_report(monkeypatch):
     drawn = []
     monkeypatch.setattr(make, "draw", lambda line, more: drawn.append(more))

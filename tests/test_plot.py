@@ -110,7 +110,7 @@ def test_accuracy_against_step(tmp_path, figures):
     assert shown == ["100", "200", "500", "1k", "2k"]
     words = fig.get_supxlabel().replace("\n", " ")
     assert "batch size 64, tests of 512" in words
-    assert fig.get_suptitle().replace("\n", " ") == "At 0.99: rope and mamba; below 0.99: nope"
+    assert fig.get_suptitle().replace("\n", " ") == "Reached 0.99: rope and mamba; below 0.99: nope"
 
 
 def test_long_contexts(tmp_path, figures):
@@ -133,7 +133,7 @@ def test_panels(tmp_path, figures, refuses):
     fig = figures(*paths, "--panels", "model")["length_by_model_tau1_K16_d8_L64_M4-8-16.png"]
     assert [ax.get_title() for ax in fig.axes] == ["rope", "mamba"]
     assert texts(fig.axes[1])[2:] == ["M = 4", "M = 8", "M = 16"]
-    assert "mamba\u00a0(M\u00a0=\u00a08,\u00a016)" in fig.get_suptitle()
+    assert "mamba (M\u00a0=\u00a08, 16)" in fig.get_suptitle()
     paths += [write(tmp_path, "rope", M=4, train_lengths="uniform")]
     drawn = figures(*paths, "--panels", "train-lengths", "M")
     fig = drawn["length_by_train_lengths-M_tau1_K16_d8_L64_M4-8-16.png"]
@@ -176,7 +176,7 @@ def test_against_a_flag(tmp_path, figures):
     seeds = [sorted(line.get_ydata()) for line in ax.lines if line.get_marker() == "."]
     assert [0.2, 0.3, 0.9] in seeds and [0.8, 1.0, 1.0] in seeds
     assert fig.get_suptitle().replace("\u00a0", " ").replace("\n", " ") == (
-        "At 0.99 after 64 tokens: rope and mamba (d = 64); below 0.99: mamba (d = 8)")
+        "Reached 0.99 at L = 64: rope and mamba (d = 64); below 0.99: mamba (d = 8)")
 
 
 def test_against_state(tmp_path, figures, capsys):

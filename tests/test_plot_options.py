@@ -6,20 +6,22 @@ from test_plot import figures, texts, thick, write  # noqa: F401: figures is a f
 
 import plot
 import summary
+from data import TASKS
 
 
 def test_lowest(tmp_path, figures):  # noqa: F811
     paths = [write(tmp_path, d=d, at=1.0, beyond=low) for d, low in ((8, 0.25), (16, 0.995))]
     at = figures(*paths, "--against", "d")["against_d_tau1_K16_d8-16_L64_M1.png"]
-    lowest = figures(*paths, "--against", "d", "--lowest")["against_d_lowest_tau1_K16_d8-16_L64_M1.png"]
+    drawn = figures(*paths, "--against", "d", "--lowest")
+    lowest = drawn["against_d_lowest_tau1_K16_d8-16_L64_M1.png"]
     colour = plot.COLOURS["rope"].lower()
     assert list(thick(at.axes[0])[colour][1]) == [1.0, 1.0]
     assert list(thick(lowest.axes[0])[colour][1]) == [0.25, 0.995]
     assert at.axes[0].get_ylabel() == "accuracy at L"
     assert lowest.axes[0].get_ylabel() == "lowest accuracy from L to 3L"
-    assert at.get_suptitle() == "At 0.99 after 64 tokens: rope"
+    assert at.get_suptitle().replace("\u00a0", " ") == "Reached 0.99 at L = 64: rope"
     title = lowest.get_suptitle().replace("\u00a0", " ")
-    assert title == "At 0.99 from L to 3L: rope (d = 16); below 0.99: rope (d = 8)"
+    assert title == "Reached 0.99 from L to 3L: rope (d = 16); below 0.99: rope (d = 8)"
 
 
 def test_lowest_needs_points(tmp_path, refuses):
@@ -74,9 +76,39 @@ def test_a_title_of_rows_counts_all_panels(tmp_path, figures):  # noqa: F811
     assert fig.get_suptitle() == "mamba stays above 0.95 from L to 3L in every panel"
     lost = [write(tmp_path, "rope", M=M, beyond=0.5) for M in (1, 4)]
     fig, = figures(*lost, "--against", "model").values()
-    assert fig.get_suptitle() == "no model stays above 0.95 from L to 3L in every panel"
+    assert fig.get_suptitle() == "none stays above 0.95 from L to 3L in every panel"
     fig, = figures(kept[0], "--against", "model").values()
     assert fig.get_suptitle() == "mamba stays above 0.95 from L to 3L"
+
+
+def test_no_title_speaks_of_lengths_that_were_not_tested(tmp_path, figures):  # noqa: F811
+    at_L = [write(tmp_path, "mamba", lengths=[32, 64], seed=seed) for seed in (0, 1)]
+    assert figures(*at_L)["length_tau1_K16_d8_L64_M1.png"].get_suptitle() == ""
+    fig, = figures(*at_L, "--against", "model").values()
+    assert fig.get_suptitle() == ""
+    half = [write(tmp_path, beyond=0.7, seed=1), write(tmp_path, lengths=[64], seed=2)]
+    assert figures(*half)["length_tau1_K16_d8_L64_M1.png"].get_suptitle() == ""
+
+
+def test_lowest_leaves_out_what_was_not_tested(tmp_path, figures, capsys):  # noqa: F811
+    paths = [write(tmp_path, lr=lr) for lr in (0.004, 0.008)]
+    short = write(tmp_path, "mamba", lengths=[64])
+    fig, = figures(*paths, short, "--against", "lr", "--lowest").values()
+    assert "mamba" not in texts(fig.axes[0]) and "mamba" not in fig.get_supxlabel()
+    assert f"{short} was not tested to L or 3L" in capsys.readouterr().err
+
+
+def test_a_long_title_is_cut(tmp_path, figures):  # noqa: F811
+    paths = [write(tmp_path, seed=seed, at=0.5 + 0.5 * (seed % 2)) for seed in range(90)]
+    fig, = figures(*paths, "--against", "seed").values()
+    assert fig.get_suptitle().count("\n") <= 5 and "M\n" not in fig.get_suptitle()
+
+
+def test_seeds_with_gaps_are_listed(tmp_path, figures):  # noqa: F811
+    caption = figures(*(write(tmp_path, seed=seed) for seed in (0, 3, 20, 99))).popitem()[1]
+    assert "seeds 0, 3, 20, 99" in caption.get_supxlabel()
+    caption = figures(*(write(tmp_path, seed=seed) for seed in range(4))).popitem()[1]
+    assert "seeds 0 to 3" in caption.get_supxlabel()
 
 
 def test_a_caption_speaks_of_a_median_where_there_is_one(tmp_path, figures):  # noqa: F811
@@ -115,6 +147,12 @@ def test_delays_have_the_reach_of_each_convolution(tmp_path, figures):  # noqa: 
 def test_rows_mark_the_chance_of_their_task(tmp_path, figures, task, guess):  # noqa: F811
     fig, = figures(write(tmp_path, task=task), "--against", "model").values()
     assert list(vertical_lines(fig.axes[0]).values()) == [1 / guess]
+
+
+def test_mqar_answers_with_the_upper_half_of_the_vocabulary():
+    for K in (5, 16):
+        _, labels, _ = TASKS["mqar"](400, 6, K, 2)
+        assert len(labels.unique()) == summary.n_answers({"task": "mqar", "K": K})
 
 
 def test_chance_depends_on_the_vocabulary(tmp_path, figures):  # noqa: F811

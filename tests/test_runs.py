@@ -150,6 +150,13 @@ def test_a_failed_run_is_tried_again_by_a_later_torchrun(age, made, train_tiny, 
             train_tiny()
 
 
+def test_without_torchrun_no_mark_is_heeded(train_tiny, tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / (NAME + ".failed")).touch()
+    assert len(train_tiny()) == 1 and names(tmp_path / "out") == [NAME + ".json", NAME + ".pt"]
+
+
 @pytest.mark.parametrize("text", ["", "{", "\0" * 400, "[]", "null", '{"config": {}}',
                                   "[" * 100000])
 def test_a_json_that_does_not_read_is_not_finished(text, train_tiny, tmp_path):

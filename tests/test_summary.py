@@ -51,6 +51,13 @@ CHANGES = [("config", "K", "16"), ("config", "L", 0), ("config", "M", 10**400),
            ("train", "accuracy", [float("nan")]), ("train", "step", [])]
 
 
+def test_the_worst_of_a_table_is_empty_if_a_seed_was_not_tested(tmp_path, capsys):
+    paths = [write(tmp_path, seed=0, beyond=0.7), write(tmp_path, seed=1, lengths=[64])]
+    for order in paths, paths[::-1]:
+        plot.main([*order, "--table"])
+        assert capsys.readouterr().out.splitlines()[-1].endswith("| 1.000 | 1.000 |  |  |")
+
+
 def test_what_is_no_result_is_left_out(tmp_path, figures, capsys, refuses):
     good = write(tmp_path, "mamba")
     bad = [str(tmp_path / "missing.json"), str(tmp_path), write(tmp_path, lengths=[64, 32])]

@@ -329,7 +329,7 @@ def test_a_grid_goes_on_after_a_run_that_failed(bad, train_tiny, monkeypatch, tm
     assert isinstance(stop.value.code, str)                # printed on stderr; the status is 1
     assert "1 of 2 runs failed" in stop.value.code
     line, = [line for line in capsys.readouterr().out.splitlines() if "failed" in line]
-    assert f"the loss is {bad} at step 9" in line and "--lr" in line and NAME in line
+    assert f"the loss is {bad} by step 9" in line and "--lr" in line and NAME in line
     assert names(tmp_path / "out") == [NAME[:-1] + "1.json", NAME[:-1] + "1.pt"]
 
 
