@@ -247,11 +247,11 @@ def layer_words(name):
         if word not in LAYERS:
             known = [*MODELS, *FAMILY] if name == word else []      # there is no hybrid-a+mlp
             near = difflib.get_close_matches(word.lower(), [*known, *LAYERS], 1)
-            hint = f"did you mean {near[0]}? It" if near else "it"
+            hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(
-                f"--model is {name!r}, but {part!r} is no layer; {hint} must be one of "
-                f"{', '.join([*MODELS, *FAMILY])}, or layers joined by + without spaces, as in "
-                f"2xmamba+mlp, of {', '.join(LAYERS)}")
+                f"--model is {name!r}, but {part!r} is no layer; {hint}--model takes one of "
+                f"{', '.join([*MODELS, *FAMILY])} alone, or layers joined by + without spaces, as "
+                f"in 2xmamba+mlp, of {', '.join(LAYERS)}")
         if not 0 < repeats <= MOST_LAYERS - len(words):
             raise ValueError(f"--model is {name!r}, but a count must be at least 1, and a stack "
                              f"has at most {MOST_LAYERS} layers")

@@ -281,6 +281,8 @@ BENCH = [
 ]
 
 FUSED = [
+    ("\"deterministic\": summands <= 16", "\"deterministic\": summands <= 1600"),
+    ("compiled, A.shape[0])(x, dt, A, B, C, dy, starts)", "compiled)(x, dt, A, B, C, dy, starts)"),
     ("A * math.log2(math.e)", "A * math.log2(math.e) * 1.001"),
     ("dx.append((du * dt[:, :, t])", "dx.append((du * dt[:, :, 0])"),
     ("dA = dA + d_dtA * dt[:, :, t, :, None]", "dA = dA + d_dtA"),

@@ -311,3 +311,24 @@ def test_a_layer_has_a_second_derivative_with_the_recurrence(monkeypatch):
     layer = mamba.Mamba(2, d_state=2).double()
     x = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], x)
+
+
+@pytest.mark.parametrize("D, channels_guessed", [(16, True), (48, False)])
+def test_block_sizes_are_timed_for_long_sums_alone(D, channels_guessed, monkeypatch):
+    """A guess for sums of many numbers can be 20 times too slow; timing short ones decides by
+    noise."""
+    guessed = {}
+
+    def compile_each_shape(function, options):
+        guessed[function.__name__] = options["deterministic"]
+        return function
+    monkeypatch.setattr(fused_scan, "compile_each_shape", compile_each_shape)
+    fused_scan._kernel.cache_clear()
+    x, dt, A, B, C, h = operands(20, D=D, N=16)
+    x.requires_grad_()
+    with fused_scan.compiled_scan(True):
+        fused_scan.parallel_scan(x, dt, A, B, C, h)[0].sum().backward()
+    fused_scan._kernel.cache_clear()
+    assert guessed.pop("_gradient_B") == guessed.pop("_gradient_C") == channels_guessed
+    assert {name for name, guess in guessed.items() if guess} == {"_outputs", "_gradients_x_dt_A"}
+    assert {"_ends_forward", "_ends_backward", "_group_starts", "_sum_of_chunks"} <= set(guessed)
