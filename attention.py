@@ -15,7 +15,7 @@ state grows with the context; that of a state space model has a fixed size.
     S        tokens of earlier calls, in the cache
     H, P     heads, and channels per head; d = H P
 
-In the formula, only the mask s <= t depends on the order of tokens. Besides it, there are two ways:
+In the formula, only the mask s <= t depends on the order of tokens. Positions can add to that:
 
     position="none"     neither: the mask alone
     position="rope"     the query and the key are rotated by an angle proportional to their position
@@ -52,7 +52,7 @@ class Attention(nn.Module):
     zero vector.
     """
 
-    attends = True       # biases of norms start at random: see hybrid.py
+    attends = True       # biases of norms start random: see hybrid.py
     answers_last = True  # forward takes last_only
     scale = 1.0          # positions are multiplied by it: report/interpolate.py
 

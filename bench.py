@@ -171,9 +171,8 @@ def times(title, shape, forms, inputs, dtype):
             continue
         ms = timed(captured(lambda: [call() for _ in range(10)], device), device, in_a_row=1) / 10
         ours = ours or ms
-        memory = {"MB": peak_megabytes(call)} if device.type == "cuda" else {}
         yield {title: " ".join(map(str, shape)), "form": name, "ms": ms, "of ours": ms / ours,
-               "first s": first, **memory}
+               "first s": first, **({"MB": peak_megabytes(call)} if device.type == "cuda" else {})}
 
 
 # ---- a training step, and the cost of a longer context -------------------------------------------
@@ -234,16 +233,17 @@ def draw_lengths(path, out):
     try:
         with open(path) as f:
             result = json.load(f)
-        rows, machine = result["length"], result["env"]["device"]
-        fig = matplotlib.figure.Figure(figsize=(10, 7), layout="constrained")
-        for ax, (cost, title) in zip(fig.subplots(2, 2, sharex=True).flat, COSTS.items()):
-            for name in dict.fromkeys(row["model"] for row in rows):
-                x, y = zip(*[(row["length"], row[cost]) for row in rows if row["model"] == name])
-                ax.semilogx(x, y, "o-", base=2, color=COLOURS.get(name, "black"), label=name)
-            ax.set(title=title, yscale="log")
-            ax.spines[["top", "right"]].set_visible(False)
+        machine, curves = result["env"]["device"], {cost: {} for cost in COSTS}
+        for row, cost in itertools.product(result["length"] or [{}], COSTS):
+            curves[cost].setdefault(row["model"], []).append((row["length"], row[cost]))
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"--draw is {path!r}, but that is no file of --tables length") from None
+    fig = matplotlib.figure.Figure(figsize=(10, 7), layout="constrained")
+    for ax, (cost, title) in zip(fig.subplots(2, 2, sharex=True).flat, COSTS.items()):
+        for name, points in curves[cost].items():
+            ax.semilogx(*zip(*points), "o-", base=2, color=COLOURS.get(name, "black"), label=name)
+        ax.set(title=title, yscale="log")
+        ax.spines[["top", "right"]].set_visible(False)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
     fig.supxlabel("context length of a single sequence, tokens")
     fig.suptitle(f"Mamba's state does not grow, attention's does: d 64, {machine}")

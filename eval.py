@@ -75,7 +75,7 @@ def groups(lengths, tau):
     In a group, the longest has at most about twice as many positions for the query as the shortest.
     Neighbours are in different groups, because lengths that share contexts share their error: in a
     single group, the mean of a curve would be as uncertain as one of its points. With eight groups
-    for each factor of two, its standard deviation is below 0.004 for 1,024 sequences to 3L.
+    for each factor of two, the mean to 3L of 1,024 sequences each has a deviation below 0.004.
     """
     lengths = sorted(set(lengths))
     while lengths:
@@ -119,8 +119,8 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
 
 
 def n_contexts(group, tau, sequences):
-    """How many contexts of the longest length a group needs: in at least `sequences` of them, the
-    value has come at the shortest. If there are many, each position occurs equally often."""
+    """How many contexts of the longest length a group needs: in `sequences` of them or more, the
+    value has come by the shortest. If there are many, each position occurs equally often."""
     positions = group[-1] - tau
     n = math.ceil(sequences * positions / (group[0] - tau)) + 1          # + 1 against rounding
     return math.ceil(n / positions) * positions if n > 4 * positions else n

@@ -69,8 +69,8 @@ def split(v, most):
 # ---- Inside a chunk ------------------------------------------------------------------------------
 #
 # Each function becomes one kernel, its loop over steps unrolled, or two if it also sums dt. A
-# kernel sums over states (dx, ddt) or over channels; dB needs g, and dC needs h. So there are
-# three, which recompute h or g. Rounding dB and dC in the loop made it write states to memory.
+# kernel sums over states (dx, ddt) or channels (dB, dC); dB needs g, dC needs h. So the gradient
+# takes three, which recompute h or g. Rounding dB, dC in the loop made it write states to memory.
 
 def _decay(dt, A):
     """exp(dt A) for one step's dt (b, c, D): (b, c, D, N)."""
@@ -208,8 +208,8 @@ def compile_each_shape(function, options):
 
 @functools.cache
 def _kernel(function, compiled, summands=math.inf):
-    """A kernel, if compiled. The compiler times several block sizes and takes the fastest, except
-    in sums of up to 16 numbers: there its guess is as fast, after half the compile time."""
+    """A kernel, if compiled. summands: how many numbers its sums add. The compiler times several
+    block sizes, except for at most 16: there its guess is as fast, after half the compile time."""
     options = {**OPTIONS, "deterministic": summands <= 16}
     return compile_each_shape(function, options) if compiled else function
 

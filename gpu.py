@@ -97,8 +97,8 @@ class Captured:
         self.on_cuda = generator.device.type == "cuda"
         if not self.on_cuda:
             return                # all that follows is for CUDA
-        # In small models attention is its plain formula, which the compiler can fuse; uncompiled,
-        # too, so that both forms compute the same.
+        # Small models use attention's plain formula, which the compiler can fuse; also when
+        # uncompiled, so that both forms compute the same.
         self.backends = [SDPBackend.MATH] if is_small(config) else None
         self.compiled = False
         self.restart()
@@ -150,8 +150,8 @@ class Captured:
         measured = [took for (name, _), took in measured_seconds.items() if name == self.name]
         cost = min(measured, default=GUESSED_SECONDS[self.name])
         if calls_left * self.last_seconds * (1 - 1 / SPEEDUP) > cost:
-            say(f"{1e3 * self.last_seconds:.2f} ms per {self.name}, captured; compiling it now, which "
-                f"takes about {cost:.0f} s and should pay: about {calls_left:,} are left")
+            say(f"{1e3 * self.last_seconds:.2f} ms per {self.name}, captured; compiling it now, "
+                f"which takes about {cost:.0f} s and should pay: about {calls_left:,} are left")
             self.compile()
 
 

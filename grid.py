@@ -107,8 +107,8 @@ def barrier():
 
 class Run(NamedTuple):
     config: dict
-    path: str      # OUT/NAME, without an ending
-    title: str     # such as "[3/8] ", before every printed line
+    path: str              # OUT/NAME, without an ending
+    title: str             # such as "[3/8] ", before every printed line
     shape_number: int      # runs with the same one share compiled kernels
 
 
@@ -129,8 +129,8 @@ def make_all(configs, out, overwrite, make, wait=True, show=None):
     for number, config in enumerate(configs, 1):
         title = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
         path = os.path.join(out, run_name(config))
-        number = shapes.setdefault(shape_of(config), len(shapes))
-        grid.append(Run(config, path, title, number))
+        shape_number = shapes.setdefault(shape_of(config), len(shapes))
+        grid.append(Run(config, path, title, shape_number))
 
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if overwrite:
@@ -179,7 +179,8 @@ def make_all(configs, out, overwrite, make, wait=True, show=None):
 def make_if_free(run, make, count_left, failed):
     """Make a run, unless it is finished -> False if another process has it.
 
-    If it fails, or another process of this torchrun has tried in vain, its path goes into `failed`.
+    If it fails, or has failed in a process of torchrun since this one started, its path goes into
+    `failed`.
     """
     # A lock that was left by a process that died is claimed below, and then removed.
     if is_finished(run.path) and not os.path.exists(run.path + ".lock"):
@@ -212,7 +213,7 @@ def make_if_free(run, make, count_left, failed):
 
 
 def has_failed(path):
-    """Whether a run has failed since this process started, in another one."""
+    """Whether a run has failed since this process started, in this process or another."""
     try:
         return os.path.getmtime(path + ".failed") >= STARTED
     except OSError:

@@ -10,8 +10,8 @@ decays, what is written and what is read; that is why the state space model is c
     x        (b, L, D)    input of the recurrence
     dt       (b, L, D)    step size, positive: a large one forgets more of the past and writes more
     A        (D, N)       decay rates, negative; the decay depends on the token through dt alone
-    B        (b, L, N)    how a token is written to the N states, the same in all channels
-    C        (b, L, N)    how the N states are read, also the same in all channels
+    B        (b, L, N)    how a token is written to the N states, a key; the same in all channels
+    C        (b, L, N)    how the N states are read, a query; also the same in all channels
     h        (b, D, N)    all states together, "the state"
     y        (b, L, D)    output
 """
@@ -47,8 +47,8 @@ from fused_scan import check_shapes, parallel_scan
 # The two agree for small dt |A|: at 0.1 ours writes 5 % more, at 1.6 (dt = 0.1 and A = -16, about
 # the largest at initialization) twice as much. The exact factor never exceeds 1 / |A|, ours grows
 # with dt: at A = -1 and dt = 10 ours writes 10 B x, the exact rule 1 B x. The simple form also lets
-# one product, dt x, serve all N states, and training can adapt B to it. LTI in family/ladder.py, a
-# model whose dt, B and C are constants, has the exact rule.
+# one product, dt x, serve all N states. Training can adapt B, though all channels share it. LTI in
+# family/ladder.py, a model whose dt, B and C are constants, has the exact rule.
 #
 # Mamba runs D such models side by side, one per channel, with an A and a dt of their own; B and C
 # are shared. It computes dt, B and C from x_t (paper, section 3.2, algorithm 2). For channel d and
@@ -58,8 +58,8 @@ from fused_scan import check_shapes, parallel_scan
 #     y_t[d]   = sum over n of C_t[n] h_t[d,n]
 #
 # With dt near 0 a token leaves the state alone: nothing decays, nothing is written. With a large dt
-# the past is erased, and h becomes dt B x of this token alone. Small and large are relative to
-# 1 / |A|: at dt = 0.1, a state with A = -1 keeps exp(-0.1) = 0.90, one with A = -16 keeps 0.20.
+# the past is erased, and h becomes dt B x of this token alone. How much is kept depends on dt |A|:
+# at dt = 0.1, a state with A = -1 keeps exp(-0.1) = 0.90, one with A = -16 keeps 0.20.
 
 def selective_scan_ref(x, dt, A, B, C, h=None):
     """The recurrence of the paper (algorithm 2, lines 5 and 6), B discretized as dt B.
@@ -87,8 +87,8 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
 class CausalConv1d(nn.Conv1d):
     """A causal convolution, one filter per channel: a token sees itself and the taps - 1 before it.
 
-    Without it, x, dt, B and C of a token would depend on that token alone. For recall (data.py), a
-    value must be written under its key, the token before it: the convolution lets B see the key.
+    Without it, x, dt, B and C would see the layer's input at one token alone. For recall (data.py),
+    a value must be written under its key, tau tokens before it; if tau < taps, this lets B see it.
     The sum is written as shifted products, which a compiler can fuse with the layer around it.
     """
 
@@ -109,7 +109,7 @@ class CausalConv1d(nn.Conv1d):
 
 
 class MambaState(NamedTuple):
-    """All that a Mamba layer keeps of the tokens so far, however many there were.
+    """All that a Mamba layer keeps of the tokens so far: d_inner (d_conv - 1 + d_state) numbers.
 
     The recurrence looks back through h alone, the convolution at its last inputs alone, and all
     else in the layer sees one token.
@@ -133,13 +133,13 @@ class Mamba(nn.Module):
     token to its dt, None for ceil(d_model / 16). Parameters have the names, shapes and initial
     distributions of mamba_ssm.Mamba with its default arguments; state dicts fit both.
 
-    in_proj has no bias, so that state dicts fit. For recall (data.py) that hurts, because z gates
-    the output at its own token. In the first layer, z is a linear map of the token's embedding, up
-    to a positive factor from the norm before the layer. At d_model = 8 a sum of our 16 embeddings,
-    with suitable positive weights, is zero. So is a positive sum of their z, and each channel has
-    z <= 0 at some token, where it is nearly closed: SiLU(z) lies between -0.28 and 0. We take this
-    as the reason why a Mamba layer followed by attention learned 16 queries in 0 of 12 runs without
-    a bias in its norm, and in 3 of 3 with one (report/README.md, appendix on defaults).
+    in_proj has no bias, so that state dicts fit. That hurts recall (data.py): below attention, the
+    layer must say which token came before, through the gate z of any token. In the first layer, z
+    is linear in the token's embedding, up to a positive factor from the norm. At d_model = 8 a sum
+    of our 16 embeddings, with suitable positive weights, is zero; so is that of their z. So each
+    channel has z <= 0 at some token, where it says little: SiLU(z) lies between -0.28 and 0. We
+    take this as the reason why Mamba followed by attention learned 16 queries in 0 of 12 runs
+    without a bias in its norm, and in 3 of 3 with one (report/README.md, appendix on defaults).
     `takes_bias` asks hybrid.Model for that bias, which gives x and z a constant part.
     """
 
@@ -154,10 +154,10 @@ class Mamba(nn.Module):
         self.conv1d = CausalConv1d(d_inner, d_conv)
         self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d_inner)
-        # A = -1, ..., -N in each channel (S4D-Real, Gu et al. 2022, arXiv 2206.11893): state n
-        # fades to 1/e in 1 / (n dt) steps: with the dt below, state 1 in 10 to 1,000, state 16 in 1
-        # to 60. So the memories of a channel differ N-fold in length. The logarithm is trained, so
-        # that A stays negative and no state can grow by itself.
+        # At first, A = -1, ..., -N in each channel (S4D-Real, Gu et al. 2022, arXiv 2206.11893).
+        # State n fades to 1/e in 1 / (n dt) steps: with the dt below, state 1 in 10 to 1,000, state
+        # 16 in 0.6 to 60. So a channel's memories differ N-fold in length. The logarithm is
+        # trained, so that A stays negative and no state can grow by itself.
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))       # a skip connection, as officially named
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
@@ -197,10 +197,10 @@ class Mamba(nn.Module):
 # ---- 3. Chunks of steps --------------------------------------------------------------------------
 #
 # The loop of selective_scan_ref is slow: it makes a dozen small calls per step, and autograd stores
-# the state of every step. But only h_t = a_t h_{t-1} + u_t B_t has to run step by step, and it is
-# one call. The decays a = exp(dt A), the inputs u = dt x and the sums over states can be computed
-# for a chunk of T steps at once; a small chunk fits in the CPU's cache. To save memory, only the
-# state before each chunk is stored.
+# each step's decay and state. But only h_t = a_t h_{t-1} + u_t B_t has to run step by step, and it
+# is one call. The decays a = exp(dt A), the inputs u = dt x and the sums over states can be
+# computed for a chunk of T steps at once; a small chunk fits in the CPU's cache. To save memory,
+# only the state before each chunk is stored.
 #
 # The gradient. dx is the gradient of the loss with respect to x, and so on; that of h is called g.
 # Indices are left out: C_t dy_t is C_t[n] dy_t[d], for every state n and channel d. Nothing is
@@ -218,7 +218,7 @@ class Mamba(nn.Module):
 # 4.  C_t affects y_t alone:
 #         dC_t = sum over channels of h_t dy_t
 # 5.  u_t = dt_t x_t and dt_t A are products, and dt_t is a factor of both:
-#         dx_t = dt_t du_t                            dA = sum over b and t of dt_t d(dt_t A)
+#         dx_t = dt_t du_t            dA = sum over sequences and steps of dt_t d(dt_t A)
 #         ddt_t = x_t du_t + sum over states of A d(dt_t A)
 #
 # All h_t and a_t would take 2 N times the memory of x. So the backward pass visits the chunks from
@@ -269,8 +269,8 @@ class ChunkedScan(torch.autograd.Function):
             starts.append(h)
             steps = len(dt_k)                                            # T, or fewer in the last
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
-            # For v between -104 and -87, exp(v) is a denormal float32, below 1.2e-38, on which CPUs
-            # are 10 to 50 times slower. So both passes clamp dt A at -80, which dt = 5 and A = -16
+            # For v between -104 and -87, exp(v) is a denormal float32, below 1.2e-38, and takes a
+            # CPU 10 to 50 times as long. So both passes clamp dt A at -80, which dt = 5 and A = -16
             # reach: a decay of 2e-35 is effectively 0, and so is d(dt A), a multiple of it. The
             # margin to -87 keeps the product a h normal unless h is below 1e-3. A trained model
             # runs up to twice as fast. selective_scan_ref and parallel_scan do not clamp.
@@ -345,16 +345,16 @@ def chunked_scan(x, dt, A, B, C, h=None):
 #
 # The first row that applies:
 #
-#     torch.func, forward AD    selective_scan_ref: no fast form supports them
+#     torch.func, forward AD    selective_scan_ref: a fast form may raise an error there
 #     one step or none          selective_scan_ref
 #     torch.compile             parallel_scan, on any device, as one operator; the compiler would
 #                               unroll the loops of the other forms
-#     CUDA                      parallel_scan (fused_scan.py): all chunks at once, each from a zero
-#                               state; h is linear in its start, whose effect is added later
+#     CUDA                      parallel_scan (fused_scan.py): all chunks at once from zero, which
+#                               gives the state before each; then all at once from that
 #     CPU, MPS                  chunked_scan
 #
-# The fast forms have no second derivative, and raise a RuntimeError for create_graph=True: call
-# selective_scan_ref, or for Mamba layers, set mamba.selective_scan = mamba.selective_scan_ref.
+# The fast forms have no second derivative: backward with create_graph=True raises a RuntimeError.
+# Call selective_scan_ref, or for Mamba layers, set mamba.selective_scan = mamba.selective_scan_ref.
 
 def selective_scan(x, dt, A, B, C, h=None):
     """The fastest form for the device: arguments and results of selective_scan_ref, up to rounding.

@@ -30,7 +30,7 @@ def listed(names):
 
 
 def numbered(numbers):
-    """Whole numbers as text: up to three, or eight with gaps; of more, "smallest to largest"."""
+    """Whole numbers as text: all, if at most three, or eight with gaps; else "first to last"."""
     numbers = sorted(set(numbers))
     gaps = numbers[-1] - numbers[0] >= len(numbers)
     words = [f"{n:,}" for n in numbers]

@@ -197,7 +197,7 @@ def draw(kind, cells, panels, curve, across=(), stacks=(), published=(), what="a
             draw_rows(ax, shown, styles)
             continue
         mark(ax, sum(shown.values(), []), kind, {xs.index(x): 1 / n_answers(seeds[0]["config"])
-                                for (_, x), seeds in shown.items()})
+                                                 for (_, x), seeds in shown.items()})
         if kind == "against":
             apart = min(0.04, 0.7 / len(styles))             # so that no column reaches the next
             aside = {c: apart * (i - (len(styles) - 1) / 2) for i, c in enumerate(styles)}
@@ -269,7 +269,7 @@ def main(argv=None):
     kinds = kinds.get(args.against, ["against"])
     for run in list(runs) if args.against else []:
         if np.isnan(run[args.what]) or (args.against == "state" and not run["state"]):
-            left_out.append(f"{run['path']} was not tested to L or 3L, or has no bytes of state")
+            left_out.append(f"{run['path']} was not tested at L or to 3L, or has no bytes of state")
             runs.remove(run)
     if args.against == "model" and "d" in fixed:
         fixed.remove("d")

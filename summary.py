@@ -179,7 +179,7 @@ def name_of(flag, curve):
 
 
 def verdict(runs, kind, what="at"):
-    """The verdict on some seeds' median: a key of the phrases in `finding`, None if not tested."""
+    """The verdict on some seeds' median: a key of the phrases in `finding`, or None: not tested."""
     x, y = median(runs, "length")
     at, lowest = middle(runs, "at"), middle(runs, "lowest")
     if kind == "length":                                     # as far as the figure goes, not to 3L

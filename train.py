@@ -176,7 +176,7 @@ def run(config, path, title="", runs_left=0):
     next_test = gpu.Captured("test", lambda model: accuracy_now(model, config, test_draws, device),
                              [model], test_draws, config)
 
-    # Of 20,000 steps, a test every 100. Tests are at least 10 apart; below 200 steps, 20 to 39.
+    # 20,000 steps: a test every 100. Tests are 10 or more apart; 20 to 199 steps have 20 to 39.
     every = max(1, steps // TESTS, min(STEPS_APART, steps // 20))
     last = last_step(curves, config)
     began = saved_at = time.monotonic()

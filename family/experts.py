@@ -58,8 +58,7 @@ class MixtureOfExperts(nn.Module):
         y = sum over the k largest w_e of w_e MLP_e(x)
 
     As in Jamba (Lieber et al. 2024, arXiv 2403.19887), the k weights are not scaled to sum to 1;
-    Mixtral does that. Left out: the loss that keeps a few experts from winning
-    everything.
+    Mixtral does that. Left out: the loss that keeps a few experts from winning everything.
 
     How many tokens an expert gets is known only at run time, but a CUDA graph needs fixed shapes.
     So `forward` sorts the n k (token, expert) pairs by expert, and pads each expert's rows to whole

@@ -5,9 +5,8 @@
     python report/make.py problem1 --seed 0 1 2 3 4        the five seeds of the report
     torchrun --nproc-per-node 8 -- report/make.py problem1 problem2       eight runs at a time
 
-Runs go to results/EXPERIMENT/, figures to figures/; --out and --figures name other folders. If
-killed, the same command resumes it. Other flags, such as --device, are passed on to train.py. Some
-figures also show runs of other experiments.
+Runs go to results/EXPERIMENT/, figures to figures/; --out and --figures name other folders. The
+same command resumes a killed one. Other flags, such as --device, are passed on to train.py.
 """
 
 import argparse
@@ -246,8 +245,7 @@ def main(argv=None):
             for line in experiment["train"]:
                 print(f"    train.py {line}")
         return
-    if not args.draw:
-        make(args, flags)
+    failed = {} if args.draw else make(args, flags)
     if os.environ.get("RANK", "0") == "0":
         for name in args.names:
             for line, title in EXPERIMENTS[name]["draw"].items():
@@ -256,36 +254,36 @@ def main(argv=None):
                     draw(line.replace("{}", args.out), [*more, "--out", args.figures])
                 except ValueError as error:
                     parser.error(str(error))
+    if failed:
+        sys.exit("\n".join(f"{name}, {line}: {said}" for (name, line), said in failed.items()))
 
 
 def make(args, flags):
-    """The runs and tests of the experiments named. SystemExit with status 1 if a run failed."""
-    stopped = None       # first take all runs that are free, then wait for those of other processes
-    for wait in (False, True):
+    """The runs and tests of the experiments named -> {(name, line of flags): why a run failed}."""
+    failed = {}
+    for wait in (False, True):     # first take all runs that are free, then wait for those taken
         for name in args.names:
             for line in EXPERIMENTS[name]["train"]:
                 words = [*line.split(), "--seed", *args.seed, "--out", f"{args.out}/{name}", *flags]
                 try:
-                    train.main(words, wait)
-                except SystemExit as error:      # a run failed: make the others
-                    if error.code in (2, 130):   # no: a wrong flag, or Ctrl-C
+                    if (name, line) not in failed:
+                        train.main(words, wait)
+                except SystemExit as error:
+                    if error.code in (2, 130):                   # a wrong flag, or Ctrl-C
                         raise
-                    stopped = error
+                    failed[name, line] = error.code
+        flags = [flag for flag in flags if flag != "--overwrite"]        # once is enough
     for name in args.names:
         for pattern, line in EXPERIMENTS[name].get("test", ()):
             paths = share(sorted(glob.glob(f"{args.out}/{name}/{pattern}.pt")))
             if paths:
                 evaluation.main([*paths, *line.split()])
     barrier()                                                # figures need the tests of all
-    if stopped:
-        raise stopped
+    return failed
 
 
 def draw(line, more):
-    """Run plot.py on the files that are there; line: its flags, with patterns for files.
-
-    Raises ValueError if there is none.
-    """
+    """Run plot.py with the flags of a line and the files of its patterns. ValueError if none."""
     words = []
     for word in shlex.split(line):
         found = sorted(path for path in glob.glob(word) if path.endswith(".json"))

@@ -173,6 +173,16 @@ def test_a_model_of_another_run_is_only_tested(folder, capsys):
     assert "of another run: only printed" in capsys.readouterr().out
 
 
+def test_a_result_made_before_a_flag_existed_takes_new_numbers(folder):
+    path = folder / (HYBRID + ".json")
+    result = json.loads(path.read_text())
+    del result["config"]["learn_embedding"]
+    path.write_text(json.dumps(result))
+    evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "30", "--sequences", "4",
+                     "--device", "cpu"])
+    assert 30 in json.loads(path.read_text())["eval"]["length"]
+
+
 def test_a_lock_that_cannot_be_taken_is_one_sentence(folder):
     (folder / (HYBRID + ".lock")).mkdir()
     with pytest.raises(SystemExit, match="the numbers of .* were not written: Is a directory"):

@@ -54,7 +54,8 @@ def test_runs_tests_and_figures(tmp_path, monkeypatch, capsys):
     assert os.path.getmtime(f"{out}/tiny/{stems[0]}.json") == before
 
 
-def test_a_run_that_fails_does_not_keep_others_from_being_made(tmp_path, monkeypatch):
+def test_a_run_that_fails_does_not_keep_others_from_being_made(tmp_path, monkeypatch,
+                                                                 capsys):
     monkeypatch.setattr(evaluation, "TEST_SEQUENCES", 32)
     monkeypatch.setattr(train, "EVAL_SEQUENCES", 16)
     line = "--model nope --L 8 --steps 20 --batch-size 4"
@@ -65,8 +66,11 @@ def test_a_run_that_fails_does_not_keep_others_from_being_made(tmp_path, monkeyp
         make.main(["tiny", "--out", out, "--device", "cpu"])
     assert stop.value.code == 2, "a wrong flag is not a run that fails"
     tiny["train"].pop()
-    with pytest.raises(SystemExit, match="1 of 1 runs failed"):
-        make.main(["tiny", "--out", out, "--device", "cpu"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="--lr 1e30: train.py: 1 of 1 runs failed"):
+        make.main(["tiny", "--out", out, "--device", "cpu", "--overwrite"])
+    said = capsys.readouterr().out
+    assert said.count("failed: the loss") == 1 and said.count("wrote ") == 1, "made twice"
     stem = "nope_M1_tau1_K16_d8_L8_batch-size4_steps20_seed0"
     assert names(out + "/tiny") == [f"{stem}.json", f"{stem}.pt"]
 

@@ -95,13 +95,27 @@ def test_lowest_leaves_out_what_was_not_tested(tmp_path, figures, capsys):  # no
     short = write(tmp_path, "mamba", lengths=[64])
     fig, = figures(*paths, short, "--against", "lr", "--lowest").values()
     assert "mamba" not in texts(fig.axes[0]) and "mamba" not in fig.get_supxlabel()
-    assert f"{short} was not tested to L or 3L" in capsys.readouterr().err
+    assert f"{short} was not tested at L or to 3L" in capsys.readouterr().err
 
 
 def test_a_long_title_is_cut(tmp_path, figures):  # noqa: F811
-    paths = [write(tmp_path, seed=seed, at=0.5 + 0.5 * (seed % 2)) for seed in range(90)]
+    paths = [write(tmp_path, seed=seed, at=0.5 + 0.5 * (seed % 2)) for seed in range(200)]
     fig, = figures(*paths, "--against", "seed").values()
-    assert fig.get_suptitle().count("\n") <= 5 and "M\n" not in fig.get_suptitle()
+    assert fig.get_suptitle().count("\n") == 5 and fig.get_suptitle().endswith("[...]")
+
+
+def test_mixed_lengths_are_marked(tmp_path, figures):  # noqa: F811
+    paths = [write(tmp_path), write(tmp_path, "mamba", train_lengths="uniform")]
+    fig = figures(*paths)["length_tau1_K16_d8_L64_M1.png"]
+    assert "trained up to 64" in texts(fig.axes[0])
+
+
+def test_columns_of_many_models_do_not_meet(tmp_path, figures):  # noqa: F811
+    paths = [write(tmp_path, f"{n}xmlp", lr=lr) for n in range(1, 31) for lr in (0.004, 0.008)]
+    fig, = figures(*paths, "--against", "lr").values()
+    places = sorted(x for x, _ in (line.get_xydata()[0] for line in fig.axes[0].lines
+                                   if line.get_marker() == "."))
+    assert max(x for x in places if x < 0.5) < 0.4 and min(x for x in places if x > 0.5) > 0.6
 
 
 def test_seeds_with_gaps_are_listed(tmp_path, figures):  # noqa: F811

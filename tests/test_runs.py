@@ -122,6 +122,11 @@ def test_runs_left_are_those_of_the_shape_without_a_result(tmp_path):
     assert [left for _, left in runs_made(copied, tmp_path)] == [1] * 8
 
 
+def test_runs_share_kernels_only_if_the_same_parameters_are_trained():
+    assert runs.shape_of(CONFIG) == runs.shape_of({**CONFIG, "seed": 1, "lr": 0.1})
+    assert runs.shape_of(CONFIG) != runs.shape_of({**CONFIG, "learn_embedding": True})
+
+
 def test_a_process_stays_with_a_shape_and_begins_with_another(tmp_path, monkeypatch):
     configs = [{**CONFIG, "seed": seed, "d": d} for seed in (0, 1) for d in (8, 16, 32)]
     for rank, order in (0, [8, 8, 16, 16, 32, 32]), (1, [16, 16, 32, 32, 8, 8]), (4, None):
