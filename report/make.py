@@ -254,6 +254,7 @@ def main(argv=None):
                     draw(line.replace("{}", args.out), [*more, "--out", args.figures])
                 except ValueError as error:
                     parser.error(str(error))
+    barrier()                            # torchrun ends all processes when the first one fails
     if failed:
         sys.exit("\n".join(f"{name}, {line}: {said}" for (name, line), said in failed.items()))
 
