@@ -133,24 +133,24 @@ def group(runs, fixed, panels, curve, across=()):
     """Put runs into figures -> a list of {(panel, curve, x): its seeds}, sorted.
 
     A figure, a panel and an x are the values of the flags in fixed, panels and across. A curve is
-    (value of `curve`, extra): extra has (flag, value) of its other flags off the default, if they
-    tell two curves of one value apart somewhere in the figure.
+    (value of `curve`, extra): extra has (flag, value) of the other flags that tell curves apart.
     """
     figures, found = {}, []
     for run in runs:
         figures.setdefault(values(run, fixed), []).append(run)
     for key in sorted(figures, key=sort_key):
         cells, seen = {}, {}
-        flags = {flag for run in figures[key] for flag in run["changed"]}
-        for run in figures[key]:
-            for flag in flags:
+        for flag in {flag for run in figures[key] for flag in run["changed"]}:
+            for run in figures[key]:
                 base = None if flag == "d" else run["config"].get(curve)     # d: of all curves
                 seen.setdefault((flag, base), set()).add(run["changed"].get(flag))
         named = {flag for (flag, _), different in seen.items() if len(different) > 1}
         for run in figures[key]:
-            extra = tuple((flag, value) for flag, value in sorted(run["changed"].items())
-                          if flag in named and flag not in (*panels, curve, *across))
-            base = run["config"].get(curve)
+            base, told = run["config"].get(curve), named & set(run["changed"])
+            if len(named) == 1 and len(seen.get((*named, base), ())) > 1:    # name its default, too
+                told |= named - {"train_lengths"}
+            extra = tuple((flag, run["config"][flag]) for flag in sorted(told)
+                          if flag not in (*panels, curve, *across))
             cell = values(run, panels), (base, extra), values(run, across)
             cells.setdefault(cell, []).append(run)
         found.append(dict(sorted(cells.items(), key=lambda item: sort_key(item[0]))))

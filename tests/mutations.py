@@ -264,7 +264,8 @@ PLOT = [
 ]
 
 SUMMARY = [
-    ("if flag in named and", "if"),
+    ("named & set(run[\"changed\"])", "set(run[\"changed\"])"),
+    ("                told |= named - {\"train_lengths\"}", "                pass"),
     ("if len(different) > 1}", "if False}"),
     ("for f in (np.median, np.min)", "for f in (np.median, np.max)"),
     ("np.median([run[what] for run in runs])", "np.mean([run[what] for run in runs])"),

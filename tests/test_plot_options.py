@@ -104,6 +104,16 @@ def test_a_long_title_is_cut(tmp_path, figures):  # noqa: F811
     assert fig.get_suptitle().count("\n") == 5 and fig.get_suptitle().endswith("[...]")
 
 
+def test_a_number_that_varies_is_named_at_its_default_too(tmp_path, figures):  # noqa: F811
+    """But not on models of which there is one value alone, nor where several flags vary."""
+    paths = [write(tmp_path), write(tmp_path, "mamba"), write(tmp_path, "mamba", d_state=4)]
+    ax, = figures(*paths)["length_tau1_K16_d8_L64_M1.png"].axes
+    assert set(texts(ax)[2:]) == {"rope", "mamba, d_state = 16", "mamba, d_state = 4"}
+    paths.append(write(tmp_path, "mamba", lr=0.004))
+    ax, = figures(*paths)["length_tau1_K16_d8_L64_M1.png"].axes
+    assert set(texts(ax)[2:]) == {"rope", "mamba", "mamba, d_state = 4", "mamba, lr = 0.004"}
+
+
 def test_mixed_lengths_are_marked(tmp_path, figures):  # noqa: F811
     paths = [write(tmp_path), write(tmp_path, "mamba", train_lengths="uniform")]
     fig = figures(*paths)["length_tau1_K16_d8_L64_M1.png"]
