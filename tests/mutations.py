@@ -366,7 +366,7 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "gpu.py": (GPU, "test_gpu.py"),
     "inside.py": (INSIDE, "test_inside.py"),
     "plot.py": (PLOT, "test_plot_options.py test_plot.py test_plot_layout.py"),
-    "summary.py": (SUMMARY, "test_summary.py test_plot.py test_runs.py"),
+    "summary.py": (SUMMARY, "test_summary.py test_plot.py test_runs.py test_plot_options.py"),
     "bench.py": (BENCH, "test_bench.py"),
     "report/probe.py": (PROBE, "test_probe.py"),
     "report/interpolate.py": (INTERPOLATE, "test_interpolate.py"),
