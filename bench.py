@@ -32,6 +32,7 @@ from data import recall_batch
 from eval import SEGMENT
 from family.deltanet import delta_rule, unit
 from family.mamba2 import ssd
+from grid import GRID
 from hybrid import MODELS, state_bytes
 from output import short_errors, write_figure
 from summary import COLOURS
@@ -185,8 +186,7 @@ def model_and_step(config, device):
 
 
 def config_for(name, **changes):
-    return {**runs.DEFAULTS, "model": name, "K": 16, "d": 8, "L": 64, "M": 1, "tau": 1, "seed": 0,
-            "lr": 1e-3, "compile": "off", **changes}
+    return {**runs.DEFAULTS, **GRID, "model": name, "lr": 1e-3, "compile": "off", **changes}
 
 
 def step_rows(device, args):

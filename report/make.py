@@ -261,18 +261,18 @@ def main(argv=None):
 
 def make(args, flags):
     """The runs and tests of the experiments named -> {(name, line of flags): why a run failed}."""
-    failed = {}
+    failed, left = {}, [(name, line) for name in args.names for line in EXPERIMENTS[name]["train"]]
     for wait in (False, True):     # first take all runs that are free, then wait for those taken
-        for name in args.names:
-            for line in EXPERIMENTS[name]["train"]:
-                words = [*line.split(), "--seed", *args.seed, "--out", f"{args.out}/{name}", *flags]
-                try:
-                    if (name, line) not in failed:
-                        train.main(words, wait)
-                except SystemExit as error:
-                    if error.code in (2, 130):                   # a wrong flag, or Ctrl-C
-                        raise
-                    failed[name, line] = error.code
+        for name, line in list(left):
+            words = [*line.split(), "--seed", *args.seed, "--out", f"{args.out}/{name}", *flags]
+            try:
+                unfinished = None in train.main(words, wait)
+            except SystemExit as error:
+                if error.code in (2, 130):                       # a wrong flag, or Ctrl-C
+                    raise
+                failed[name, line], unfinished = error.code, False
+            if not unfinished:
+                left.remove((name, line))
         flags = [flag for flag in flags if flag != "--overwrite"]        # once is enough
     for name in args.names:
         for pattern, line in EXPERIMENTS[name].get("test", ()):
