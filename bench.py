@@ -32,10 +32,9 @@ from data import recall_batch
 from eval import SEGMENT
 from family.deltanet import delta_rule, unit
 from family.mamba2 import ssd
-from grid import GRID
 from hybrid import MODELS, state_bytes
 from output import short_errors, write_figure
-from summary import COLOURS
+from results import COLOURS, DEFAULTS, GRID
 from train import make_optimizer, make_training_step
 
 SCAN_SHAPES = {  # (b, L, D, N)
@@ -186,7 +185,7 @@ def model_and_step(config, device):
 
 
 def config_for(name, **changes):
-    return {**runs.DEFAULTS, **GRID, "model": name, "lr": 1e-3, "compile": "off", **changes}
+    return {**DEFAULTS, **GRID, "model": name, "lr": 1e-3, "compile": "off", **changes}
 
 
 def step_rows(device, args):

@@ -54,6 +54,11 @@ def shortest(M=1, tau=1, task="recall"):
     return {"recall": tau + 1, "mqar": 3 * M, "copy": M}.get(task, 1)
 
 
+def n_answers(task, K):
+    """The number of possible answers; chance is about 1 over it."""
+    return {"mqar": K - K // 2, "copy": max(1, K - 2), "parity": 2}.get(task, K)
+
+
 def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, lengths=None,
                  i=None):
     """Draw a batch of associative recall (the assignment's Definition 1 and sampling steps).
@@ -104,7 +109,7 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
 # at (B, Q) int64 are the positions to answer at, labels (B, Q) the answers. If there is one answer
 # per sequence, labels are (B,), and at is (B,), or None for the last token. To add a task, write
 # such a function and give it a name in TASKS: train.py and eval.py do the rest. Its limits belong
-# in check_task and shortest, its chance in n_answers in summary.py. `uniform` is for recall alone:
+# in check_task, shortest and n_answers. `uniform` is for recall alone:
 # another task gets False.
 # On a GPU it is captured in a CUDA graph, so it must draw from `generator` alone and not ask for
 # values (.item()).

@@ -24,8 +24,7 @@ from matplotlib.figure import Figure
 from attention import Attention
 from data import recall_batch
 from mamba import Mamba
-from output import end_with, say, short_errors, text, write_figure
-from plot import RC_PARAMS
+from output import RC_PARAMS, end_with, say, short_errors, text, write_figure
 from runs import load_run
 
 CONTEXT = 24                               # tokens before the query: few enough to see each of them

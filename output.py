@@ -10,16 +10,23 @@ import os
 import sys
 import tempfile
 import time
+from itertools import accumulate
 
 from tqdm import tqdm
 
 SAY_SECONDS = 30      # between lines of progress where there is no terminal
+GREY = "0.35"         # of axes and small print in figures
+RC_PARAMS = {         # of matplotlib, for all figures
+    "font.size": 11, "axes.titlesize": 11, "axes.edgecolor": GREY, "xtick.color": GREY,
+    "ytick.color": GREY, "xtick.labelsize": 9, "axes.spines.top": False,
+    "axes.spines.right": False, "text.usetex": False}
 
 
 def text(value, most=40):
-    """A name or number as it may be shown: without control characters, shortened."""
+    """A name or number as it may be shown: shortened, without control characters and $, which in
+    a figure starts mathematics."""
     value = f"{value:g}" if isinstance(value, float) else str(value)
-    value = "".join(c if c.isprintable() else "?" for c in value)
+    value = "".join(c if c.isprintable() and c != "$" else "?" for c in value)
     return value if len(value) <= most else value[:most - 1] + "…"
 
 
@@ -35,6 +42,13 @@ def numbered(numbers):
     gaps = numbers[-1] - numbers[0] >= len(numbers)
     words = [f"{n:,}" for n in numbers]
     return ", ".join(words) if len(words) <= (8 if gaps else 3) else f"{words[0]} to {words[-1]}"
+
+
+def spread(heights, low, high):
+    """Heights of labels that do not touch, near those wanted, which fall from first to last."""
+    gap = min(0.065, (high - low) / max(1, len(heights)))
+    down = [*accumulate(heights, lambda above, y: min(y, above - gap), initial=high + gap)][1:]
+    return [*accumulate(down[::-1], lambda below, y: max(y, below + gap), initial=low - gap)][:0:-1]
 
 
 def length(word):

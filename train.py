@@ -23,10 +23,10 @@ import gpu
 import runs
 from data import TASKS, stream
 from eval import accuracy_now, evaluate, lengths_to_test, print_table, show_answers
-from grid import GRID, configs_of, make_all, prepare_folder
+from grid import configs_of, make_all, prepare_folder
 from hybrid import FAMILY, LAYERS, MODELS, state_bytes
 from output import Progress, say, short_errors
-from summary import DEFAULTS, SOLVED
+from results import DEFAULTS, GRID, SOLVED
 
 WARMUP = 400             # steps in which the learning rate rises
 BETAS = (0.9, 0.98)      # of AdamW

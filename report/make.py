@@ -11,6 +11,7 @@ same command resumes a killed one. Other flags, such as --device, are passed on 
 
 import argparse
 import glob
+import json
 import os
 import shlex
 import signal
@@ -27,8 +28,10 @@ import plot
 import train
 from grid import barrier
 from hybrid import FAMILY, MODELS
-from output import short_errors
+from output import GREY, short_errors
+from results import COLOURS, group
 
+REACH = {"conv2+attention": 1, "conv+attention": 3, "conv8+attention": 7}   # tokens back: taps - 1
 SIX = " ".join(MODELS)
 ALL = " ".join([*MODELS, *FAMILY])
 RUNGS = ["linear-fixed", "linear-decay", "gated-deltanet", "linear-rotation"]
@@ -285,13 +288,52 @@ def make(args, flags):
 
 def draw(line, more):
     """Run plot.py with the flags of a line and the files of its patterns. ValueError if none."""
-    words = []
+    words, published = [], []
     for word in shlex.split(line):
         found = sorted(path for path in glob.glob(word) if path.endswith(".json"))
-        words += found if "*" in word else [word]
+        if "/published/" in word:
+            published += found
+        else:
+            words += found if "*" in word else [word]
     if not any(word.endswith(".json") for word in words):
         raise ValueError(f"no runs to draw: {line.split(' --')[0]}; the report's have --out report")
-    plot.main([*words, *more])
+
+    def add_to(fig, runs, view):
+        """Add what only the report shows: published numbers, the reach of convolutions."""
+        notes = []
+        for ax, own in zip(fig.axes, group(runs, view.panels).values()):
+            if view.kind == "length":
+                notes += [add_published(ax, path, own) for path in published]
+            if view.x == "tau":
+                notes += [mark_reach(ax, own, sorted({run["config"]["tau"] for run in runs}))]
+        words = [fig.get_supxlabel(), "; ".join(dict.fromkeys(filter(None, notes)))]
+        fig.supxlabel("\n".join(filter(None, words)), fontsize=9, color=GREY, x=0.02, ha="left")
+
+    plot.main([*words, *more], add_to)
+
+
+def add_published(ax, path, runs):
+    """Draw published accuracies on the task of these runs as hollow points -> a note, or None.
+
+    The file has "published", the source; "task", flags; "curves", {model: length and accuracy}.
+    """
+    with open(path) as f:
+        source = json.load(f)
+    if not source["task"].items() <= runs[0]["config"].items():
+        return None
+    for model, points in source["curves"].items():
+        ax.plot(points["length"], points["accuracy"], color=COLOURS[model], ls="", marker="o",
+                mfc="white", ms=6, clip_on=False, zorder=4)
+    return f"hollow points: {source['published']}"
+
+
+def mark_reach(ax, runs, delays):
+    """Mark how far the convolutions below attention reach on an axis of delays -> a note, or None.
+    """
+    models = [model for model in REACH if (model,) in group(runs, ["model"])]
+    for model in models:
+        ax.axvline(sum(tau <= REACH[model] for tau in delays) - 0.5, color=COLOURS[model], ls="--")
+    return "dashed: how far each convolution reaches" if models else None
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from data import recall_batch
-from output import short_errors, text, write_figure
-from plot import RC_PARAMS
+from output import RC_PARAMS, short_errors, text, write_figure
 from runs import load_run
 
 BATCH = 1000        # contexts per call of the model

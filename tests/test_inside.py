@@ -101,7 +101,7 @@ def test_the_figure_of_attention_says_who_looks_at_whom():
     weights = np.zeros((1, 25, 25))
     weights[0, 12, 11], weights[0, 24, 12] = 0.25, 0.75
     fig = inside.draw(a_look([{}, {"maps": weights}]))
-    assert fig.get_suptitle() == ("a$b, M = 4, tau = 1, d = 8, L = 64, seed 3\n"
+    assert fig.get_suptitle() == ("a?b, M = 4, tau = 1, d = 8, L = 64, seed 3\n"
                                   "24 tokens, then the query: answer 5, label v = 12, wrong")
     part, = fig.subfigs
     assert part.get_suptitle() == "layer 2 of 2: attention"

@@ -1,6 +1,7 @@
 """report/make.py: every experiment can be made, and one is."""
 
 import glob
+import json
 import os
 import sys
 
@@ -13,7 +14,10 @@ sys.path.insert(0, os.path.join(ROOT, "report"))
 import eval as evaluation
 import grid
 import make
+import plot
 import train
+from test_plot import texts, write
+from test_plot_options import vertical_lines
 
 
 @pytest.mark.parametrize("name", make.EXPERIMENTS)
@@ -89,3 +93,42 @@ def test_an_unknown_experiment(refuses):
 
 def test_nothing_to_draw(refuses, tmp_path):
     assert "no runs" in refuses(make.main, ["ladder", "--draw", "--out", tmp_path])
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that plot.py writes, instead of writing them."""
+    figures = []
+    monkeypatch.setattr(plot, "write_figure", lambda path, fig: figures.append(fig))
+    return figures
+
+
+def test_published_numbers_are_hollow_points_on_their_task(tmp_path, drawn):
+    (tmp_path / "published").mkdir()
+    curve = {"length": [64, 128], "accuracy": [1, 0.25]}
+    source = {"published": "a paper", "task": {"L": 64, "tau": 1}, "curves": {"rope": curve}}
+    (tmp_path / "published/paper.json").write_text(json.dumps(source))
+    for tau in (1, 5):
+        write(tmp_path / f"tau{tau}", tau=tau)
+        make.draw(f"{tmp_path}/tau{tau}/* {tmp_path}/published/paper*", [])
+    assert ["a paper" in fig.get_supxlabel() for fig in drawn] == [True, False, False, False]
+    for fig, expected in zip(drawn, [[[1, 0.25]], [], [], []]):      # not among training steps
+        assert [list(line.get_ydata()) for line in fig.axes[0].lines
+                if line.get_markerfacecolor() == "white"] == expected
+
+
+def test_delays_have_the_reach_of_each_convolution(tmp_path, drawn):
+    """Two taps reach one token back, four reach three; the axis has a place for each delay."""
+    settings = [("conv2+attention", (1, 2, 4)), ("conv+attention", (1, 2, 4)), ("mamba", (1, 4))]
+    for model, delays in settings:
+        for tau in delays:
+            write(tmp_path, model=model, tau=tau)
+    make.draw(f"{tmp_path}/* --against tau", [])
+    write(tmp_path / "wide", model="conv+attention", d=8)
+    write(tmp_path / "wide", model="conv+attention", d=16)
+    make.draw(f"{tmp_path}/wide/* --against d", [])
+    colours = [plot.COLOURS[model] for model, _ in settings[:2]]
+    assert vertical_lines(drawn[0].axes[0]) == dict(zip(colours, [0.5, 1.5]))
+    assert "how far each convolution reaches" in drawn[0].get_supxlabel()
+    assert vertical_lines(drawn[1].axes[0]) == {} and "reaches" not in drawn[1].get_supxlabel()
+    assert texts(drawn[1].axes[0])[-1] == "conv+attention"
