@@ -1,8 +1,8 @@
 """A fast training step on a GPU: captured in a CUDA graph, and compiled when that pays.
 
 A small model launches hundreds of kernels per step. Each runs for a few microseconds, less than the
-host needs to launch it. A captured step is launched as a whole: rope at d = 8 takes 0.5 ms instead
-of 8. Compiled, with fewer kernels, it takes 0.2 ms, but compiling takes 40 s. So `Captured` first
+host needs to launch it. A captured step is launched as a whole: rope at d = 8 takes 0.4 ms instead
+of 8. Compiled, with fewer kernels, it takes 0.2 ms, but compiling takes 20 s. So `Captured` first
 captures the plain step, and compiles later if the work is then likely to end sooner. The same goes
 for the tests during training.
 """
@@ -22,7 +22,7 @@ from runs import shape_of
 
 WARMUP_CALLS = 3       # launched one kernel at a time: they allocate memory, and may compile
 FIRST_CALLS = WARMUP_CALLS + 2       # one that captures and replays, and one that tells the time
-GUESSED_SECONDS = {"training step": 40, "test": 15}     # to compile, until this process timed it
+GUESSED_SECONDS = {"training step": 25, "test": 15}     # to compile, until this process timed it
 SPEEDUP = 2.5          # of compiling, a guess: from 2.6 (rope) to 9 (mamba) on an H100
 SMALL_D, SMALL_L = 16, 256
 measured_seconds = {}  # (function, shape) -> what this process took to compile it
