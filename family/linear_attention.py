@@ -33,7 +33,8 @@ import torch.nn as nn
 
 from family.chunks import show_steps, widest
 from family.deltanet import GatedDeltaNet, delta_rule
-from family.mamba3 import rotate, trapezoid
+from family.mamba2 import ssd
+from family.mamba3 import rotate
 
 
 class RungState(NamedTuple):
@@ -97,12 +98,10 @@ class LinearAttention(GatedDeltaNet):
 def additive_rule(q, k, v, beta, log_a, S=None):
     """S_t = a_t S_{t-1} + beta_t v_t k_t^T, in chunks; arguments and results as of delta_rule.
 
-    It is Mamba-3's recurrence without its term for the previous token, and with rank R = 1. (In
-    Mamba-2's ssd, what is written and what decays come from the same dt; here from beta and a.)
+    It is Mamba-2's scan with x = beta v, B = k and C = q, whose steps of length 1 have the rate
+    log a_t. (In Mamba-2, one dt sets both what is written and what decays.)
     """
-    q, k, v = (u[:, :, None] for u in (q, k, v))                         # (b, L, R, H, N or P)
-    y, S = trapezoid(v, log_a, before=torch.zeros_like(beta), now=beta, B=k, C=q, h=S)
-    return y[:, :, 0], S
+    return ssd(beta[..., None] * v, torch.ones_like(beta), log_a, k, q, S)
 
 
 @torch.no_grad()

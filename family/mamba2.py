@@ -52,21 +52,20 @@ from mamba import CausalConv1d
 def ssd_ref(x, dt, A, B, C, h=None):
     """The recurrence, in any dtype; autograd finds the gradient.
 
-    x (b, L, H, P); dt (b, L, H); A (H,), negative; B, C (b, L, G, N), where G divides H; h (b, H,
-    P, N), the state before the first step, None for zero. Returns y (b, L, H, P) and the state
-    after the last step (b, H, P, N). The official counterpart is mamba_chunk_scan_combined, without
-    D, z and softplus.
+    x (b, L, H, P); dt (b, L, H); A (H,), negative, or a rate per step (b, L, H); B, C (b, L, G, N),
+    where G divides H; h (b, H, P, N), the state before the first step, None for zero. Returns y (b,
+    L, H, P) and the state after the last step (b, H, P, N). The official counterpart is
+    mamba_chunk_scan_combined, without D, z and softplus.
     """
     H = x.shape[2]
     B = B.repeat_interleave(H // B.shape[2], dim=2)                      # (b, L, H, N)
     C = C.repeat_interleave(H // C.shape[2], dim=2)
     if h is None:
         h = x.new_zeros(x.shape[0], H, x.shape[3], B.shape[3])           # (b, H, P, N)
+    decay, u = torch.exp(dt * A), dt[..., None] * x                      # (b, L, H), (b, L, H, P)
     y = []
-    for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)):
-        decay = torch.exp(dt_t * A)[..., None, None]                     # (b, H, 1, 1)
-        u = dt_t[..., None] * x_t                                        # (b, H, P)
-        h = decay * h + u[..., None] * B_t[:, :, None]                   # (b, H, P, N)
+    for decay_t, u_t, B_t, C_t in zip(*(v.unbind(1) for v in (decay, u, B, C))):
+        h = decay_t[..., None, None] * h + u_t[..., None] * B_t[:, :, None]      # (b, H, P, N)
         y.append((h @ C_t[..., None])[..., 0])                           # (b, H, P)
     return torch.stack(y, dim=1), h
 
