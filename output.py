@@ -44,13 +44,6 @@ def numbered(numbers):
     return ", ".join(words) if len(words) <= (8 if gaps else 3) else f"{words[0]} to {words[-1]}"
 
 
-def spread(heights, low, high):
-    """Heights of labels that do not touch, near those wanted, which fall from first to last."""
-    gap = min(0.065, (high - low) / max(1, len(heights)))
-    down = [*accumulate(heights, lambda above, y: min(y, above - gap), initial=high + gap)][1:]
-    return [*accumulate(down[::-1], lambda below, y: max(y, below + gap), initial=low - gap)][:0:-1]
-
-
 def length(word):
     """A context length on the command line, as a `type` of argparse."""
     if not word.isdecimal() or int(word) < 1:
@@ -125,6 +118,26 @@ class Progress(tqdm):
         if self.disable and not self.quiet and now - self.said > SAY_SECONDS:
             self.said = now
             say(words)
+
+
+def spread(heights, low, high):
+    """Heights of labels that do not touch, near those wanted, which fall from first to last."""
+    gap = min(0.065, (high - low) / max(1, len(heights)))
+    down = [*accumulate(heights, lambda above, y: min(y, above - gap), initial=high + gap)][1:]
+    return [*accumulate(down[::-1], lambda below, y: max(y, below + gap), initial=low - gap)][:0:-1]
+
+
+def label_ends(ax, ends):
+    """Name the curves at the right of the axes. ends: [(x, y, name, (colour, dashes)), ...]."""
+    ends = sorted(ends, key=lambda end: -round(end[1], 2))         # equals stay in their order
+    right, key = ax.get_xlim()[1], 1.1 if ax.get_gridspec().ncols == 1 else 1.18
+    heights = spread([y for _, y, _, _ in ends], ax.get_ylim()[0] + 0.04, 1.01)
+    for (x, y, name, (colour, dashes)), height in zip(ends, heights):
+        beside = dict(color=colour, clip_on=False, transform=ax.get_yaxis_transform())
+        ax.plot([x, right], [y, y], lw=0.8, ls=":", color=colour, alpha=0.4)
+        ax.plot([1, 1.04], [y, height], lw=0.8, **beside)
+        ax.plot([1.04, key], [height, height], lw=2, ls=dashes, **beside)
+        ax.text(key + 0.02, height, name, va="center_baseline", **beside)
 
 
 def write_figure(path, fig):

@@ -23,10 +23,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
 
-from output import (GREY, RC_PARAMS, end_with, length, say, short_errors, spread, text,
+from output import (GREY, RC_PARAMS, end_with, label_ends, length, say, short_errors, text,
                     write_figure)
 from results import (COLOURS, IGNORED, ORDER, TASK, View, by_curve, caption, chance, file_name,
-                     finding, group, median, middle, name_curves, name_of, read, sort_key, table)
+                     finding, group, median_curve, median_of, name_curves, name_of, read, sort_key,
+                     table)
 
 MEASURES = {"at": "accuracy at L", "lowest": "lowest accuracy from L to 3L"}
 MORE_COLOURS = ["black", "#E31A1C", "#6A3D9A", "#33A02C", "#B15928", "#1F78B4", "#FF7F00"]
@@ -49,19 +50,6 @@ def curve_styles(curves):
             colour = MORE_COLOURS[others.index(curve[0]) % len(MORE_COLOURS)]
         styles[curve] = colour, DASHES[dashes % len(DASHES)]
     return styles
-
-
-def label_ends(ax, ends):
-    """Name the curves at the right of the axes. ends: [(x, y, name, (colour, dashes)), ...]."""
-    ends = sorted(ends, key=lambda end: -round(end[1], 2))         # equals stay in their order
-    right, key = ax.get_xlim()[1], 1.1 if ax.get_gridspec().ncols == 1 else 1.18
-    heights = spread([y for _, y, _, _ in ends], ax.get_ylim()[0] + 0.04, 1.01)
-    for (x, y, name, (colour, dashes)), height in zip(ends, heights):
-        beside = dict(color=colour, clip_on=False, transform=ax.get_yaxis_transform())
-        ax.plot([x, right], [y, y], lw=0.8, ls=":", color=colour, alpha=0.4)
-        ax.plot([1, 1.04], [y, height], lw=0.8, **beside)
-        ax.plot([1.04, key], [height, height], lw=2, ls=dashes, **beside)
-        ax.text(key + 0.02, height, name, va="center_baseline", **beside)
 
 
 # ---- the contents of a panel ---------------------------------------------------------------------
@@ -115,11 +103,11 @@ def draw_curves(ax, runs, kind, styles):
         colour, dashes = styles[curve]
         for run in seeds if len(seeds) > 1 else ():          # alone, it would fill the dashes
             ax.plot(*run[kind], color=colour, lw=0.6, alpha=0.6, clip_on=False, zorder=2)
-        x, y = median(seeds, kind)
+        x, y = median_curve(seeds, kind)
         few = len(x) < (30 if kind == "length" else 2)       # points: say where they are
         ax.plot(x, y, color=colour, ls=dashes, lw=2, marker="o" if few else None, ms=5,
                 clip_on=False, zorder=3)
-        name, steps = name_of(curve), middle(seeds, "steps")
+        name, steps = name_of(curve), median_of(seeds, "steps")
         if kind == "training":
             name += ": never" if steps == np.inf else f": {steps:,.0f}"
         if len(x):
@@ -135,7 +123,7 @@ def draw_points(ax, runs, what, styles, x_of):
         for x, seeds in columns.items():
             ax.plot([x] * len(seeds), [run[what] for run in seeds], ls="", marker=".", alpha=0.6,
                     color=colour, clip_on=False)
-        line = [(x, middle(seeds, what)) for x, seeds in columns.items()]
+        line = [(x, median_of(seeds, what)) for x, seeds in columns.items()]
         ax.plot(*zip(*line), color=colour, ls=dashes, lw=2, marker="o", clip_on=False)
         ends.append((*line[-1], name_of(curve), styles[curve]))
     label_ends(ax, ends)
@@ -147,19 +135,19 @@ def draw_against(ax, runs, view, styles, xs):
     mark_chance(ax, {place[run["config"][view.x]]: chance(run) for run in runs})
     names = [text(x) for x in xs]                            # upright if they would touch
     ax.set_xticks(range(len(xs)), names, rotation=90 if len(" ".join(names)) > 36 else 0)
-    ax.set(xlim=(-0.4, len(xs) - 0.6), xlabel=view.x, ylabel=MEASURES[view.what])
+    ax.set(xlim=(-0.4, len(xs) - 0.6), xlabel=view.x, ylabel=MEASURES[view.measure])
     apart = min(0.04, 0.7 / len(styles))                     # so that no column reaches the next
     aside = {curve: apart * (i - (len(styles) - 1) / 2) for i, curve in enumerate(styles)}
-    draw_points(ax, runs, view.what, styles,
+    draw_points(ax, runs, view.measure, styles,
                 lambda run: place[run["config"][view.x]] + aside[run["curve"]])
 
 
 def draw_state(ax, runs, what, styles, tokens, all_runs):
     """Accuracy against bytes of state after so many tokens."""
     mark_chance(ax, {0: chance(runs[0])})
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_locator(LogLocator(base=4))
     sizes = [size for run in all_runs for size in run["state"].values()]
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_locator(LogLocator(base=4 if max(sizes) > 64 * min(sizes) else 2))
     ax.set(xlim=(0.7 * min(sizes), 1.4 * max(sizes)), ylabel=MEASURES[what],
            xlabel=f"bytes of state after {tokens:,} tokens")
     draw_points(ax, runs, what, styles, lambda run: run["state"][tokens])
@@ -173,7 +161,7 @@ def draw_rows(ax, runs, styles):
         for what, aside, dot, face in ("at", -0.17, "o", colour), ("lowest", 0.17, "D", "white"):
             y, style = rows[curve] + aside, dict(ls="", ms=7, color=colour, mfc=face, clip_on=False)
             ax.plot([run[what] for run in seeds], [y] * len(seeds), marker="|", **style)
-            ax.plot(middle(seeds, what), y, marker=dot, **style)
+            ax.plot(median_of(seeds, what), y, marker=dot, **style)
     ax.axvline(chance(runs[0]), color=GREY, lw=1, ls=":")
     ax.set_yticks(range(len(rows)), map(name_of, rows))
     ax.set(xlim=(0, 1), xticks=[0, 0.5, 1], ylim=(len(rows) - 0.4, -0.6), xlabel="accuracy")
@@ -183,7 +171,7 @@ def draw_rows(ax, runs, styles):
 # ---- a figure ------------------------------------------------------------------------------------
 
 def draw(runs, view, title=None):
-    """The figure of these runs."""
+    """The figure of these runs. title: instead of `finding`."""
     name_curves(runs, view)
     styles = curve_styles(by_curve(runs))
     xs = sorted({run["config"].get(view.x) for run in runs}, key=sort_key)
@@ -191,11 +179,13 @@ def draw(runs, view, title=None):
         raise ValueError(f"all runs have {view.x} = {xs[0]}")
     places = [(setting, own, tokens) for setting, own in group(runs, view.panels).items()
               for tokens in ((64, 4096) if view.kind == "state" else (None,))]
+    if len(places) > 40:
+        raise ValueError(f"a figure of {len(places)} panels, 40 are the most")
 
     # Inches: the width follows the longest name, the height the number of names and the title.
     columns = 2 if view.kind == "state" or len(places) == 4 else min(3, len(places))
     rows = -(-len(places) // columns)
-    longest = 0 if view.kind == "model" else max(len(name_of(curve)) for curve in styles)
+    longest = max(len(name_of(curve)) for curve in styles)
     wide = max(8, columns * (4.6 + 0.09 * max(0, longest - 18)))
     title = (finding(runs, view) if title is None else title).replace(" = ", "\u00a0=\u00a0")
     title = textwrap.fill(title, int(9.5 * wide), break_on_hyphens=False, max_lines=6)
@@ -217,7 +207,7 @@ def draw(runs, view, title=None):
         elif view.kind == "against":
             draw_against(ax, own, view, styles, xs)
         elif view.kind == "state":
-            draw_state(ax, own, view.what, styles, tokens, runs)
+            draw_state(ax, own, view.measure, styles, tokens, runs)
         elif view.kind == "training":
             step_axis(ax, runs)
             draw_curves(ax, own, "training", styles)
@@ -226,6 +216,22 @@ def draw(runs, view, title=None):
             draw_curves(ax, own, "length", styles)
     fig.draw_without_rendering()                             # the layout takes two passes
     return fig
+
+
+def views_of(args):
+    """What the figures show -> a list of views, and the flags that are the same within a figure."""
+    x, panels = args.against, [flag for flag in args.panels if flag != args.against]
+    curve = next((flag for flag in ["model", "M", *TASK] if flag not in (*panels, x)), "seed")
+    free = {x, *panels, curve}
+    if x is None:
+        views = [View("length", panels, [curve]), View("training", panels, [curve])]
+    elif x == "model":
+        views, free = [View("model", panels, ["model", "d"])], {"d", *panels}
+    elif x == "state":
+        views, free = [View("state", panels, ["model"], measure=args.measure)], {"d", *panels}
+    else:
+        views = [View("against", panels, [curve], x, args.measure)]
+    return views, [flag for flag in TASK if flag not in free]
 
 
 def main(argv=None, add_to=lambda fig, runs, view: None):
@@ -240,43 +246,37 @@ def main(argv=None, add_to=lambda fig, runs, view: None):
     add("results", nargs="+", metavar="RUN.json", help="results of train.py")
     add("--panels", nargs="+", default=["M"], **flag, help="flags of panels (default: M)")
     add("--against", **flag, help="a flag of train.py, model, or state")
-    add("--lowest", dest="what", action="store_const", const="lowest", default="at",
-        help="with --against: see above")
-    add("--title", help="of the figures (default: what they show)")
+    add("--lowest", dest="measure", action="store_const", const="lowest", default="at",
+        help="with --against: the lowest accuracy from L to 3L, not that at L")
+    add("--title", type=lambda word: text(word, 999), help="of figures (default: what they show)")
     add("--table", nargs="*", type=length, metavar="LENGTH", help="print a table")
     add("--name", help="name of a figure's file (default: what it shows)")
     add("--out", default="figures", metavar="DIR", help="folder of figures (default: figures)")
     args = parser.parse_args(argv)
-    if args.what == "lowest" and args.against in (None, "model"):
+    if args.measure == "lowest" and args.against in (None, "model"):
         parser.error("--lowest needs --against state or --against FLAG")
     if args.table is not None and args.against:
         parser.error("--table prints a table and draws nothing, so it takes no --against")
     runs, left_out = read(args.results)
     if args.table is not None and runs:
         say(table(runs, args.table))
+        tested = set().union(*(run["length"][0] for run in runs))
+        left_out += [f"no run was tested at {n} tokens" for n in args.table if n not in tested]
         end_with(parser, True, left_out)
         return []
-    known = set().union(*(run["config"] for run in runs)) - IGNORED | {"state"}
-    unknown = sorted({*args.panels, args.against or "state"} - known)
+    known = set().union(*(run["config"] for run in runs)) - IGNORED
+    unknown = set(args.panels) - known | {args.against} - known - {None, "state"}
     if runs and unknown:
-        parser.error(f"{unknown[0]!r} is no flag of these runs: {', '.join(sorted(known))}"
+        parser.error(f"{unknown.pop()!r} is no flag of these runs: {', '.join(sorted(known))}"
                      .replace("_", "-"))
     for run in list(runs) if args.against else []:
-        if np.isnan(run[args.what]) or (args.against == "state" and not run["state"]):
+        if np.isnan(run[args.measure]) or (args.against == "state" and not run["state"]):
             left_out.append(f"{run['path']} was not tested at L or to 3L, or has no bytes of state")
             runs.remove(run)
 
-    # What the figures show, and the flags that are the same within each.
-    x, panels = args.against, [flag for flag in args.panels if flag != args.against]
-    curve = next(flag for flag in ["model", "M", *TASK] if flag not in (*panels, x))
-    views = {None: [View("length", panels, [curve]), View("training", panels, [curve])],
-             "model": [View("model", panels, ["model", "d"])],
-             "state": [View("state", panels, ["model"], what=args.what)]}
-    views = views.get(x, [View("against", panels, [curve], x, args.what)])
-    free = {x, *panels, *views[0].curves, *(["d"] if x in ("model", "state") else [])}
-
+    views, fixed = views_of(args)
     written = []
-    for of_figure in group(runs, [flag for flag in TASK if flag not in free]).values():
+    for of_figure in group(runs, fixed).values():
         for view in views:
             path = os.path.join(args.out, file_name(of_figure, view, args) + ".png")
             try:

@@ -1,7 +1,7 @@
 """Results of train.py: read from JSON, grouped into the seeds of a setting, put into words.
 
 plot.py draws them. The defaults of all flags that change a run are here as well. Works without
-torch.
+torch, except for `chance` in tasks other than recall.
 """
 
 import json
@@ -101,7 +101,7 @@ def read(paths):
 
 
 def values(run, flags):
-    """The values of these flags in a run, None for those that it lacks."""
+    """The values of these flags in a run, None where a flag is missing."""
     return tuple(run["config"].get(flag) for flag in flags)
 
 
@@ -126,7 +126,7 @@ def by_curve(runs):
     return group(runs, lambda run: run["curve"])
 
 
-def middle(seeds, what):
+def median_of(seeds, what):
     return np.median([run[what] for run in seeds])
 
 
@@ -139,7 +139,7 @@ def chance(run):
     return 1 / n_answers(task, K)
 
 
-def median(seeds, kind):
+def median_curve(seeds, kind):
     """The median curve of seeds -> x, y. Of "length": at lengths at which all were tested."""
     x = np.unique(np.concatenate([run[kind][0] for run in seeds]))
     if kind == "length":
@@ -151,13 +151,18 @@ def median(seeds, kind):
 
 # ---- the words of a figure -----------------------------------------------------------------------
 
+MARKS = {"model": "ticks: seeds, dots (at L), diamonds (lowest to 3L): medians, dotted: chance",
+         **dict.fromkeys(("length", "training"), "thin: seeds, thick: their median"),
+         **dict.fromkeys(("against", "state"), "small: seeds, large: their median")}
+
+
 class View(NamedTuple):
     """What a figure shows of its runs."""
     kind: str         # length, training, against, state or model
     panels: list      # flags: a panel for each combination of their values
     curves: list      # flags: a curve for each combination
     x: str = ""       # "against": the flag of the x axis
-    what: str = "at"  # of the kinds against and state: "at" or "lowest"
+    measure: str = "at"      # of the kinds against and state: "at" or "lowest"
 
 
 def name_curves(runs, view):
@@ -177,9 +182,10 @@ def name_curves(runs, view):
 
 
 def name_of(curve):
-    """(("model", "rope"), ("lr", 0.001)) -> "rope, lr = 0.001"."""
-    return ", ".join(text(value) if flag == "model" else f"{flag} = {text(value)}"
-                     for flag, value in curve)
+    """(("model", "rope"), ("lr", 0.001)) -> "rope (lr = 0.001)"."""
+    first, *more = [text(value) if flag == "model" else f"{flag} = {text(value)}"
+                    for flag, value in curve]
+    return f"{first} ({', '.join(more)})" if more else first
 
 
 def settings_of(runs, view):
@@ -190,19 +196,20 @@ def settings_of(runs, view):
 
 def finding(runs, view):
     """A title: the models that do well in all settings that the figure shows, in some, in none."""
-    L, verdicts = numbered({run["config"]["L"] for run in runs}), {}
+    verdicts, lengths = {}, {run["config"]["L"] for run in runs}
+    L = f"{min(lengths)} tokens" if len(lengths) == 1 else "L"
     for (model, curve, _), seeds in settings_of(runs, view).items():
         name = name_of((("model", model), *curve[1:]))
         verdicts.setdefault(name, []).append(does_well(seeds, view))
     tested = {name: found for name, found in verdicts.items() if None not in found}
     well = [name for name, found in tested.items() if all(found)]
-    partly = [f"{name} ({sum(found)} of {len(found)})" for name, found in tested.items()
+    partly = [f"{name} ({sum(found)}\u00a0of\u00a0{len(found)})" for name, found in tested.items()
               if any(found) and not all(found)]
     never = [name for name, found in tested.items() if not any(found)]
-    phrase = {"length": f"Above {KEPT} from {L} tokens on", "model": f"Above {KEPT} from L to 3L",
+    phrase = {"length": f"Above {KEPT} from {L} on", "model": f"Above {KEPT} from L to 3L",
               "training": f"Reached {SOLVED}"}.get(view.kind, f"{SOLVED} or more")
     if view.kind in ("against", "state"):
-        phrase += f" at L = {L}" if view.what == "at" else " from L to 3L"
+        phrase += f" at {L}" if view.measure == "at" else " from L to 3L"
     parts = [f"{phrase}: {listed(well) if well else 'none'}"] if tested else []
     parts += [f"in part: {listed(partly)}"] if partly else []
     parts += [f"not: {listed(never)}"] if never and view.kind != "model" else []
@@ -210,14 +217,14 @@ def finding(runs, view):
 
 
 def does_well(seeds, view):
-    """Whether seeds of a setting do, in the median; None if they were not tested so far."""
+    """Whether the seeds of a setting do well, in the median; None if they were not tested."""
     if view.kind == "training":
-        return middle(seeds, "steps") < np.inf
+        return median_of(seeds, "steps") < np.inf
     if view.kind in ("against", "state"):
-        return middle(seeds, view.what) >= SOLVED
-    lowest, L = middle(seeds, "lowest"), seeds[0]["config"]["L"]
+        return median_of(seeds, view.measure) >= SOLVED
+    lowest, L = median_of(seeds, "lowest"), seeds[0]["config"]["L"]
     if view.kind == "length":                                # as far as the figure goes, not to 3L
-        x, y = median(seeds, "length")
+        x, y = median_curve(seeds, "length")
         lowest = min(y[x >= L]) if L in x and x[-1] > L else np.nan
     return None if np.isnan(lowest) else lowest >= KEPT
 
@@ -235,20 +242,17 @@ def caption(runs, view):
         some = f" ({listed(sorted(map(text, whose), key=sort_key))})"
         settings.append(f"{flag} = {text(value)}{some if len(whose) < len(models) else ''}")
     seeds = numbered(run["config"]["seed"] for run in runs)
-    several = max(map(len, settings_of(runs, view).values())) > 1
-    small = "ticks" if view.kind == "model" else "thin or small"
-    notes = [f"{small}: seeds {seeds}, thick or large: their median"]
-    notes = notes if several else [f"seed {seeds}"]
-    for (model,), own in models.items():
-        if (found := numbered(run["config"]["seed"] for run in own)) != seeds:
-            notes.append(f"{text(model)} has seeds {found} only")
+    of_model = {model: numbered(run["config"]["seed"] for run in own)
+                for (model,), own in models.items()}
+    fewer = [f"{text(model)}: {found}" for model, found in of_model.items() if found != seeds]
+    notes = [f"seeds: {seeds}" + (f" ({', '.join(fewer)})" if fewer else "")]
+    if max(map(len, settings_of(runs, view).values())) > 1 or view.kind == "model":
+        notes.append(MARKS[view.kind])
     if view.kind == "training":
         notes.append(f"numbers: median steps to {SOLVED}")
     else:
         tests = numbered(np.concatenate([run["sequences"] for run in runs]).tolist())
         notes.append(f"test sequences per length: {tests}")
-    if view.kind == "model":
-        notes.append("dots: at L, diamonds: the lowest from L to 3L, dotted: chance")
     tasks = ", ".join(task for task, in group(runs, ["task"]))
     return f"task {text(tasks)}: {', '.join(settings)}", "; ".join(notes)
 
@@ -258,7 +262,7 @@ def file_name(runs, view, args):
     if args.name:
         return args.name.replace(os.sep, "-") + ("_training" if view.kind == "training" else "")
     parts = [f"against_{args.against}" if args.against else view.kind]
-    parts += ["lowest"] if view.what == "lowest" else []
+    parts += ["lowest"] if view.measure == "lowest" else []
     parts += [f"by_{'-'.join(args.panels)}"] if args.panels != ["M"] else []
     for flag in TASK:
         found = [str(x) for x, in group(runs, [flag])]
@@ -267,19 +271,23 @@ def file_name(runs, view, args):
 
 
 def table(runs, lengths=None):
-    """A Markdown table, a row for each setting; or medians at `lengths` where all were tested."""
+    """A Markdown table, a row for each setting.
+
+    Without `lengths`, its columns are steps, accuracy at L and the lowest from L to 3L; with them,
+    the median accuracy at each length at which all seeds were tested.
+    """
     flags = ["model", "d", "M", "tau"]
     flags += [flag for flag in ("task", "K", "L") if len(group(runs, [flag])) > 1]
     varied = {pair for run in runs for pair in run["changed"].items()}
     flags += sorted({flag for flag, _ in varied if len(group(runs, [flag])) > 1})
-    titles = [f"steps to {SOLVED}", "at L, median", "at L, worst", "to 3L, median", "to 3L, worst"]
+    titles = [f"median steps to {SOLVED}", "at L: median", "worst", "lowest to 3L: median", "worst"]
     header = [*flags, "seeds", *map(str, lengths or titles)]
     lines, order = [header, ["---"] * len(header)], ["task", "K", "L", "tau", "M", "model", "d"]
     for _, seeds in group(runs, order + flags).items():
-        setting, (x, y) = values(seeds[0], flags), median(seeds, "length")
+        setting, (x, y) = values(seeds[0], flags), median_curve(seeds, "length")
         cells = [f"{y[x == length][0]:.3f}" if length in x else "" for length in lengths or ()]
         if not lengths:
-            steps = middle(seeds, "steps")
+            steps = median_of(seeds, "steps")
             cells = [f"{steps:,.0f}" if steps < np.inf else "never"]
             for what in ("at", "lowest"):
                 cells += [f"{f([run[what] for run in seeds]):.3f}" for f in (np.median, np.min)]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
+import output
 import plot
 
 
@@ -89,7 +90,7 @@ def test_accuracy_against_length(tmp_path, figures):
         "Above 0.95 from 64 tokens on: mamba; not: rope and hybrid-a")
     words = fig.get_supxlabel().replace("\n", " ")
     assert "task recall: tau = 1, K = 16, d = 8, L = 64, M = 1" in words
-    assert "seeds 0, 1, 2" in words and "mamba has seeds 0 only" in words and "1,024" in words
+    assert "seeds: 0, 1, 2 (mamba: 0, hybrid-a: 0)" in words and "1,024" in words
 
 
 def test_accuracy_against_step(tmp_path, figures):
@@ -131,7 +132,7 @@ def test_panels(tmp_path, figures, refuses):
     fig = figures(*paths, "--panels", "model")["length_by_model_tau1_K16_d8_L64_M4-8-16.png"]
     assert [ax.get_title() for ax in fig.axes] == ["rope", "mamba"]
     assert texts(fig.axes[1])[2:] == ["M = 4", "M = 8", "M = 16"]
-    assert fig.get_suptitle() == "Above 0.95 from 64 tokens on: rope; in part: mamba (1 of 3)"
+    assert fig.get_suptitle() == "Above 0.95 from 64 tokens on: rope; in part: mamba (1\u00a0of\u00a03)"
     paths += [write(tmp_path, "rope", M=4, train_lengths="uniform")]
     drawn = figures(*paths, "--panels", "train-lengths", "M")
     fig = drawn["length_by_train_lengths-M_tau1_K16_d8_L64_M4-8-16.png"]
@@ -146,7 +147,7 @@ def test_runs_that_differ_in_any_flag_are_not_pooled(tmp_path, figures):
              write(tmp_path, "mamba", steps=[1], lr=0.001)]
     fig = figures(*paths)["length_tau1_K16_d8_L64_M1.png"]
     assert sorted(texts(fig.axes[0])[2:]) == [
-        "mamba", "rope", "rope, lr = 0.001", "rope, n_heads = 2, new = True"]
+        "mamba", "rope", "rope (lr = 0.001)", "rope (n_heads = 2, new = True)"]
     assert "lr = 0.001 (mamba)" in fig.get_supxlabel() and "(rope)" not in fig.get_supxlabel()
     fig = figures(paths[0], paths[-1])["length_tau1_K16_d8_L64_M1.png"]
     assert texts(fig.axes[0])[2:] == ["rope", "mamba"]                  # one curve each, so the
@@ -175,7 +176,7 @@ def test_against_a_flag(tmp_path, figures):
     seeds = [sorted(line.get_ydata()) for line in ax.lines if line.get_marker() == "."]
     assert [0.2, 0.3, 0.9] in seeds and [0.8, 1.0, 1.0] in seeds
     assert fig.get_suptitle().replace("\u00a0", " ").replace("\n", " ") == (
-        "0.99 or more at L = 64: rope; in part: mamba (1 of 2)")
+        "0.99 or more at 64 tokens: rope; in part: mamba (1 of 2)")
 
 
 def test_against_state(tmp_path, figures, capsys):
@@ -198,16 +199,16 @@ def test_against_model(tmp_path, figures):
     fig, = figures(*paths, "--against", "model").values()
     assert [ax.get_title() for ax in fig.axes] == ["M = 1", "M = 4"]
     names = [t.get_text() for t in fig.axes[0].get_yticklabels()]
-    assert names == ["rope, d = 8", "rope, d = 16", "mamba, d = 8", "jamba, d = 8"]
+    assert names == ["rope (d = 8)", "rope (d = 16)", "mamba (d = 8)", "jamba (d = 8)"]
     dots = {(line.get_marker(), names[round(line.get_ydata()[0])]): line.get_xdata()[0]
             for ax in fig.axes for line in ax.lines if line.get_marker() in "oD"}
-    assert dots["o", "mamba, d = 8"] == 0.9 and dots["D", "mamba, d = 8"] == 0.45
-    assert dots["o", "jamba, d = 8"] == 1.0
-    assert np.isnan(dots["D", "jamba, d = 8"])                          # not tested to 3L
+    assert dots["o", "mamba (d = 8)"] == 0.9 and dots["D", "mamba (d = 8)"] == 0.45
+    assert dots["o", "jamba (d = 8)"] == 1.0
+    assert np.isnan(dots["D", "jamba (d = 8)"])                          # not tested to 3L
     seeds = [list(line.get_xdata()) for line in fig.axes[0].lines if line.get_marker() == "|"]
     assert [0.5, 0.9, 1.0] in seeds and [0.25, 0.45, 0.5] in seeds
     assert constants(fig.axes[0], ":") == [(1 / 16, 1 / 16, 0, 1)]
-    assert "lowest from L to 3L" in fig.get_supxlabel()
+    assert "diamonds (lowest to 3L)" in fig.get_supxlabel()
 
 
 def test_looks():
@@ -223,10 +224,10 @@ def test_looks():
 
 @pytest.mark.parametrize("heights", [[1.0] * 6, [0.06] * 6, [1, 0.99, 0.5, 0.49, 0.05], [1.0] * 30])
 def test_labels_do_not_touch(heights):
-    placed = plot.spread(heights, 0.0, 1.02)
+    placed = output.spread(heights, 0.0, 1.02)
     assert all(a - b > min(0.065, 1.02 / len(heights)) - 1e-9 for a, b in zip(placed, placed[1:]))
     assert max(placed) <= 1.02 + 1e-9 and min(placed) >= -1e-9
-    assert plot.spread([0.9, 0.5], 0.0, 1.02) == [0.9, 0.5]
+    assert output.spread([0.9, 0.5], 0.0, 1.02) == [0.9, 0.5]
 
 
 def test_names_are_plain_text(tmp_path, capsys):

@@ -19,7 +19,7 @@ def test_lowest(tmp_path, figures):  # noqa: F811
     assert list(thick(lowest.axes[0])[colour][1]) == [0.25, 0.995]
     assert at.axes[0].get_ylabel() == "accuracy at L"
     assert lowest.axes[0].get_ylabel() == "lowest accuracy from L to 3L"
-    assert at.get_suptitle().replace("\u00a0", " ") == "0.99 or more at L = 64: rope"
+    assert at.get_suptitle().replace("\u00a0", " ") == "0.99 or more at 64 tokens: rope"
     title = lowest.get_suptitle().replace("\u00a0", " ")
     assert title == "0.99 or more from L to 3L: none; in part: rope (1 of 2)"
 
@@ -60,10 +60,10 @@ def test_two_names_of_one_model_have_one_colour(name):
 def test_an_unknown_flag_is_answered_with_the_known(tmp_path, figures, refuses):  # noqa: F811
     path = write(tmp_path, device="cuda", out="x", overwrite=False, compile="auto", n_heads=2)
     listed = refuses(plot.main, [path, "--against", "foo_bar"]).strip().split(": ")[-1].split(", ")
-    assert {"lr", "n-heads", "state", "model", "M", "stop-early"} <= set(listed)
+    assert {"lr", "n-heads", "seed", "model", "M", "stop-early"} <= set(listed)
     assert not {"device", "out", "overwrite", "compile", "n_heads"} & set(listed)
     for flag in listed:
-        if flag in ("model", "state"):
+        if flag == "model":
             assert len(figures(path, "--against", flag)) == 1
         else:
             assert "all runs have" in refuses(plot.main, [path, "--against", flag])
@@ -74,7 +74,7 @@ def test_a_title_of_rows_leaves_out_who_fails(tmp_path, figures):  # noqa: F811
     paths += [write(tmp_path, "rope", M=M, beyond=0.5 if M == 4 else None) for M in (1, 4)]
     lost = [write(tmp_path, "nope", M=M, beyond=0.5) for M in (1, 4)]
     fig, = figures(*paths, *lost, "--against", "model").values()
-    assert fig.get_suptitle() == "Above 0.95 from L to 3L: mamba; in part: rope (1 of 2)"
+    assert fig.get_suptitle() == "Above 0.95 from L to 3L: mamba; in part: rope (1\u00a0of\u00a02)"
     fig, = figures(*lost, "--against", "model").values()
     assert fig.get_suptitle() == "Above 0.95 from L to 3L: none"
 
@@ -105,10 +105,10 @@ def test_a_long_title_is_cut(tmp_path, figures):  # noqa: F811
 def test_a_flag_is_named_unless_it_is_at_its_default(tmp_path, figures):  # noqa: F811
     paths = [write(tmp_path), write(tmp_path, "mamba"), write(tmp_path, "mamba", d_state=4)]
     ax, = figures(*paths)["length_tau1_K16_d8_L64_M1.png"].axes
-    assert set(texts(ax)[2:]) == {"rope", "mamba", "mamba, d_state = 4"}
+    assert set(texts(ax)[2:]) == {"rope", "mamba", "mamba (d_state = 4)"}
     paths.append(write(tmp_path, "mamba", lr=0.004))
     ax, = figures(*paths)["length_tau1_K16_d8_L64_M1.png"].axes
-    assert set(texts(ax)[2:]) == {"rope", "mamba", "mamba, d_state = 4", "mamba, lr = 0.004"}
+    assert set(texts(ax)[2:]) == {"rope", "mamba", "mamba (d_state = 4)", "mamba (lr = 0.004)"}
 
 
 def test_a_name_of_a_file_has_few_numbers(tmp_path, figures):  # noqa: F811
@@ -134,15 +134,15 @@ def test_columns_of_many_models_do_not_meet(tmp_path, figures):  # noqa: F811
 
 def test_seeds_with_gaps_are_listed(tmp_path, figures):  # noqa: F811
     caption = figures(*(write(tmp_path, seed=seed) for seed in (0, 3, 20, 99))).popitem()[1]
-    assert "seeds 0, 3, 20, 99" in caption.get_supxlabel()
+    assert "seeds: 0, 3, 20, 99" in caption.get_supxlabel()
     caption = figures(*(write(tmp_path, seed=seed) for seed in range(4))).popitem()[1]
-    assert "seeds 0 to 3" in caption.get_supxlabel()
+    assert "seeds: 0 to 3" in caption.get_supxlabel()
 
 
 def test_a_caption_speaks_of_a_median_where_there_is_one(tmp_path, figures):  # noqa: F811
     paths = [write(tmp_path, seed=seed) for seed in (0, 1)]
     caption = figures(*paths, "--panels", "seed")["length_by_seed_tau1_K16_d8_L64_M1.png"]
-    assert "seed 0, 1;" in caption.get_supxlabel() and "median" not in caption.get_supxlabel()
+    assert "seeds: 0, 1;" in caption.get_supxlabel() and "median" not in caption.get_supxlabel()
     assert "their median" in figures(*paths).popitem()[1].get_supxlabel()
 
 
@@ -194,3 +194,30 @@ def test_a_name_of_a_figure_has_no_folder(tmp_path, figures):  # noqa: F811
 def test_a_length_of_a_table_is_at_least_1(refuses):
     assert "--table: 0 is no context length" in refuses(plot.main, ["X.json", "--table", "64", "0"])
     assert "files come before the flag" in refuses(plot.main, ["--table", "X.json"])
+
+
+def test_panels_of_every_flag(tmp_path, figures, refuses):  # noqa: F811
+    """Then seeds are curves; and state is no flag of panels."""
+    paths = [write(tmp_path, seed=seed) for seed in (0, 1)]
+    flags = ["model", "M", "task", "tau", "K", "d", "L"]
+    ax, = figures(*paths, "--panels", *flags).popitem()[1].axes
+    assert {"seed = 0: 500", "seed = 1: 500"} <= set(texts(ax))
+    assert "'state' is no flag" in refuses(plot.main, [paths[0], "--panels", "state"])
+
+
+def test_a_title_of_ones_own_is_text(tmp_path, figures):  # noqa: F811
+    for fig in figures(write(tmp_path), "--against", "state", "--title", "a $\\foo$").values():
+        assert fig.get_suptitle() == "a ?\\foo?"
+
+
+def test_many_panels(tmp_path, figures, capsys):  # noqa: F811
+    paths = [write(tmp_path, M=M, K=64, lengths=[64], steps=[1]) for M in range(1, 42)]
+    assert len(figures(*paths, write(tmp_path, tau=5))) == 2                 # tau = 5 is drawn
+    assert "41 panels" in capsys.readouterr().err
+
+
+def test_a_single_size_of_state_has_a_tick(tmp_path, figures):  # noqa: F811
+    fig, = figures(write(tmp_path, state=(2432, 2432)), "--against", "state").values()
+    for ax in fig.axes:
+        low, high = ax.get_xlim()
+        assert any(low < tick < high for tick in ax.get_xticks())
