@@ -34,7 +34,7 @@ from family.deltanet import delta_rule, unit
 from family.mamba2 import ssd
 from hybrid import MODELS, state_bytes
 from output import short_errors, write_figure
-from results import COLOURS, DEFAULTS, GRID
+from summary import COLOURS, DEFAULTS, GRID
 from train import make_optimizer, make_training_step
 
 SCAN_SHAPES = {  # (b, L, D, N)

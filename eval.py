@@ -21,7 +21,7 @@ from data import TASKS, recall_batch, shortest, show, stream
 from grid import locked
 from output import Progress, say, short_errors
 from runs import load_run, pick_device, read_result, write_json
-from results import DEFAULTS, TEST_SEQUENCES
+from summary import DEFAULTS, TEST_SEQUENCES
 
 SEGMENT = 4096       # most tokens per call when a long context is processed
 BATCH_ROWS = 512     # most contexts drawn together on a CPU,

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from output import say
-from results import DEFAULTS, GRID, IGNORED, default_lr
 from runs import check, is_finished, read_result, remove, run_name, shape_of
+from summary import DEFAULTS, GRID, IGNORED, default_lr
 
 STARTED = time.time() - 1     # when this process started; file systems round times
 
@@ -31,7 +31,7 @@ def configs_of(args, device):
     unnamed = set(vars(args)) - {*GRID, *DEFAULTS, *IGNORED}
     if unnamed:
         flag = min(unnamed).replace("_", "-")
-        raise ValueError(f"--{flag} has no default in DEFAULTS in results.py, so "
+        raise ValueError(f"--{flag} has no default in DEFAULTS in summary.py, so "
                          "runs that differ in it would share a name")
     configs = []
     for values in itertools.product(*(getattr(args, flag) for flag in GRID)):

@@ -25,7 +25,7 @@ from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
 
 from output import (GREY, RC_PARAMS, end_with, label_ends, length, say, short_errors, text,
                     write_figure)
-from results import (COLOURS, IGNORED, ORDER, TASK, View, by_curve, caption, chance, file_name,
+from summary import (COLOURS, IGNORED, ORDER, TASK, View, by_curve, caption, chance, file_name,
                      finding, group, median_curve, median_of, name_curves, name_of, read, sort_key,
                      table)
 

@@ -22,7 +22,7 @@ import torch
 from data import TASKS, check_task, shortest
 from hybrid import build_model
 from output import say, write_file
-from results import DEFAULTS, default_lr
+from summary import DEFAULTS, default_lr
 
 
 def pick_device(name=None):

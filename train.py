@@ -26,7 +26,7 @@ from eval import accuracy_now, evaluate, lengths_to_test, print_table, show_answ
 from grid import configs_of, make_all, prepare_folder
 from hybrid import FAMILY, LAYERS, MODELS, state_bytes
 from output import Progress, say, short_errors
-from results import DEFAULTS, GRID, SOLVED
+from summary import DEFAULTS, GRID, SOLVED
 
 WARMUP = 400             # steps in which the learning rate rises
 BETAS = (0.9, 0.98)      # of AdamW

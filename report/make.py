@@ -29,7 +29,7 @@ import train
 from grid import barrier
 from hybrid import FAMILY, MODELS
 from output import GREY, short_errors
-from results import COLOURS, group
+from summary import COLOURS, group
 
 REACH = {"conv2+attention": 1, "conv+attention": 3, "conv8+attention": 7}   # tokens back: taps - 1
 SIX = " ".join(MODELS)

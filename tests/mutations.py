@@ -271,7 +271,7 @@ PLOT = [
     ("median_of(seeds, what), y, marker=dot", "seeds[0][what], y, marker=dot"),
 ]
 
-RESULTS = [
+SUMMARY = [
     ("if pair[0] not in (*view.panels, view.x))", "if True)"),
     ("set.union(*changed) - set.intersection(*changed)", "set.union(*changed)"),
     ("if flag == view.curves[0] or len", "if len"),
@@ -389,7 +389,7 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "gpu.py": (GPU, "test_gpu.py"),
     "inside.py": (INSIDE, "test_inside.py"),
     "plot.py": (PLOT, "test_plot_options.py test_plot.py test_plot_layout.py"),
-    "results.py": (RESULTS, "test_results.py test_plot.py test_plot_options.py test_plot_layout.py"),
+    "summary.py": (SUMMARY, "test_summary.py test_plot.py test_plot_options.py test_plot_layout.py"),
     "bench.py": (BENCH, "test_bench.py"),
     "report/probe.py": (PROBE, "test_probe.py"),
     "report/interpolate.py": (INTERPOLATE, "test_interpolate.py"),

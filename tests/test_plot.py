@@ -1,4 +1,4 @@
-"""plot.py and results.py: which runs belong together, what figures and tables say, what is refused.
+"""plot.py and summary.py: which runs belong together, what figures and tables say, what is refused.
 
 The figures are read: the labels and lines of their axes. Results are made up, with numbers that can
 be worked out by hand.

@@ -5,7 +5,7 @@ from matplotlib.colors import to_hex
 from test_plot import figures, texts, thick, write  # noqa: F401: figures is a fixture
 
 import plot
-import results
+import summary
 from data import TASKS, n_answers
 
 
@@ -46,10 +46,10 @@ def test_title(tmp_path, figures):  # noqa: F811
 
 
 def test_listed_stacks_have_a_place_and_a_colour():
-    assert len(set(results.ORDER)) == len(results.ORDER) == len(plot.COLOURS)
+    assert len(set(summary.ORDER)) == len(summary.ORDER) == len(plot.COLOURS)
     order = ["2xlinear-fixed", "2xlinear-decay", "2xgated-deltanet", "2xlinear-rotation"]
-    assert sorted(reversed(order), key=results.sort_key) == order
-    assert results.sort_key("rope") < results.sort_key("2xrope") < results.sort_key("2xunknown")
+    assert sorted(reversed(order), key=summary.sort_key) == order
+    assert summary.sort_key("rope") < summary.sort_key("2xrope") < summary.sort_key("2xunknown")
 
 
 @pytest.mark.parametrize("name", ["mamba+attention", "hybrid-a"])

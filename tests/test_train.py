@@ -14,12 +14,12 @@ import torch.nn.functional as F
 import eval as evaluation
 import output
 import runs
-import results
+import summary
 import train
 from conftest import ROOT, names, numbers
 from data import TASKS, embedding_table, recall_batch, stream
 from hybrid import FAMILY, LAYERS, MODELS, build_model
-from results import DEFAULTS
+from summary import DEFAULTS
 
 NAME = "rope_M2_tau1_K16_d8_L8_batch-size4_steps20_seed0"
 
@@ -145,7 +145,7 @@ def test_the_terminal_and_the_figures_name_the_same_step(train_tiny, monkeypatch
     train_tiny()
     path, = (tmp_path / "out").glob("*.json")
     line, = [line for line in capsys.readouterr().out.splitlines() if "wrote" in line]
-    assert results.load(str(path))["steps"] == 3
+    assert summary.load(str(path))["steps"] == 3
     assert re.findall(r"step (\d+)", line) == ["3", "7"] and "stopped at 20;" in line
 
 

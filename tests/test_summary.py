@@ -1,4 +1,4 @@
-"""results.py: what a file is worth, which runs are the seeds of a setting, and the table."""
+"""summary.py: what a file is worth, which runs are the seeds of a setting, and the table."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import plot
-import results
+import summary
 from test_plot import figures, thick, thin, write  # noqa: F401, a fixture
 
 
@@ -16,9 +16,9 @@ def test_a_seed_that_stopped_keeps_its_accuracy_and_lengths_are_common():
              "length": (np.array([8, 64, 99]), np.array([1, 0.5, 0]))},
             {"training": (np.array([100, 200, 400, 1000]), np.array([0.1, 0.1, 0.7, 0.3])),
              "length": (np.array([8, 64]), np.array([0.5, 0.7]))}]
-    x, y = results.median_curve(runs, "training")
+    x, y = summary.median_curve(runs, "training")
     assert x.tolist() == [200, 400, 1000] and np.allclose(y, [0.3, 0.8, 0.6])
-    x, y = results.median_curve(runs, "length")
+    x, y = summary.median_curve(runs, "length")
     assert x.tolist() == [8, 64] and np.allclose(y, [0.75, 0.6])
 
 
@@ -101,4 +101,4 @@ def test_a_test_at_exactly_99_percent_solves(tmp_path):
     result["train"] = {"step": [100, 200, 300], "loss": [1, 1, 1], "accuracy": [0.9899, 0.99, 1.0]}
     with open(path, "w") as f:
         json.dump(result, f)
-    assert results.load(path)["steps"] == 200
+    assert summary.load(path)["steps"] == 200
