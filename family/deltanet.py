@@ -244,12 +244,9 @@ class DeltaAcrossChunks(torch.autograd.Function):
     def forward(ctx, known, waiting, decay, keys, S):
         starts, corrections = [], []
         P, N = known.shape[-1], keys.shape[-1]
+        if S is None:
+            S = decay.new_zeros(*known.shape[1:3], P, N)                 # (b, H, P, N)
         for known_i, waiting_i, decay_i, keys_i in zip(known, waiting, decay, keys):
-            if S is None:                            # zero before the first chunk: nothing waits
-                starts.append(keys_i.new_zeros(*keys_i.shape[:2], P, N))
-                corrections.append(known_i)
-                S = (known_i.mT @ keys_i).to(decay.dtype)                # (b, H, P, N)
-                continue
             starts.append(S.to(keys.dtype))
             corrections.append(known_i - waiting_i @ starts[-1].mT)      # (b, H, T, P)
             S = decay_i * S + corrections[-1].mT @ keys_i                # (b, H, P, N)

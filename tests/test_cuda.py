@@ -172,7 +172,8 @@ def test_a_compiled_task_draws_the_same(task, uniform):
         assert (expected is None and found is None) or torch.equal(expected, found)
 
 
-@pytest.mark.parametrize("word", ["forgetting", "linear-rotation", "mamba3-mimo", "experts", "rnn"])
+@pytest.mark.parametrize("word", ["forgetting", "linear-decay", "linear-rotation", "mamba3-mimo",
+                                  "experts", "rnn"])
 def test_a_compiled_model_has_the_same_gradients(word):
     """Models whose steps the tests above do not compile."""
     device = torch.device("cuda")
