@@ -23,7 +23,7 @@ from runs import shape_of
 WARMUP_CALLS = 3       # launched one kernel at a time: they allocate memory, and may compile
 FIRST_CALLS = WARMUP_CALLS + 2       # one that captures and replays, and one that tells the time
 GUESSED_SECONDS = {"training step": 25, "test": 15}     # to compile, until this process timed it
-SPEEDUP = 2.5          # of compiling, a guess: from 2.6 (rope) to 9 (mamba) on an H100
+SPEEDUP = 2.5          # of compiling, a guess: from 2.4 (rope) to 8 (mamba) on an H100
 SMALL_D, SMALL_L = 16, 256
 measured_seconds = {}  # (function, shape) -> what this process took to compile it
 

@@ -78,7 +78,7 @@ def step_axis(ax, runs):
 
 
 def length_axis(ax, runs, all_runs):
-    """Context lengths, as far as those of all panels with this training length, which is marked."""
+    """Context lengths up to the longest in any panel with this training length, which is marked."""
     L = runs[0]["config"]["L"]
     lengths = np.concatenate([run["length"][0] for run in all_runs if run["config"]["L"] == L])
     if max(lengths) > 8 * L:
@@ -154,7 +154,7 @@ def draw_state(ax, runs, what, styles, tokens, all_runs):
 
 
 def draw_rows(ax, runs, styles):
-    """A row for each model: a dot for the accuracy at L, a diamond for the lowest from L to 3L."""
+    """A row for each curve: a dot for the accuracy at L, a diamond for the lowest from L to 3L."""
     rows = {curve: row for row, curve in enumerate(styles)}
     for curve, seeds in by_curve(runs).items():
         colour = styles[curve][0]
@@ -245,7 +245,7 @@ def main(argv=None, add_to=lambda fig, runs, view: None):
     flag = dict(metavar="FLAG", type=lambda word: word.replace("-", "_"))
     add("results", nargs="+", metavar="RUN.json", help="results of train.py")
     add("--panels", nargs="+", default=["M"], **flag, help="flags of panels (default: M)")
-    add("--against", **flag, help="a flag of train.py, model, or state")
+    add("--against", **flag, help="accuracy against a flag of train.py, model, or state")
     add("--lowest", dest="measure", action="store_const", const="lowest", default="at",
         help="with --against: the lowest accuracy from L to 3L, not that at L")
     add("--title", type=lambda word: text(word, 999), help="of figures (default: what they show)")

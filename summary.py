@@ -60,6 +60,7 @@ def load(path):
         config, L = {**defaults, **flags}, flags["L"]
         changed = {flag: value for flag, value in config.items()
                    if flag not in {"task", *GRID, *IGNORED} and value != defaults.get(flag, False)}
+        hash(tuple(config.values()))                         # a TypeError if one is a list
         x, y = points(result["eval"], "length")
         step, test = points(result["train"], "step")
         sizes = result.get("state_bytes")
@@ -168,8 +169,8 @@ class View(NamedTuple):
 def name_curves(runs, view):
     """Give each run of a figure its "curve": ((flag, value), ...).
 
-    First those flags of view.curves that vary, or the first of them; then the flags in which runs
-    that are equal there differ, unless at their default.
+    First the flags of view.curves, without those after the first that do not vary; then the flags
+    in which runs that are equal there differ, unless at their default.
     """
     flags = [flag for flag in view.curves
              if flag == view.curves[0] or len(group(runs, [flag])) > 1]
@@ -280,7 +281,8 @@ def table(runs, lengths=None):
     flags += [flag for flag in ("task", "K", "L") if len(group(runs, [flag])) > 1]
     varied = {pair for run in runs for pair in run["changed"].items()}
     flags += sorted({flag for flag, _ in varied if len(group(runs, [flag])) > 1})
-    titles = [f"median steps to {SOLVED}", "at L: median", "worst", "lowest to 3L: median", "worst"]
+    titles = [f"median steps to {SOLVED}", "at L: median", "at L: worst",
+              "lowest to 3L: median", "lowest to 3L: worst"]
     header = [*flags, "seeds", *map(str, lengths or titles)]
     lines, order = [header, ["---"] * len(header)], ["task", "K", "L", "tau", "M", "model", "d"]
     for _, seeds in group(runs, order + flags).items():

@@ -52,10 +52,10 @@ from mamba import CausalConv1d
 def ssd_ref(x, dt, A, B, C, h=None):
     """The recurrence, in any dtype; autograd finds the gradient.
 
-    x (b, L, H, P); dt (b, L, H); A (H,), negative, or a rate per step (b, L, H); B, C (b, L, G, N),
-    where G divides H; h (b, H, P, N), the state before the first step, None for zero. Returns y (b,
-    L, H, P) and the state after the last step (b, H, P, N). The official counterpart is
-    mamba_chunk_scan_combined, without D, z and softplus.
+    x (b, L, H, P); dt (b, L, H); A (H,), negative, or a rate per step (b, L, H), at most 0; B, C
+    (b, L, G, N), where G divides H; h (b, H, P, N), the state before the first step, None for zero.
+    Returns y (b, L, H, P) and the state after the last step (b, H, P, N). The official counterpart
+    is mamba_chunk_scan_combined, without D, z and softplus.
     """
     H = x.shape[2]
     B = B.repeat_interleave(H // B.shape[2], dim=2)                      # (b, L, H, N)

@@ -292,7 +292,7 @@ def draw(line, more):
     for word in shlex.split(line):
         found = sorted(path for path in glob.glob(word) if path.endswith(".json"))
         if "/published/" in word:
-            published += found
+            published += found or [word]                     # missing: an error when it is opened
         else:
             words += found if "*" in word else [word]
     if not any(word.endswith(".json") for word in words):
@@ -315,7 +315,8 @@ def draw(line, more):
 def add_published(ax, path, runs):
     """Draw published accuracies on the task of these runs as hollow points -> a note, or None.
 
-    The file has "published", the source; "task", flags; "curves", {model: length and accuracy}.
+    The file has "published", the source; "task", flags; "curves", {model: {"length": [...],
+    "accuracy": [...]}}.
     """
     with open(path) as f:
         source = json.load(f)
@@ -328,12 +329,11 @@ def add_published(ax, path, runs):
 
 
 def mark_reach(ax, runs, delays):
-    """Mark how far the convolutions below attention reach on an axis of delays -> a note, or None.
-    """
+    """Mark how far convolutions before attention reach, on an axis of delays -> a note, or None."""
     models = [model for model in REACH if (model,) in group(runs, ["model"])]
     for model in models:
         ax.axvline(sum(tau <= REACH[model] for tau in delays) - 0.5, color=COLOURS[model], ls="--")
-    return "dashed: how far each convolution reaches" if models else None
+    return "vertical dashed lines: how far each convolution reaches" if models else None
 
 
 if __name__ == "__main__":

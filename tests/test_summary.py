@@ -30,7 +30,7 @@ def test_table(tmp_path, capsys):
     assert plot.main([*paths, "--table"]) == []
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == ("| model | d | M | tau | lr | seeds | median steps to 0.99 | at L: median "
-                        "| worst | lowest to 3L: median | worst |")
+                        "| at L: worst | lowest to 3L: median | lowest to 3L: worst |")
     assert lines[1] == "|" + " --- |" * 11
     assert lines[2:] == [
         "| `rope` | 8 | 1 | 1 | 0.008 | 3 | 700 | 0.995 | 0.700 | 0.600 | 0.500 |",
@@ -45,7 +45,7 @@ def test_table(tmp_path, capsys):
 
 
 BAD = ["", "{", "[1, 2]", "3", '{"bench": {}}', "[" * 100000, '{"config": {}}']
-CHANGES = [("config", "K", "16"), ("config", "seed", "x"), ("config", "model", None),
+CHANGES = [("config", "K", "16"), ("config", "seed", "x"), ("config", "model", None), ("config", "lr", [1]),
            ("eval", "length", [2, 3]), ("eval", "length", ["a"]), ("train", "step", [])]
 
 
