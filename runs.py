@@ -22,7 +22,7 @@ import torch
 from data import TASKS, check_task, shortest
 from hybrid import build_model
 from output import say, write_file
-from summary import DEFAULTS, default_lr
+from summary import DEFAULTS, GRID, default_lr
 
 
 def pick_device(name=None):
@@ -54,11 +54,10 @@ def pick_device(name=None):
 def run_name(config):
     """A run's name: the flags of GRID, and those of DEFAULTS that are not at their default."""
     task = "" if config["task"] == "recall" else config["task"] + "_"
-    name = task + "{model}_M{M}_tau{tau}_K{K}_d{d}_L{L}".format(**config)
+    shown = [f"{flag}{config[flag]}" for flag in GRID if flag not in ("model", "seed")]
+    name = "_".join([task + config["model"], *shown])
     for flag, default in DEFAULTS.items():
-        value = config[flag]
-        if flag == "lr":
-            default = default_lr(config["d"])
+        value, default = config[flag], default_lr(config["d"]) if flag == "lr" else default
         if flag == "task" or value == default:
             continue
         flag = flag.replace("_", "-")
@@ -91,11 +90,12 @@ def check(config):
         if type(value) is not int or not at_least <= value < 2**30:
             raise ValueError(f"--{word} is {value!r}, but it must be a whole number from "
                              f"{at_least} to 2^30 - 1")
-    for flag, least in (("lr", "above 0"), ("weight_decay", "of at least 0")):
+    for flag, may_be_0 in (("lr", False), ("weight_decay", True)):
         value, word = config[flag], flag.replace("_", "-")
         finite = type(value) in (int, float) and math.isfinite(value)
-        if not finite or value < 0 or (flag == "lr" and value == 0):
-            raise ValueError(f"--{word} is {value!r}, but it must be a number {least}")
+        if not finite or value < 0 or (value == 0 and not may_be_0):
+            least = "of at least" if may_be_0 else "above"
+            raise ValueError(f"--{word} is {value!r}, but it must be a number {least} 0")
     if config["train_lengths"] not in ("fixed", "uniform"):
         raise ValueError(f"--train-lengths is {config['train_lengths']!r}, not fixed or uniform")
     if not isinstance(config["model"], str):
@@ -111,8 +111,8 @@ def check(config):
         try:
             tokens, labels, at = TASKS[task](1, length, K, M, tau, "cpu", None, False)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            raise ValueError(f"--task {task} fails with {length} context tokens ({error}); limits "
-                             "belong in check_task and shortest in data.py") from None
+            raise ValueError(f"--task {task} fails with {length} context tokens ({error}); its limits "
+                             "and what it returns are described above TASKS in data.py") from None
 
 
 def check_memory(config):

@@ -1,7 +1,6 @@
 """Results of train.py: read from JSON, grouped into the seeds of a setting, put into words.
 
-plot.py draws them. The defaults of all flags that change a run are here as well. Works without
-torch, except for `chance` in tasks other than recall.
+plot.py draws them. All flags have their defaults here. Only `chance` may import torch.
 """
 
 import json
@@ -53,8 +52,8 @@ def load(path):
     try:
         with open(path, encoding="utf-8") as f:
             result = json.load(f)
-        flags = result["config"]
-        if not all(type(flags[flag]) is type(default) for flag, default in GRID.items()):
+        flags = {**GRID, **result["config"]}
+        if any(isinstance(flags[flag], str) != (flag == "model") for flag in GRID):
             raise ValueError
         defaults = {**DEFAULTS, "lr": default_lr(max(1, flags["d"]))}
         config, L = {**defaults, **flags}, flags["L"]
@@ -170,16 +169,18 @@ def name_curves(runs, view):
     """Give each run of a figure its "curve": ((flag, value), ...).
 
     First the flags of view.curves, without those after the first that do not vary; then the flags
-    in which runs that are equal there differ, unless at their default.
+    in which any two runs that are equal there differ, unless at their default.
     """
     flags = [flag for flag in view.curves
              if flag == view.curves[0] or len(group(runs, [flag])) > 1]
-    for first, same in group(runs, flags).items():
+    named = set()
+    for same in group(runs, flags).values():
         changed = [set(run["changed"].items()) for run in same]
-        differ = set.union(*changed) - set.intersection(*changed)
-        for run, own in zip(same, changed):
-            more = sorted(pair for pair in own & differ if pair[0] not in (*view.panels, view.x))
-            run["curve"] = (*zip(flags, first), *more)
+        named |= {flag for flag, _ in set.union(*changed) - set.intersection(*changed)}
+    named -= {*view.panels, view.x}
+    for run in runs:
+        more = sorted(pair for pair in run["changed"].items() if pair[0] in named)
+        run["curve"] = (*zip(flags, values(run, flags)), *more)
 
 
 def name_of(curve):
@@ -203,15 +204,16 @@ def finding(runs, view):
         name = name_of((("model", model), *curve[1:]))
         verdicts.setdefault(name, []).append(does_well(seeds, view))
     tested = {name: found for name, found in verdicts.items() if None not in found}
-    well = [name for name, found in tested.items() if all(found)]
-    partly = [f"{name} ({sum(found)}\u00a0of\u00a0{len(found)})" for name, found in tested.items()
-              if any(found) and not all(found)]
+    counts = {name: f" ({sum(found)}\u00a0of\u00a0{len(found)})" for name, found in tested.items()}
+    alike = len({len(found) for found in tested.values()}) == 1       # as many settings for each
+    well = [name + ("" if alike else counts[name]) for name in tested if all(tested[name])]
+    partly = [name + counts[name] for name in tested if any(tested[name]) and not all(tested[name])]
     never = [name for name, found in tested.items() if not any(found)]
     phrase = {"length": f"Above {KEPT} from {L} on", "model": f"Above {KEPT} from L to 3L",
               "training": f"Reached {SOLVED}"}.get(view.kind, f"{SOLVED} or more")
     if view.kind in ("against", "state"):
         phrase += f" at {L}" if view.measure == "at" else " from L to 3L"
-    parts = [f"{phrase}: {listed(well) if well else 'none'}"] if tested else []
+    parts = [f"{phrase}: {listed(well or ['none'])}"] if tested else []
     parts += [f"in part: {listed(partly)}"] if partly else []
     parts += [f"not: {listed(never)}"] if never and view.kind != "model" else []
     return "; ".join(parts)
@@ -254,8 +256,8 @@ def caption(runs, view):
     else:
         tests = numbered(np.concatenate([run["sequences"] for run in runs]).tolist())
         notes.append(f"test sequences per length: {tests}")
-    tasks = ", ".join(task for task, in group(runs, ["task"]))
-    return f"task {text(tasks)}: {', '.join(settings)}", "; ".join(notes)
+    tasks = text(", ".join(task for task, in group(runs, ["task"])))
+    return f"task {tasks}: {', '.join(settings)}", "; ".join(notes)
 
 
 def file_name(runs, view, args):

@@ -90,7 +90,7 @@ RUNS = [
     ("and os.path.exists(path + \".pt\")", ""),
     ("if flag == \"task\" or value == default:",
      "if flag in (\"task\", \"lr\") or value == default:"),
-    ("default = default_lr(config[\"d\"])", "default = 0.008"),
+    ("default_lr(config[\"d\"]) if flag == \"lr\" else default", "default"),
     ("    check_memory(config)  ", "    pass  "),
     ("type(value) is not int", "not isinstance(value, (int, float))"),
 ]
@@ -191,7 +191,7 @@ DELTANET = [
     ("torch.sigmoid(self.b_proj(x))", "self.b_proj(x)"),
     ("-torch.exp(self.A_log) * self.step_size(x)", "-self.step_size(x)"),
     ("y = F.rms_norm(y, (self.headdim,), self.o_norm, eps=1e-5)", "y = y * self.o_norm"),
-    ("starts.append(keys_i.new_zeros", "starts.append(keys_i.new_ones"),
+    ("S = decay.new_zeros(", "S = decay.new_ones("),
     ("dS = dS if ctx.needs_input_grad[4] else None", ""),
 ]
 
@@ -272,13 +272,14 @@ PLOT = [
 ]
 
 SUMMARY = [
-    ("if pair[0] not in (*view.panels, view.x))", "if True)"),
+    ("    named -= {*view.panels, view.x}\n", ""),
     ("set.union(*changed) - set.intersection(*changed)", "set.union(*changed)"),
+    ("len({len(found) for found in tested.values()}) == 1", "True"),
     ("if flag == view.curves[0] or len", "if len"),
     ("if pair not in run[\"curve\"] and", "if"),
     ("if len(whose) < len(models) else ''", "if False else ''"),
     ("if None not in found}", "}"),
-    ("if any(found) and not all(found)]", "if any(found)]"),
+    ("if any(tested[name]) and not all(tested[name])", "if any(tested[name])"),
     ("return median_of(seeds, \"steps\") < np.inf", "return True"),
     ("median_of(seeds, view.measure) >= SOLVED", "median_of(seeds, \"at\") >= SOLVED"),
     ("min(y[x >= L]) if L in x and x[-1] > L", "min(y[x >= L]) if L in x"),

@@ -11,6 +11,7 @@ import torch
 
 import eval as evaluation
 import runs
+import summary
 import train
 from conftest import names, numbers
 from grid import GRID, make_all
@@ -372,3 +373,10 @@ def test_a_lock_that_a_finished_run_left_behind_goes(train_tiny, tmp_path):
     lock.write_text("")
     after, = train_tiny("--model", "rope")
     assert not lock.exists() and numbers(after) == numbers(before)
+
+
+def test_a_flag_that_joins_the_grid_is_part_of_names(monkeypatch):
+    config = {**summary.DEFAULTS, **summary.GRID, "lr": 0.008}
+    before = runs.run_name(config)
+    monkeypatch.setitem(summary.GRID, "clip", 0.2)
+    assert runs.run_name({**config, "clip": 0.5}) == before.replace("_L64", "_L64_clip0.5")

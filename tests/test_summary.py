@@ -102,3 +102,9 @@ def test_a_test_at_exactly_99_percent_solves(tmp_path):
     with open(path, "w") as f:
         json.dump(result, f)
     assert summary.load(path)["steps"] == 200
+
+
+def test_results_from_before_a_flag_have_its_default(tmp_path, monkeypatch):
+    path = write(tmp_path)
+    monkeypatch.setitem(summary.GRID, "clip", 0.2)
+    assert summary.load(path)["config"]["clip"] == 0.2
