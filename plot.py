@@ -221,16 +221,14 @@ def draw(runs, view, title=None):
 def views_of(args):
     """What the figures show -> a list of views, and the flags that are the same within a figure."""
     x, panels = args.against, [flag for flag in args.panels if flag != args.against]
-    curve = next((flag for flag in ["model", "M", *TASK] if flag not in (*panels, x)), "seed")
-    free = {x, *panels, curve}
-    if x is None:
-        views = [View("length", panels, [curve]), View("training", panels, [curve])]
-    elif x == "model":
-        views, free = [View("model", panels, ["model", "d"])], {"d", *panels}
-    elif x == "state":
-        views, free = [View("state", panels, ["model"], measure=args.measure)], {"d", *panels}
+    if x in ("model", "state"):
+        curves = ["model", "d"] if x == "model" else ["model"]
+        views, free = [View(x, panels, curves, measure=args.measure)], {"d", *panels}
     else:
-        views = [View("against", panels, [curve], x, args.measure)]
+        curve = next((flag for flag in ["model", "M", *TASK] if flag not in (*panels, x)), "seed")
+        kinds = ["against"] if x else ["length", "training"]
+        views = [View(kind, panels, [curve], x or "", args.measure) for kind in kinds]
+        free = {x, curve, *panels}
     return views, [flag for flag in TASK if flag not in free]
 
 

@@ -203,17 +203,17 @@ def finding(runs, view):
     for (model, curve, _), seeds in settings_of(runs, view).items():
         name = name_of((("model", model), *curve[1:]))
         verdicts.setdefault(name, []).append(does_well(seeds, view))
-    tested = {name: found for name, found in verdicts.items() if None not in found}
-    counts = {name: f" ({sum(found)}\u00a0of\u00a0{len(found)})" for name, found in tested.items()}
-    alike = len({len(found) for found in tested.values()}) == 1       # as many settings for each
-    well = [name + ("" if alike else counts[name]) for name in tested if all(tested[name])]
-    partly = [name + counts[name] for name in tested if any(tested[name]) and not all(tested[name])]
-    never = [name for name, found in tested.items() if not any(found)]
+    share = {name: np.mean(found) for name, found in verdicts.items() if None not in found}
+    counts = {n: f" ({sum(verdicts[n])}\u00a0of\u00a0{len(verdicts[n])})" for n in share}
+    alike = len({len(verdicts[name]) for name in share}) == 1         # as many settings for each
+    well = [name + ("" if alike else counts[name]) for name in share if share[name] == 1]
+    partly = [name + counts[name] for name in share if 0 < share[name] < 1]
+    never = [name for name in share if share[name] == 0]
     phrase = {"length": f"Above {KEPT} from {L} on", "model": f"Above {KEPT} from L to 3L",
               "training": f"Reached {SOLVED}"}.get(view.kind, f"{SOLVED} or more")
     if view.kind in ("against", "state"):
         phrase += f" at {L}" if view.measure == "at" else " from L to 3L"
-    parts = [f"{phrase}: {listed(well or ['none'])}"] if tested else []
+    parts = [f"{phrase}: {listed(well or ['none'])}"] if share else []
     parts += [f"in part: {listed(partly)}"] if partly else []
     parts += [f"not: {listed(never)}"] if never and view.kind != "model" else []
     return "; ".join(parts)
@@ -266,7 +266,7 @@ def file_name(runs, view, args):
         return args.name.replace(os.sep, "-") + ("_training" if view.kind == "training" else "")
     parts = [f"against_{args.against}" if args.against else view.kind]
     parts += ["lowest"] if view.measure == "lowest" else []
-    parts += [f"by_{'-'.join(args.panels)}"] if args.panels != ["M"] else []
+    parts += [f"by_{'-'.join(view.panels)}"] if view.panels and view.panels != ["M"] else []
     for flag in TASK:
         found = [str(x) for x, in group(runs, [flag])]
         parts.append(flag + "-".join(found if len(found) < 6 else [found[0], "to", found[-1]]))

@@ -15,11 +15,11 @@ thing in the recurrence of the one before, and keeps its projections, its norm a
     a        decay (b, L, H); gamma is 1 - 2^-5 in the first head, 1 - 2^-6 in the second, ...
     S        state (b, H, P, N)
 
-The decay of the first is RetNet's (Sun et al. 2023, arXiv 2307.08621), that of
-the second Mamba-2's (Dao and Gu 2024, arXiv 2405.21060), one number per head; in gated linear
-attention it is one per key channel (Yang et al. 2023, arXiv 2312.06635). The third is Gated
-DeltaNet (arXiv 2412.06464), the rotation Mamba-3's (arXiv 2603.15569, section 3.2). With the suffix
--noconv, a rung has no short convolution.
+The decay of the first is RetNet's (Sun et al. 2023, arXiv 2307.08621), that of the second Mamba-2's
+(Dao and Gu 2024, arXiv 2405.21060), one number per head; in gated linear attention it is one per
+key channel (Yang et al. 2023, arXiv 2312.06635). The third is Gated DeltaNet (arXiv 2412.06464),
+the rotation Mamba-3's (arXiv 2603.15569, section 3.2). With the suffix -noconv, a rung has no short
+convolution.
 
 `python -m family.linear_attention` writes twice under one key, shows what three rules then read,
 and that one call and single steps agree.
@@ -57,6 +57,8 @@ class LinearAttention(GatedDeltaNet):
         super().__init__(d_model, n_heads, d_state, expand, gated=True, d_conv=d_conv)
         if fixed_decay and rotation:
             raise ValueError("rotation needs a decay per token, whose step size scales the angles")
+        if rotation and d_state < 2:
+            raise ValueError("--d-state is 1, but rotation turns pairs of states")
         self.delta, self.fixed = delta, fixed_decay
         if self.fixed:                   # GatedDeltaNet made the maps of a decay per token
             del self.a_proj, self.A_log, self.dt_bias

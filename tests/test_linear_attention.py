@@ -91,6 +91,8 @@ def test_the_additive_rule_is_a_sum_and_the_fixed_decay_is_the_same_for_every_to
 def test_rotation_needs_a_decay_per_token():
     with pytest.raises(ValueError, match="rotation needs a decay per token"):
         LinearAttention(8, fixed_decay=True, rotation=True)
+    with pytest.raises(ValueError, match="--d-state is 1"):
+        LinearAttention(8, d_state=1, rotation=True)
 
 
 def test_a_fixed_decay_is_exact_in_float64():

@@ -114,6 +114,8 @@ def test_a_flag_is_named_unless_it_is_at_its_default(tmp_path, figures):  # noqa
 def test_a_name_of_a_file_has_few_numbers(tmp_path, figures):  # noqa: F811
     paths = [write(tmp_path, M=M, lengths=[64], steps=[1]) for M in range(1, 7)]
     assert list(figures(*paths, "--against", "M")) == ["against_M_tau1_K16_d8_L64_M1-to-6.png"]
+    again = figures(*paths, "--against", "M", "--panels", "M", "d")
+    assert list(again) == ["against_M_by_d_tau1_K16_d8_L64_M1-to-6.png"]
 
 
 def test_mixed_lengths_are_marked(tmp_path, figures):  # noqa: F811
