@@ -98,8 +98,10 @@ def length_axis(ax, runs, all_runs):
 def draw_curves(ax, runs, kind, styles):
     """Accuracy against context length or training step: each seed thin, their median thick."""
     mark_chance(ax, {0: chance(runs[0])})
-    ends = []
-    for curve, seeds in by_curve(runs).items():
+    curves, ends = by_curve(runs).items(), []
+    if kind == "training":                                   # the fastest first
+        curves = sorted(curves, key=lambda item: median_of(item[1], "steps"))
+    for curve, seeds in curves:
         colour, dashes = styles[curve]
         for run in seeds if len(seeds) > 1 else ():          # alone, it would fill the dashes
             ax.plot(*run[kind], color=colour, lw=0.6, alpha=0.6, clip_on=False, zorder=2)
@@ -111,8 +113,8 @@ def draw_curves(ax, runs, kind, styles):
         if kind == "training":
             name += ": never" if steps == np.inf else f": {steps:,.0f}"
         if len(x):
-            ends.append((steps if kind == "training" else 0, (x[-1], y[-1], name, styles[curve])))
-    label_ends(ax, [end for _, end in sorted(ends, key=lambda end: end[0])])   # the fastest first
+            ends.append((x[-1], y[-1], name, styles[curve]))
+    label_ends(ax, ends)
 
 
 def draw_points(ax, runs, what, styles, x_of):

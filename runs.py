@@ -111,8 +111,8 @@ def check(config):
         try:
             tokens, labels, at = TASKS[task](1, length, K, M, tau, "cpu", None, False)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            raise ValueError(f"--task {task} fails with {length} context tokens ({error}); its limits "
-                             "and what it returns are described above TASKS in data.py") from None
+            raise ValueError(f"--task {task} fails with {length} context tokens ({error}); what it "
+                             "returns, and where its limits go, is said in data.py") from None
 
 
 def check_memory(config):

@@ -45,7 +45,8 @@ def test_table(tmp_path, capsys):
 
 
 BAD = ["", "{", "[1, 2]", "3", '{"bench": {}}', "[" * 100000, '{"config": {}}']
-CHANGES = [("config", "K", "16"), ("config", "seed", "x"), ("config", "model", None), ("config", "lr", [1]),
+CHANGES = [("config", "K", "16"), ("config", "seed", "x"), ("config", "model", None),
+           ("config", "lr", [1]),
            ("eval", "length", [2, 3]), ("eval", "length", ["a"]), ("train", "step", [])]
 
 
