@@ -10,6 +10,7 @@ model is not changed.
 import argparse
 import os
 import signal
+from typing import NamedTuple
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C prints no traceback, even in imports
@@ -32,6 +33,7 @@ MARKS = {"q": "#D55E00", "v": "#009E73"}   # the query and its value in a sequen
 # A channel can hold v for a million tokens if dt exceeds WRITES near v and is below IDLE elsewhere:
 # a million steps below 1e-6 sum to less than 1, so that a state with A = -1 keeps over 1/e.
 WRITES, IDLE = 0.1, 1e-6
+MAP_INCHES, MAMBA_INCHES = 5.2, 8.6        # heights: of an attention map, of all images of a Mamba
 
 
 # ---- what the layers do --------------------------------------------------------------------------
@@ -51,8 +53,8 @@ def attention_maps(layer, qkv):
     return scores.masked_fill(~seen, -torch.inf).softmax(-1)
 
 
-def share_left(dt, A):
-    """How much of token t's contribution to the state is left after the last token, from 0 to 1.
+def share_kept(dt, A):
+    """The share of token t's contribution to the state that is kept to the end, from 0 to 1.
 
     Unrolled, h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t makes the last state a sum over tokens,
 
@@ -65,11 +67,11 @@ def share_left(dt, A):
 
 
 @torch.no_grad()
-def look_into(model, tokens):
+def inspect_layers(model, tokens):
     """Run the model on tokens (L,) -> logits (K,), a list of one dict per layer:
 
     attention   {"maps": (H, L, L)}
-    Mamba       {"dt": (D, L), step sizes, "left": (D, L), share_left averaged over the N states,
+    Mamba       {"dt": (D, L), step sizes, "kept": (D, L), share_kept averaged over the N states,
                  "taps": the number of taps of its convolution}
     other       {}
     """
@@ -96,18 +98,18 @@ def look_into(model, tokens):
             layers.append({"maps": maps.numpy()})
         elif isinstance(layer, Mamba):
             dt = F.softplus(outputs[layer.dt_proj])                         # (L, D)
-            left = share_left(dt, -torch.exp(layer.A_log)).mean(-1)         # (L, D)
-            layers.append({"dt": dt.T.numpy(), "left": left.T.numpy(), "taps": layer.d_conv})
+            kept = share_kept(dt, -torch.exp(layer.A_log)).mean(-1)         # (L, D)
+            layers.append({"dt": dt.T.numpy(), "kept": kept.T.numpy(), "taps": layer.d_conv})
         else:
             layers.append({})
     return logits.numpy(), layers
 
 
-def look(path):
+def inspect_run(path):
     """Run a checkpoint on one sequence, the same for all models of a task. Raises ValueError.
 
     Returns a dict: "config", "tokens" (L + 1,), "q" and "v" (indices, in the middle of the
-    context), "label", "answer", and "layers" as in look_into.
+    context), "label", "answer", and "layers" as in inspect_layers.
     """
     model, config = load_run(path)
     K, M, tau = config["K"], config["M"], config["tau"]
@@ -117,7 +119,7 @@ def look(path):
     q = (L - tau) // 2
     generator = torch.Generator().manual_seed(0)
     tokens, label = recall_batch(1, L, K, M, tau, generator=generator, i=torch.tensor([q]))
-    logits, layers = look_into(model, tokens[0])
+    logits, layers = inspect_layers(model, tokens[0])
     if not any(layers):
         raise ValueError(f"{path} has no layer that can be drawn: only Attention and Mamba can")
     return {"config": config, "tokens": tokens[0].numpy(), "q": q, "v": q + tau,
@@ -125,16 +127,16 @@ def look(path):
 
 
 def count_keepers(dt, q, v, taps):
-    """The number of channels that hold v for a million tokens, None if the context is too short.
+    """How many channels could hold v for a million tokens. dt (D, L + 1).
 
-    dt (D, L + 1). In such a channel, dt exceeds WRITES at a token where the convolution sees v, and
-    its mean over the tokens that do not matter is below IDLE: all tokens except the first taps - 1,
-    those from q until the convolution no longer sees v, and the last q.
+    In such a channel, dt exceeds WRITES at a token where the convolution sees v, and its mean over
+    the tokens that do not matter is below IDLE. Those are all tokens except the first taps - 1,
+    where the convolution sees padding, those from q until it no longer sees v, and the last q.
     """
     idle = np.ones(dt.shape[1], bool)
     idle[:taps - 1] = idle[q:v + taps] = idle[-1] = False
-    if not idle.any():
-        return None
+    if not idle.any():                                                      # too short to tell
+        return 0
     writes = dt[:, v:v + taps].max(1) > WRITES                              # (D,)
     holds = dt[:, idle].mean(1) < IDLE                                      # (D,)
     return int((writes & holds).sum())
@@ -142,8 +144,16 @@ def count_keepers(dt, q, v, taps):
 
 # ---- the figure ----------------------------------------------------------------------------------
 
-def images(layer, found):
-    """A layer's images from top to bottom -> [(title, image, colour bar's label, colours), ...]."""
+class Panel(NamedTuple):
+    """An image of a layer, a token per column."""
+    title: str
+    image: np.ndarray
+    label: str          # of its colour bar
+    colours: dict       # options of imshow
+
+
+def panels(layer, found):
+    """The images of a layer, from top to bottom."""
     q, v, last = found["q"], found["v"], len(found["tokens"]) - 1
     share = dict(vmin=0, vmax=1)
     if "maps" in layer:
@@ -152,19 +162,21 @@ def images(layer, found):
             title = f"v looks at q: {weights[v, q]:.2f}\nlast q looks at v: {weights[last, v]:.2f}"
             title = f"head {head}: {title}" if len(layer["maps"]) > 1 else title
             seen = np.where(np.tri(last + 1), weights, np.nan)
-            shown.append((title, seen, "attention weight (grey: later tokens)", share))
+            shown.append(Panel(title, seen, "attention weight (grey: later tokens)", share))
         return shown
     rows = np.ptp(layer["dt"], axis=1).argsort()[::-1]     # the most selective channels on top
-    dt, left = layer["dt"][rows], layer["left"][rows]
+    dt, kept = layer["dt"][rows], layer["kept"][rows]
     step = dict(norm=LogNorm(1e-3, 3, clip=True))
     count = count_keepers(dt, q, v, layer["taps"])
-    keep = (f"\n{count} of {len(dt)} could hold v for a million tokens:\n"
-            "Δ > 0.1 at v or soon after, Δ < 1e-6 elsewhere") if count else ""
-    return [(f"step size Δ, widest range on top\npale: state kept, dark: overwritten{keep}",
-             dt, "Δ", step),
-            ("share of each token left at the end\npale: forgotten, dark: kept",
-             left, "left", share),
-            ("weight of each token at the end:\nΔ times the share left", dt * left, "weight", step)]
+    idle = np.format_float_scientific(IDLE, exp_digits=1, trim="-")                     # 1e-6
+    holds = (f"\n{count} of {len(dt)} could hold v for a million tokens:\n"
+             f"Δ > {WRITES:g} at v or soon after, Δ < {idle} elsewhere") if count else ""
+    return [Panel(f"step size Δ, widest range on top\npale: state kept, dark: overwritten{holds}",
+                  dt, "Δ", step),
+            Panel("share of each token kept to the end\npale: forgotten, dark: kept",
+                  kept, "share kept", share),
+            Panel("weight of each token at the end:\nΔ times the share kept",
+                  dt * kept, "weight", step)]
 
 
 def mark(ax, found, rows):
@@ -180,41 +192,48 @@ def mark(ax, found, rows):
             ax.annotate(name, (1, place), (3, 0), ax.get_yaxis_transform(), va="center", **bold)
 
 
+def draw_layer(part, layer, found, tall):
+    """A column of a figure: the images of a layer. part: a subfigure, `tall` inches high."""
+    attends, shown = "maps" in layer, panels(layer, found)
+    tokens = found["tokens"]
+    heights = [MAP_INCHES] * len(shown)
+    if attends and tall > sum(heights):            # an empty row, where another layer is taller
+        heights.append(tall - sum(heights))
+    axes = part.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for ax in axes[len(shown):]:
+        ax.set_axis_off()
+    for ax, panel in zip(axes, shown):
+        bar = dict(location="bottom", aspect=30) if attends else dict(pad=0.02, format="{x:g}")
+        image = ax.imshow(panel.image, cmap="Blues", aspect="auto", interpolation="nearest",
+                          **panel.colours)
+        part.colorbar(image, ax=ax, label=panel.label, **bar).minorticks_off()
+        ax.set_title(panel.title, pad=20, fontsize=11)
+        ax.set_facecolor("0.9")
+        ax.set_xticks(range(len(tokens)), tokens, fontsize=9, rotation=90)
+        if attends:
+            ax.set_yticks(range(len(tokens)), tokens, fontsize=9)
+            ax.set(xlabel="token looked at (key)", ylabel="token that looks (query)")
+        else:
+            ax.set(ylabel=f"{len(panel.image)} channels", yticks=[])
+        mark(ax, found, rows=attends)
+    if not attends:
+        before = layer["taps"] - 1
+        mixed = f", mixed by the convolution with the {before} before it" if before else ""
+        axes[-1].set_xlabel(f"token{mixed}")
+
+
 def draw(found):
-    """The figure of what `look` found: a column for each layer, tokens from left to right."""
+    """The figure of what inspect_run found: a column for each layer, tokens from left to right."""
     tokens, config = found["tokens"], found["config"]
     columns = [(depth, layer) for depth, layer in enumerate(found["layers"], 1) if layer]
-    height = 5.2                        # inches for an attention map; all of Mamba's take 8.6
-    tall = max(height * len(layer["maps"]) if "maps" in layer else 8.6 for _, layer in columns)
+    tall = max(MAP_INCHES * len(layer["maps"]) if "maps" in layer else MAMBA_INCHES
+               for _, layer in columns)
     fig = Figure(figsize=(max(7.5, 5 * len(columns)), tall + 1), layout="constrained")
     parts = np.atleast_1d(fig.subfigures(1, len(columns), wspace=0.02))
     for (depth, layer), part in zip(columns, parts):
-        attends, shown = "maps" in layer, images(layer, found)
-        kind = "attention" if attends else "Mamba"
+        kind = "attention" if "maps" in layer else "Mamba"
         part.suptitle(f"layer {depth} of {len(found['layers'])}: {kind}")
-        heights = [height] * len(shown)
-        if attends and tall > sum(heights):                # another layer is taller
-            heights.append(tall - sum(heights))
-        axes = part.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for ax in axes[len(shown):]:
-            ax.set_axis_off()
-        for ax, (title, image, label, colours) in zip(axes, shown):
-            bar = dict(location="bottom", aspect=30) if attends else dict(pad=0.02, format="{x:g}")
-            drawn = ax.imshow(image, cmap="Blues", aspect="auto", interpolation="nearest",
-                              **colours)
-            part.colorbar(drawn, ax=ax, label=label, **bar).minorticks_off()
-            ax.set_title(title, pad=20, fontsize=11)
-            ax.set_facecolor("0.9")
-            ax.set_xticks(range(len(tokens)), tokens, fontsize=9, rotation=90)
-            ax.set(xlabel="token" if attends else "", ylabel=f"{len(image)} channels", yticks=[])
-            if attends:
-                ax.set_yticks(range(len(tokens)), tokens, fontsize=9)
-                ax.set(xlabel="token looked at (key)", ylabel="token that looks (query)")
-            mark(ax, found, rows=attends)
-        if not attends:
-            before = layer["taps"] - 1
-            mixed = f", mixed by the convolution with the {before} before it" if before else ""
-            axes[-1].set_xlabel(f"token{mixed}")
+        draw_layer(part, layer, found, tall)
     verdict = "right" if found["answer"] == found["label"] else "wrong"
     M, tau, d, L, seed = (config[flag] for flag in ("M", "tau", "d", "L", "seed"))
     fig.suptitle(f"{text(config['model'])}, M = {M}, tau = {tau}, d = {d}, L = {L}, seed {seed}\n"
@@ -240,9 +259,9 @@ def main(argv=None):
         target = os.path.join(args.out, f"inside_{name}.png")
         try:
             if target in written:
-                raise ValueError(f"{path} has the name of another; draw it with its own --out")
+                raise ValueError(f"{path} would overwrite another figure; use its own --out")
             with matplotlib.rc_context(RC_PARAMS):
-                fig = draw(look(path))
+                fig = draw(inspect_run(path))
                 write_figure(target, fig)
         except ValueError as error:
             left_out.append(str(error))

@@ -29,7 +29,7 @@ def look_into(stack, L=12, n_heads=1):
     with torch.no_grad():
         model.run_layers(tokens[None])                          # all tokens of the last layer too
     seen, calls = calls, []
-    logits, found = inside.look_into(model, tokens)
+    logits, found = inside.inspect_layers(model, tokens)
     assert np.allclose(logits, model(tokens[None])[0].detach())
     inner = [m for m in model.modules() if m not in list(model.layers)]
     assert not any(module._forward_hooks for module in inner), "a hook was left behind"
@@ -65,8 +65,8 @@ def test_steps_are_those_that_mamba_used():
         scanned, _ = selective_scan_ref(u, dt[None], -layer.A_log.exp(), B, C)
         assert relative(layer.out_proj((scanned + layer.D * u) * F.silu(z)), y) < 1e-12
         decays = (-dt[:, :, None] * layer.A_log.exp()).exp()                    # (L, D, N)
-        left = torch.stack([decays[t + 1:].prod(0) for t in range(13)])
-        assert np.allclose(found["left"], left.mean(-1).T.detach())
+        kept = torch.stack([decays[t + 1:].prod(0) for t in range(13)])
+        assert np.allclose(found["kept"], kept.mean(-1).T.detach())
 
 
 def test_the_weights_of_all_tokens_add_up_to_the_state():
@@ -74,7 +74,7 @@ def test_the_weights_of_all_tokens_add_up_to_the_state():
     u, dt, A = torch.randn(9, 3).double(), torch.rand(9, 3).double(), -torch.rand(3, 4).double()
     B, C = torch.randn(2, 9, 4).double()
     _, h = selective_scan_ref(u[None], dt[None], A, B[None], C[None])
-    weighted = inside.share_left(dt, A) * (dt * u)[:, :, None] * B[:, None]    # (L, D, N)
+    weighted = inside.share_kept(dt, A) * (dt * u)[:, :, None] * B[:, None]    # (L, D, N)
     assert torch.allclose(weighted.sum(0), h[0])
 
 
@@ -87,7 +87,7 @@ def test_channels_that_keep_the_value():
     dt[3, 10] = 0.2                                            # writes too late
     assert inside.count_keepers(dt, 5, 6, taps=4) == 2         # channels 0 and 2
     assert inside.count_keepers(dt, 5, 6, taps=5) == 4         # seen until 10: the next two as well
-    assert inside.count_keepers(dt[:, :5], 1, 3, taps=4) is None
+    assert inside.count_keepers(dt[:, :5], 1, 3, taps=4) == 0
 
 
 def a_look(layers, K=16):
@@ -123,11 +123,11 @@ def test_the_figure_of_mamba_keeps_channels_together():
     dt = np.full((2, 25), 0.1)
     dt[1] = 0.0
     dt[1, 12] = 2.0                                            # a wide range: on top
-    left = np.linspace(0.5, 1, 50).reshape(2, 25)
-    fig = inside.draw(a_look([{"dt": dt, "left": left, "taps": 4}]))
+    kept = np.linspace(0.5, 1, 50).reshape(2, 25)
+    fig = inside.draw(a_look([{"dt": dt, "kept": kept, "taps": 4}]))
     axes = [ax for ax in fig.axes if ax.images and ax.get_title()]
     shown = [ax.images[0].get_array() for ax in axes]
-    for image, expected in zip(shown, (dt, left, dt * left)):
+    for image, expected in zip(shown, (dt, kept, dt * kept)):
         assert np.allclose(image, expected[::-1])
     said = ("1 of 2 could hold v for a million tokens:\n"
             "Δ > 0.1 at v or soon after, Δ < 1e-6 elsewhere")
@@ -143,7 +143,7 @@ def test_a_checkpoint_is_drawn(train_tiny, tmp_path, capsys, flags):
     train_tiny(*flags, "--steps", "2")
     path, = (tmp_path / "out").glob("*.pt")
     capsys.readouterr()
-    found = inside.look(str(path))
+    found = inside.inspect_run(str(path))
     tokens, q, v, config = found["tokens"], found["q"], found["v"], found["config"]
     assert len(tokens) - 1 == min(max(24, 2 * config["tau"]), config["L"])
     assert v == q + config["tau"] < len(tokens) - 1 and tokens[v] == found["label"]
