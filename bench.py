@@ -1,13 +1,13 @@
 """Speed on this machine: a training step, the scans, and what a longer context costs.
 
-    python bench.py                             a training step of the six models, and both scans
+    python bench.py                             a training step of the six models, then the scans
     python bench.py --tables step --model jamba mamba2+mlp        other models
-    python bench.py --tables scan ssd --dtype bfloat16            Mamba's and Mamba-2's scan
+    python bench.py --tables scan ssd --dtype bfloat16            of Mamba (scan), of Mamba-2 (ssd)
     python bench.py --tables length --out length.json             what a longer context costs
     python bench.py --draw length.json                            its figure, length.png
 
 Other implementations, if installed, are timed in the same run: mambapy's scan and, on CUDA,
-mamba_ssm's kernels. Times are medians; on CUDA, of CUDA graphs, except for prefill.
+mamba_ssm's kernels. Times are medians. On CUDA everything but prefill is a replay of a CUDA graph.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from eval import SEGMENT
 from family.deltanet import delta_rule, unit
 from family.mamba2 import ssd
 from hybrid import MODELS, state_bytes
-from output import short_errors, write_figure
+from output import RC_PARAMS, short_errors, write_figure
 from summary import COLOURS, DEFAULTS, GRID
 from train import make_optimizer, make_training_step
 
@@ -49,13 +49,11 @@ COSTS = {"train us/token": "training, μs per token", "prefill us/token": "prefi
          "decode ms": "decode step, ms", "state bytes": "state, bytes"}
 
 
-# ---- measuring -----------------------------------------------------------------------------------
-
 def captured(call, device):
     """The call itself; on CUDA, the replay of a CUDA graph of it."""
-    seconds(call, device, times=3)                           # the first calls may compile
     if device.type != "cuda":
         return call
+    seconds(call, device, times=3)                           # the first calls may compile
     replay = gpu.capture(call)
     replay()                                                 # the first replay loads the graph
     return replay
@@ -93,10 +91,9 @@ def table(title, rows):
     print(f"\n{title}")
     found = []
     for row in rows:
-        texts = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()]
-        if not found:
-            print("  ".join(f"{key:>12}" for key in row))
-        print("  ".join(f"{t:>{max(12, len(key))}}" for key, t in zip(row, texts)), flush=True)
+        cells = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()]
+        for line in [cells] if found else [list(row), cells]:
+            print(f"{line[0]:<20}" + "".join(f"{cell:>15}" for cell in line[1:]), flush=True)
         found.append(row)
     return found
 
@@ -121,16 +118,18 @@ def official_ssd(x, dt, A, B, C):           # in Triton
 
 
 def scan_rows(device, args):
-    forms = {"ours": lambda *v: mamba.selective_scan(*v)[0], "mambapy": mambapy_scan}
-    if device.type == "cuda":
-        forms["mamba_ssm"] = official_scan
+    """Mamba's scan, at each shape by each implementation."""
+    forms = {"ours": lambda *v: mamba.selective_scan(*v)[0], "mambapy": mambapy_scan,
+             "mamba_ssm": official_scan}
     for b, L, D, N in SCAN_SHAPES[device.type]:
         x, dt = torch.randn(b, L, D, device=device), torch.rand(b, L, D, device=device)
-        A, (B, C) = -N * torch.rand(D, N, device=device), torch.randn(2, b, L, N, device=device)
-        yield from times("batch, L, D, N", (b, L, D, N), forms, (x, dt, A, B, C), args.dtype)
+        A = -N * torch.rand(D, N, device=device)
+        B, C = torch.randn(2, b, L, N, device=device)
+        yield from time_forms("b, L, D, N", (b, L, D, N), forms, (x, dt, A, B, C), args.dtype)
 
 
 def ssd_rows(device, args):
+    """Mamba-2's scan, with one B and C for all heads and with one for each, and the delta rule."""
     each = {"ours": lambda *v: ssd(*v)[0],
             "delta rule": lambda x, dt, A, B, C: delta_rule(C, B, x, dt, dt * A)[0]}
     shared = {"ours": each["ours"]}
@@ -144,13 +143,14 @@ def ssd_rows(device, args):
         A = -torch.rand(H, device=device)
         for G, forms in ((1, shared), (H, each)):            # one B and C for all heads, or each
             B, C = unit(torch.randn(2, b, L, G, N, device=device))
-            yield from times("b, L, H, P, G, N", (b, L, H, P, G, N), forms, (x, dt, A, B, C),
-                             args.dtype)
+            yield from time_forms("b, L, H, P, G, N", (b, L, H, P, G, N), forms,
+                                  (x, dt, A, B, C), args.dtype)
     torch.set_float32_matmul_precision("highest")
 
 
-def times(title, shape, forms, inputs, dtype):
-    """A row for each form, scan(x, dt, A, B, C) -> y, forward and backward, if it is installed."""
+def time_forms(title, shape, forms, inputs, dtype):
+    """A row for each form, scan(x, dt, A, B, C) -> y, forward and backward. The first is ours. Those
+    of other packages that cannot be used here are removed from `forms`."""
     device, ours = inputs[0].device, None
     for name, scan in list(forms.items()):
         x, dt, A, B, C = inputs
@@ -165,9 +165,11 @@ def times(title, shape, forms, inputs, dtype):
 
         try:
             first = seconds(call, device)
-        except ImportError:
-            print(f"({name} is not installed)")
-            del forms[name]                                              # for the other shapes, too
+        except (ImportError, RuntimeError) as error:         # mamba_ssm may lack its kernels
+            if scan not in (mambapy_scan, official_scan, official_ssd):
+                raise
+            print(f"(without {name}: {error})")
+            del forms[name]
             continue
         ms = timed(captured(lambda: [call() for _ in range(10)], device), device, in_a_row=1) / 10
         ours = ours or ms
@@ -207,12 +209,13 @@ def prefill(model, tokens):
 
 
 def length_rows(device, args):
+    """The costs of each model at each length L, which counts the query, too."""
     for name, L in itertools.product(args.model, LENGTHS[device.type]):
         if L > LONG[device.type] and name != "mamba":
             continue
         model, step = model_and_step(config_for(name, d=64, L=L - 1, batch_size=1), device)
         tokens = recall_batch(1, L - 1, device=device)[0]                             # (1, L)
-        seconds(step, device, times=gpu.FIRST_CALLS)                                  # captures
+        seconds(step, device, times=gpu.FIRST_CALLS)         # on CUDA, captures the step
         repeats = 3 if L <= LONG[device.type] else 1
         train_ms = timed(step, device, repeats, in_a_row=1)
         with torch.no_grad():
@@ -226,7 +229,7 @@ def length_rows(device, args):
         del step, decode                                 # frees their graphs before the next length
 
 
-@matplotlib.rc_context({"axes.formatter.min_exponent": 3})      # 0.1, not a power of 10
+@matplotlib.rc_context({**RC_PARAMS, "axes.formatter.min_exponent": 3})      # 0.1, not 10^-1
 def draw_lengths(path, out):
     """Draw the table "length" of a file that --out wrote."""
     try:
@@ -242,7 +245,6 @@ def draw_lengths(path, out):
         for name, points in curves[cost].items():
             ax.semilogx(*zip(*points), "o-", base=2, color=COLOURS.get(name, "black"), label=name)
         ax.set(title=title, yscale="log")
-        ax.spines[["top", "right"]].set_visible(False)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
     fig.supxlabel("context length of a single sequence, tokens")
     fig.suptitle(f"Mamba's state does not grow, attention's does: d 64, {machine}")
@@ -272,16 +274,15 @@ def main(argv=None):
     try:
         if args.draw:
             return draw_lengths(args.draw, os.path.splitext(args.draw)[0] + ".png")
-        device = runs.pick_device(args.device or (None if torch.cuda.is_available() else "cpu"))
+        device = gpu.pick_device(args.device or (None if torch.cuda.is_available() else "cpu"))
         if device.type not in LENGTHS:
             raise ValueError(f"--device is {args.device!r}, but bench.py times cuda and cpu")
         for name in args.model:
             runs.check(config_for(name, d=args.d))
-        if args.out is not None:
-            open(args.out, "a").close()                      # complain now, not after measuring
+        open(args.out or os.devnull, "a").close()            # complain now, not after measuring
     except OSError as error:
-        flag, path = ("--draw", args.draw) if args.draw else ("--out", args.out)
-        parser.error(f"{flag} is {path!r}: {error.strerror}")
+        flag = "--draw" if args.draw else "--out"
+        parser.error(f"{flag} is {args.draw or args.out!r}: {error.strerror}")
     except ValueError as error:
         parser.error(str(error))
     torch.manual_seed(0)

@@ -4,13 +4,13 @@ Works without torch, like plot.py.
 """
 
 import argparse
+import contextlib
 import difflib
 import io
 import os
 import sys
 import tempfile
 import time
-from itertools import accumulate
 
 from tqdm import tqdm
 
@@ -23,8 +23,8 @@ RC_PARAMS = {         # of matplotlib, for all figures
 
 
 def text(value, most=40):
-    """A name or number as it may be shown: shortened, without control characters and $, which in
-    a figure starts mathematics."""
+    """A name or number that is safe to show: short, printable, and without $, which starts
+    mathematics in a figure."""
     value = f"{value:g}" if isinstance(value, float) else str(value)
     value = "".join(c if c.isprintable() and c != "$" else "?" for c in value)
     return value if len(value) <= most else value[:most - 1] + "…"
@@ -37,7 +37,8 @@ def listed(names):
 
 
 def numbered(numbers):
-    """Whole numbers as text: all, if at most three, or eight with gaps; else "first to last"."""
+    """Whole numbers as text: "0, 1, 2", or "first to last" for more than three, or for more than
+    eight if they have gaps."""
     numbers = sorted(set(numbers))
     gaps = numbers[-1] - numbers[0] >= len(numbers)
     words = [f"{n:,}" for n in numbers]
@@ -47,8 +48,8 @@ def numbered(numbers):
 def length(word):
     """A context length on the command line, as a `type` of argparse."""
     if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{text(word)} is no context length, a whole number from "
-                                         "1 on; files come before the flag")
+        raise argparse.ArgumentTypeError(f"{text(word)} is not a context length, a whole number of "
+                                         "at least 1; files come before the flag")
     return int(word)
 
 
@@ -86,7 +87,7 @@ def end_with(parser, written, left_out):
 def say(line):
     """Print a line above the progress bar. A closed or full stdout does not stop the program."""
     try:
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"      # of old terminals: not all
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"      # may lack a character
         tqdm.write(line.encode(encoding, "replace").decode(encoding), file=sys.stdout)
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):
@@ -122,22 +123,27 @@ class Progress(tqdm):
 
 def spread(heights, low, high):
     """Heights of labels that do not touch, near those wanted, which fall from first to last."""
-    gap = min(0.065, (high - low) / max(1, len(heights)))
-    down = [*accumulate(heights, lambda above, y: min(y, above - gap), initial=high + gap)][1:]
-    return [*accumulate(down[::-1], lambda below, y: max(y, below + gap), initial=low - gap)][:0:-1]
+    heights, gap = list(heights), min(0.065, (high - low) / max(1, len(heights)))
+    for k in range(len(heights)):                                  # down, away from the one above
+        above = heights[k - 1] if k else high + gap
+        heights[k] = min(heights[k], above - gap)
+    for k in reversed(range(len(heights))):                        # up, away from the one below
+        below = heights[k + 1] if k + 1 < len(heights) else low - gap
+        heights[k] = max(heights[k], below + gap)
+    return heights
 
 
 def label_ends(ax, ends):
     """Name the curves at the right of the axes. ends: [(x, y, name, (colour, dashes)), ...]."""
     ends = sorted(ends, key=lambda end: -round(end[1], 2))         # equals stay in their order
-    right, key = ax.get_xlim()[1], 1.1 if ax.get_gridspec().ncols == 1 else 1.18
+    right, name_x = ax.get_xlim()[1], 1.1 if ax.get_gridspec().ncols == 1 else 1.18
     heights = spread([y for _, y, _, _ in ends], ax.get_ylim()[0] + 0.04, 1.01)
     for (x, y, name, (colour, dashes)), height in zip(ends, heights):
         beside = dict(color=colour, clip_on=False, transform=ax.get_yaxis_transform())
         ax.plot([x, right], [y, y], lw=0.8, ls=":", color=colour, alpha=0.4)
         ax.plot([1, 1.04], [y, height], lw=0.8, **beside)
-        ax.plot([1.04, key], [height, height], lw=2, ls=dashes, **beside)
-        ax.text(key + 0.02, height, name, va="center_baseline", **beside)
+        ax.plot([1.04, name_x], [height, height], lw=2, ls=dashes, **beside)
+        ax.text(name_x + 0.02, height, name, va="center_baseline", **beside)
 
 
 def write_figure(path, fig):
@@ -161,5 +167,6 @@ def write_file(path, data):
         os.chmod(f.name, 0o644)
         os.replace(f.name, path)                 # after closing: Windows renames no open file
     except BaseException:
-        os.unlink(f.name)
+        with contextlib.suppress(FileNotFoundError):         # Ctrl-C after the file was renamed
+            os.unlink(f.name)
         raise
