@@ -12,13 +12,13 @@ tokens, at position i, its value v tau tokens later, and then asks for q again:
 import numpy as np
 import torch
 
-STREAMS = {"training": 0, "test": 1, "evaluation": 2}
+STREAMS = {"training": 0, "test": 1, "evaluation": 2, "places": 3}
 WHOLE = 20               # `show` prints contexts up to this length in full,
 NEAR = 2                 # and of longer ones this many tokens around each mark
 
 
 def stream(seed, purpose, device="cpu"):
-    """A torch.Generator on `device` for one purpose of a run: "training", "test" or "evaluation".
+    """A torch.Generator on `device` for one purpose of a run, a key of STREAMS.
 
     Any two pairs of seed and purpose draw different numbers, for seeds from 0 to 2^30 - 1. Seeds
     cannot be larger, because a CPU generator uses only 32 bits of the number it is seeded with.

@@ -1,4 +1,4 @@
-"""A fast training step on a GPU: captured in a CUDA graph, and compiled when that pays.
+"""Which device, and a fast training step on a GPU: captured in a CUDA graph, compiled if it pays.
 
 A small model launches hundreds of kernels per step. Each runs for a few microseconds, less than the
 host needs to launch it. A captured step is launched as a whole: rope at d = 8 takes 0.4 ms instead
@@ -26,6 +26,30 @@ GUESSED_SECONDS = {"training step": 25, "test": 15}     # to compile, until this
 SPEEDUP = 2.5          # of compiling, a guess: from 2.4 (rope) to 8 (mamba) on an H100
 SMALL_D, SMALL_L = 16, 256
 measured_seconds = {}  # (function, shape) -> what this process took to compile it
+
+
+def pick_device(name=None):
+    """The torch.device of that name, or the best one here. Raises ValueError.
+
+    Under torchrun, local process r gets GPU r modulo their number, whatever index was named.
+    """
+    if name is None:
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        known = device.type in ("cuda", "mps") or name == "cpu"
+    except (AssertionError, RuntimeError, ImportError):      # it depends on how torch was built
+        known = False
+    if not known:
+        raise ValueError(f"--device is {name!r}, but it must be a cuda, mps or cpu of this machine")
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)                        # where graphs and timers are
+    return device
 
 
 def has_compiler():
@@ -94,17 +118,17 @@ class Captured:
         self.name, self.function, self.parts = name, function, parts
         self.generator, self.config = generator, config
         self.shape = shape_of(config)
+        self.compiled = self.may_compile = False
         self.on_cuda = generator.device.type == "cuda"
         if not self.on_cuda:
             return                # all that follows is for CUDA
         # Small models use attention's plain formula, which the compiler can fuse; also when
         # uncompiled, so that both forms compute the same.
         self.backends = [SDPBackend.MATH] if is_small(config) else None
-        self.compiled = False
         self.restart()
-        self.undecided = config["compile"] == "auto" and has_compiler()
+        self.may_compile = config["compile"] == "auto" and has_compiler()
         known = (self.name, self.shape) in measured_seconds          # its kernels exist already
-        if config["compile"] == "on" or (self.undecided and known):
+        if config["compile"] == "on" or (self.may_compile and known):
             self.compile()
 
     def restart(self):
@@ -114,6 +138,8 @@ class Captured:
         self.total_seconds = 0.0      # of all timed calls together
 
     def __call__(self):
+        # Calls 1 to 3 launch the kernels. Call 4 captures, and replays for the first time. Call 5
+        # is timed for `compile_if_it_pays`, and later calls are replays.
         if not self.on_cuda:
             return self.function(*self.parts)
         self.calls += 1
@@ -140,12 +166,12 @@ class Captured:
     def compile(self):
         """Replace the parts by compiled ones. The next calls compile, then capture again."""
         self.parts = [compile_part(part, self.config) for part in self.parts]
-        self.compiled, self.undecided = True, False
+        self.compiled, self.may_compile = True, False
         self.restart()
 
     def compile_if_it_pays(self, calls_left):
         """Compile if that is likely to save time over the next `calls_left` calls."""
-        if not self.on_cuda or not self.undecided or self.calls < FIRST_CALLS:
+        if not self.may_compile or self.calls < FIRST_CALLS:
             return
         measured = [took for (name, _), took in measured_seconds.items() if name == self.name]
         cost = min(measured, default=GUESSED_SECONDS[self.name])

@@ -1,33 +1,44 @@
 """The runs of one command: all combinations of its flags, shared between processes.
 
 Each process takes the next free run, so eight processes train eight runs at a time: `torchrun
---nproc-per-node 8 -- train.py ...`, on one machine or on several with the same folder. A process
-takes a run by locking OUT/NAME.lock. The system frees the lock of a process that dies, so its run
-goes to another, or to the same command given again. Under torchrun, a run that fails leaves
-OUT/NAME.failed, so that the other processes do not try it. Without file locks (Windows, some
-network folders), use one process.
+--nproc-per-node 8 -- train.py ...`, on one machine or on several with the same folder. To take a
+run is to lock the file OUT/.locks/NAME. So separate commands, too, never make the same run at once.
+The system frees the lock of a process that dies: another command, or the same one given again,
+continues its run. Without file locks (Windows, some network folders), use one process.
 """
 
 import contextlib
+import datetime
 import glob
 import itertools
 import os
+import signal
 import sys
 import tempfile
 import time
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
+try:
+    import fcntl
+except ImportError:                              # Windows
+    fcntl = None
+
+from gpu import has_compiler, pick_device
 from output import say
 from runs import check, is_finished, read_result, remove, run_name, shape_of
 from summary import DEFAULTS, GRID, IGNORED, default_lr
 
-STARTED = time.time() - 1     # when this process started; file systems round times
+FAILURES = FloatingPointError, OSError, torch.OutOfMemoryError   # of a run; they end no other
 
 
-def configs_of(args, device):
+def configs_of(args):
     """The configs of all combinations of the flags, checked. Raises ValueError, in one sentence."""
+    device = pick_device(args.device)
+    if args.compile == "on" and not (device.type == "cuda" and has_compiler()):
+        raise ValueError("--compile is on, but needs a CUDA device, triton and a C compiler")
     unnamed = set(vars(args)) - {*GRID, *DEFAULTS, *IGNORED}
     if unnamed:
         flag = min(unnamed).replace("_", "-")
@@ -37,7 +48,7 @@ def configs_of(args, device):
     for values in itertools.product(*(getattr(args, flag) for flag in GRID)):
         config = {**vars(args), **dict(zip(GRID, values)), "device": str(device)}
         if config["lr"] is None:
-            config["lr"] = default_lr(max(1, config["d"]))     # `check` refuses a d below 1
+            config["lr"] = default_lr(config["d"])
         check(config)
         configs.append(config)
     return configs
@@ -53,167 +64,134 @@ def prepare_folder(out):
         raise ValueError(f"--out is {out!r}, but it cannot be written to: {reason}") from None
 
 
-def claim(path):
-    """Take a run: a file, locked until it is closed or the process ends; None if it is taken.
+class Run(NamedTuple):
+    config: dict
+    path: str         # OUT/NAME, without an ending
+    title: str        # such as "[3/8] ", before every printed line
 
-    Processes that share a grid, also on other machines with the same folder, make each run once.
+
+def make_all(configs, make, show=None):
+    """Make the runs that are not finished -> the results of all.
+
+    make(config, path, title, runs_left) makes one. If it raises one of FAILURES, the others are
+    made all the same, and then the program ends with status 1; after Ctrl-C, with 130. runs_left:
+    about how many runs of the same shape this process will make after it. show(result) is called
+    for runs that were finished before.
     """
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    grid, of_shape = [], {}
+    for number, config in enumerate(configs, 1):
+        title = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
+        grid.append(Run(config, os.path.join(config["out"], run_name(config)), title))
+        of_shape.setdefault(shape_of(config), []).append(grid[-1])
+    with contextlib.suppress(ValueError):        # of a thread, which gets no signals
+        signal.signal(signal.SIGINT, signal.default_int_handler)         # KeyboardInterrupt, below
     try:
-        import fcntl
-    except ImportError:                          # Windows: one process makes the whole grid
-        return open(os.devnull)
-    while True:
-        lock = os.fdopen(os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            return None
-        except OSError:                          # a file system without locks
-            return lock
-        # Its owner may have removed the file after we opened it. Then nobody else sees our lock.
-        try:
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path + ".lock")):
-                return lock
-        except FileNotFoundError:
-            pass
-        lock.close()
+        if rank == 0:                            # forget what must not be there when others begin
+            for run in grid:
+                remove(failure_of(run))
+                if run.config["overwrite"]:
+                    remove(run.path + ".json", run.path + ".resume.pt")
+        barrier()
+        for run in grid if rank == 0 else ():
+            if is_finished(run.path):
+                say(f"{run.title}{run.path}.json is finished; --overwrite repeats it")
+                if show:
+                    show(read_result(run.path + ".json"))
+
+        # The first run of a shape may have to compile. So a process stays with a shape while there
+        # are runs of it, and process r begins with shape r.
+        shapes = list(of_shape)
+        first = rank % len(shapes)
+        waiting = [run for shape in shapes[first:] + shapes[:first] for run in of_shape[shape]]
+        sharing = -(-processes // len(shapes))               # processes per shape, rounded up
+        said = False
+        while waiting:
+            taken = []                                       # by other processes
+            for run in waiting:
+                others = [other for other in of_shape[shape_of(run.config)] if other is not run]
+                left = sum(not os.path.exists(other.path + ".json") for other in others)
+                if not make_if_free(run, make, left // sharing):
+                    taken.append(run)
+            if len(taken) == len(waiting):       # others are making all that are left
+                if rank == 0 and not said:
+                    say(f"waiting for runs that other processes are making: {len(taken)} left")
+                said = True
+                time.sleep(1)
+            waiting = taken
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("\nstopped; the same command without --overwrite continues from the last save, "
+                  "if there is one", file=sys.stderr)
+        sys.exit(130)
+    results = [read_result(run.path + ".json") for run in grid]
+    if None in results:
+        sys.exit(f"train.py: {results.count(None)} of {len(grid)} runs failed")
+    return results
+
+
+def make_if_free(run, make, runs_left):
+    """Make a run, unless it is finished or has failed -> False if another process has it."""
+    if is_finished(run.path):
+        return True
+    try:
+        with locked(run.path) as mine:
+            if mine and not is_finished(run.path) and not os.path.exists(failure_of(run)):
+                remove(*glob.glob(glob.escape(run.path) + ".*.tmp"))     # of a killed process
+                try:
+                    make(run.config, run.path, run.title, runs_left)
+                except FAILURES:                 # tell the others, before the lock is free
+                    with contextlib.suppress(OSError):       # the disk may be full
+                        open(failure_of(run), "w").close()
+                    raise
+            return mine
+    except FAILURES as error:                    # of the run, or of its lock
+        say(f"{run.title}{run.path} failed: {error}")
+        return True
+
+
+def lock_file(path):
+    """OUT/NAME -> OUT/.locks/NAME."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, ".locks", name)
+
+
+def failure_of(run):
+    """The file that says that a run has failed, since rank 0 last removed it."""
+    return lock_file(run.path) + ".failed"
 
 
 @contextlib.contextmanager
-def locked(path):
-    """Hold a run, after waiting for the process that has it."""
-    lock = claim(path)
-    if lock is None:
-        say(f"waiting for the process that holds {path}.lock")
-    while lock is None:
-        time.sleep(0.1)
-        lock = claim(path)
-    with lock:
-        try:
-            yield
-        finally:
-            remove(path + ".lock")
+def locked(path, wait=False):
+    """`with locked(path) as mine:` holds a run, if mine is True; if not, another process has it.
+
+    wait: until that process is done. The file stays: if it were removed, a process that had just
+    opened it would lock a file that a third one no longer sees.
+    """
+    os.makedirs(os.path.dirname(lock_file(path)), exist_ok=True)
+    with open(lock_file(path), "a") as file:
+        mine = lock(file)
+        if wait and not mine:
+            say(f"waiting for the process that has {path}")
+            mine = lock(file, wait)
+        yield mine
+
+
+def lock(file, wait=False):
+    """Lock an open file, until it is closed or the process ends -> whether that succeeded."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:                              # a file system without locks
+        pass
+    return True
 
 
 def barrier():
     """Wait for all processes that torchrun started together."""
     if "RANK" in os.environ:
-        dist.init_process_group("gloo")
+        if not dist.is_initialized():            # once: a second group would meet stale addresses
+            dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         dist.barrier()
-        dist.destroy_process_group()
-
-
-class Run(NamedTuple):
-    config: dict
-    path: str              # OUT/NAME, without an ending
-    title: str             # such as "[3/8] ", before every printed line
-    shape_number: int      # runs with the same one share compiled kernels
-
-
-def make_all(configs, out, overwrite, make, wait=True, show=None):
-    """Call make(config, path, title, runs left of its shape) for the runs that are still to be
-    made; returns the results of all, None for a run that is not finished.
-
-    Processes started together by torchrun share the runs, and so do commands started one after
-    another. They begin with different shapes, and each stays with a shape while there are runs of
-    it, because the first run of a shape may have to compile.
-
-    wait: whether to stay until runs that other processes have taken are finished. show(result) is
-    called for runs that were finished before. A run that fails, with FloatingPointError or OSError,
-    does not keep others from being made.
-    SystemExit: with status 1 if one failed, 130 after Ctrl-C.
-    """
-    grid, shapes = [], {}
-    for number, config in enumerate(configs, 1):
-        title = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
-        path = os.path.join(out, run_name(config))
-        shape_number = shapes.setdefault(shape_of(config), len(shapes))
-        grid.append(Run(config, path, title, shape_number))
-
-    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if overwrite:
-        if rank == 0:                            # forget the old results before anyone begins
-            remove(*[run.path + ending for run in grid for ending in (".json", ".resume.pt")])
-        barrier()
-    for run in grid:
-        if rank == 0 and is_finished(run.path):
-            say(f"{run.title}{run.path}.json is finished; --overwrite repeats it")
-            if show:
-                show(read_result(run.path + ".json"))
-
-    def count_left(this):
-        """About how many more runs of this shape this process will make."""
-        same = [run for run in grid if run.shape_number == this.shape_number and run is not this]
-        sharing = -(-processes // len(shapes))           # processes per shape, rounded up
-        return sum(not os.path.exists(run.path + ".json") for run in same) // sharing
-
-    failed = []                                          # paths
-    # Process r begins with shape r, so that few processes compile the same one.
-    waiting = sorted(grid, key=lambda run: (run.shape_number - rank) % len(shapes))
-    said = False
-    try:
-        while waiting:
-            taken = []                                   # by other processes
-            for run in waiting:
-                if not make_if_free(run, make, count_left, failed):
-                    taken.append(run)
-            if len(taken) == len(waiting):               # others are making all that are left
-                if not wait:
-                    break
-                if rank == 0 and not said:
-                    said = True
-                    say(f"waiting for runs that other processes are making: {len(taken)} left")
-                time.sleep(1)
-            waiting = taken
-    except KeyboardInterrupt:
-        print("\nstopped; the same command without --overwrite continues from the last save, "
-              "if there is one", file=sys.stderr)
-        sys.exit(130)
-    if failed:
-        sys.exit(f"train.py: {len(failed)} of {len(configs)} runs failed")
-    return [read_result(run.path + ".json") for run in grid]
-
-
-def make_if_free(run, make, count_left, failed):
-    """Make a run, unless it is finished -> False if another process has it.
-
-    If it fails, or has failed in a process of torchrun since this one started, its path goes into
-    `failed`.
-    """
-    # A lock that was left by a process that died is claimed below, and then removed.
-    if is_finished(run.path) and not os.path.exists(run.path + ".lock"):
-        return True
-    try:
-        lock = claim(run.path)
-    except OSError as error:
-        failed.append(run.path)
-        say(f"{run.title}{run.path}.lock cannot be made: {error.strerror}")
-        return True
-    if lock is None:
-        return False
-    with lock:
-        try:
-            remove(*glob.glob(glob.escape(run.path) + ".*.tmp"))         # of a killed process
-            if "RANK" in os.environ and has_failed(run.path):
-                failed.append(run.path)
-            elif not is_finished(run.path):
-                remove(run.path + ".failed")
-                make(run.config, run.path, run.title, count_left(run))
-        except (FloatingPointError, OSError) as error:
-            failed.append(run.path)
-            say(f"{run.title}{run.path} failed: {error}")
-            if "RANK" in os.environ:                     # tell the others
-                with contextlib.suppress(OSError):       # the disk may be full
-                    open(run.path + ".failed", "x").close()
-        finally:                                 # also after Ctrl-C, or a mistake in a new layer
-            remove(run.path + ".lock")
-    return True
-
-
-def has_failed(path):
-    """Whether a run has failed since this process started, in this process or another."""
-    try:
-        return os.path.getmtime(path + ".failed") >= STARTED
-    except OSError:
-        return False

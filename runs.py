@@ -3,8 +3,7 @@
     OUT/NAME.json         the result, written last: it marks a finished run
     OUT/NAME.pt           the trained model and its config
     OUT/NAME.resume.pt    the progress of an unfinished run
-    OUT/NAME.lock         held by the process that works on the run
-    OUT/NAME.failed       left by a process of torchrun that could not make it: see grid.py
+    OUT/.locks/NAME       locked by the process that works on the run: see grid.py
 """
 
 import copy
@@ -24,32 +23,7 @@ from hybrid import build_model
 from output import say, write_file
 from summary import DEFAULTS, GRID, default_lr
 
-
-def pick_device(name=None):
-    """The torch.device of that name, or the best one here. Raises ValueError.
-
-    Under torchrun, local process r gets GPU r modulo their number, whatever index was named.
-    """
-    if name is None:
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        if torch.cuda.is_available():
-            name = "cuda"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-        known = device.type in ("cuda", "mps") or name == "cpu"
-    except (AssertionError, RuntimeError, ImportError):      # it depends on how torch was built
-        known = False
-    if not known:
-        raise ValueError(f"--device is {name!r}, but it must be a cuda, mps or cpu of this machine")
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)                        # where graphs and timers are
-    return device
-
-
-# ---- what a run is -------------------------------------------------------------------------------
+LEAST = dict(d=1, L=1, K=1, M=1, tau=1, n_heads=1, d_state=1, batch_size=1, steps=1, seed=0)
 
 def run_name(config):
     """A run's name: the flags of GRID, and those of DEFAULTS that are not at their default."""
@@ -57,14 +31,15 @@ def run_name(config):
     shown = [f"{flag}{config[flag]}" for flag in GRID if flag not in ("model", "seed")]
     name = "_".join([task + config["model"], *shown])
     for flag, default in DEFAULTS.items():
-        value, default = config[flag], default_lr(config["d"]) if flag == "lr" else default
+        value, word = config[flag], flag.replace("_", "-")
+        if flag == "lr":
+            default = default_lr(config["d"])
         if flag == "task" or value == default:
             continue
-        flag = flag.replace("_", "-")
         if isinstance(value, bool):
-            name += f"_{flag}" if value else f"_no-{flag}"
+            name += f"_{word}" if value else f"_no-{word}"
         else:
-            name += f"_{flag}{value}"
+            name += f"_{word}{value}"
     return f"{name}_seed{config['seed']}"
 
 
@@ -82,20 +57,22 @@ def shape_of(config):
     return tuple(config[flag] for flag in flags)
 
 
+def is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def check(config):
     """Raise a ValueError of one sentence if a run with this config cannot work."""
-    for flag in ("d", "L", "K", "M", "tau", "n_heads", "d_state", "batch_size", "steps", "seed"):
-        at_least = 0 if flag == "seed" else 1
+    for flag, least in LEAST.items():
         value, word = config[flag], flag.replace("_", "-")
-        if type(value) is not int or not at_least <= value < 2**30:
-            raise ValueError(f"--{word} is {value!r}, but it must be a whole number from "
-                             f"{at_least} to 2^30 - 1")
-    for flag, may_be_0 in (("lr", False), ("weight_decay", True)):
-        value, word = config[flag], flag.replace("_", "-")
-        finite = type(value) in (int, float) and math.isfinite(value)
-        if not finite or value < 0 or (value == 0 and not may_be_0):
-            least = "of at least" if may_be_0 else "above"
-            raise ValueError(f"--{word} is {value!r}, but it must be a number {least} 0")
+        if type(value) is not int or not least <= value < 2**30:
+            raise ValueError(f"--{word} is {value!r}, but it must be a whole number from {least} to "
+                             "2^30 - 1")
+    lr, weight_decay = config["lr"], config["weight_decay"]
+    if not is_number(lr) or lr <= 0:
+        raise ValueError(f"--lr is {lr!r}, but it must be a number above 0")
+    if not is_number(weight_decay) or weight_decay < 0:
+        raise ValueError(f"--weight-decay is {weight_decay!r}, but it must be a number from 0 on")
     if config["train_lengths"] not in ("fixed", "uniform"):
         raise ValueError(f"--train-lengths is {config['train_lengths']!r}, not fixed or uniform")
     if not isinstance(config["model"], str):
@@ -141,7 +118,7 @@ def check_memory(config):
 def memory(device):
     """Bytes of memory of this machine, or of the GPU that `device` names."""
     if str(device).startswith("cuda") and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        return torch.cuda.get_device_properties(device).total_memory
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -201,9 +178,8 @@ def load_run(path, device="cpu"):
     try:
         check({**config, "device": str(device)})
     except ValueError as error:
-        reason, unknown, _ = str(error).partition(" is no layer;")
-        hint = " is no layer here; add it to LAYERS in hybrid.py, or load it where it exists"
-        raise ValueError(f"{path} cannot be loaded: {reason}{unknown and hint}") from None
+        reason = str(error).split("; ")[0]                   # without the list of layers
+        raise ValueError(f"{path} cannot be loaded: {reason}") from None
     except (KeyError, TypeError):
         raise ValueError(not_whole) from None
     model = model_from(config)
@@ -269,30 +245,36 @@ def save_progress(path, parts, **progress):
 def load_progress(path, parts, device, title=""):
     """Restore the parts from the last save, and say so -> step, curves, seconds.
 
-    Without a usable save, they are put back as they were before, and the run is at step 0.
+    Without a usable save, they are put back as they were before, and the run is at step 0. Raises
+    OSError if the save cannot be read.
     """
-    before = copy.deepcopy({name: state_of(part) for name, part in parts.items()})
+    start = 0, {"step": [], "loss": [], "accuracy": []}, 0.0
     try:
         with open(path + ".resume.pt", "rb") as f:
             digest, data = f.read(32), f.read()
+    except FileNotFoundError:
+        return start
+    before = copy.deepcopy({name: state_of(part) for name, part in parts.items()})
+    try:
         if hashlib.sha256(data).digest() != digest:
             raise ValueError
         saved = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
         set_states(parts, saved)
         progress = saved["step"], saved["curves"], saved["seconds"]
-        say(f"{title}continues at step {progress[0]:,}: {path}")
-        return progress
-    except FileNotFoundError:
-        pass
-    except Exception:     # damaged, or of another version of the code
+    except torch.OutOfMemoryError:                           # the save may be whole
+        raise
+    except Exception:     # damaged, or of another version of the code or kind of device
         set_states(parts, before)
         remove(path + ".resume.pt")
-        say(f"{path}.resume.pt is damaged or of another version; the run starts from the beginning")
-    return 0, {"step": [], "loss": [], "accuracy": []}, 0.0
+        say(f"{path}.resume.pt is damaged, or of another version or device; the run starts from "
+            "the beginning")
+        return start
+    say(f"{title}continues at step {progress[0]:,}: {path}")
+    return progress
 
 
 def remove(*paths):
-    """Remove those of the files that exist."""
+    """Remove those of the files that exist, as far as the system permits."""
     for path in paths:
         try:
             os.remove(path)

@@ -38,7 +38,7 @@ KEPT = 0.95                  # a model that stays above it from L on does not fa
 
 
 def default_lr(d):
-    return min(8e-3, 0.128 / d)     # at d = 32, with 8e-3, rope failed M = 16 in 5 of 5 runs
+    return min(8e-3, 0.128 / max(1, d))     # with 8e-3 at d = 32, rope failed M = 16 in 5 of 5 runs
 
 
 def load(path):
@@ -55,7 +55,7 @@ def load(path):
         flags = {**GRID, **result["config"]}
         if any(isinstance(flags[flag], str) != (flag == "model") for flag in GRID):
             raise ValueError
-        defaults = {**DEFAULTS, "lr": default_lr(max(1, flags["d"]))}
+        defaults = {**DEFAULTS, "lr": default_lr(flags["d"])}
         config, L = {**defaults, **flags}, flags["L"]
         changed = {flag: value for flag, value in config.items()
                    if flag not in {"task", *GRID, *IGNORED} and value != defaults.get(flag, False)}

@@ -234,27 +234,27 @@ def run(config, path, title="", runs_left=0):
         ended = f"stopped at step {step:,}, not solved; more --steps may help"
     say(f"{title}{ended}; wrote {path}.json")
     print_table(result)
-    if not title:                                            # the command's only run
+    if not title and config["task"] == "recall":             # the command's only run
         show_answers(model, config, device)
 
 
-def main(argv=None, wait=True):
-    """Make the runs of a command; returns their results. wait: see grid.make_all."""
+def configs_from(argv=None):
+    """The config of every run that a command asks for."""
     parser, args = parse(argv)
     try:
-        device = runs.pick_device(args.device)
-        if args.compile == "on" and not (device.type == "cuda" and gpu.has_compiler()):
-            raise ValueError("--compile is on, but needs a CUDA device, triton and a C compiler")
-        configs = configs_of(args, device)
+        configs = configs_of(args)
         prepare_folder(args.out)
     except ValueError as error:
         parser.error(str(error))
-
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if configs[0]["device"] == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)     # on small models more gain little, and slow other programs
-    return make_all(configs, args.out, args.overwrite, run, wait, print_table)
+    return configs
+
+
+def main(argv=None):
+    """Make the runs of a command; returns their results."""
+    return make_all(configs_from(argv), run, print_table)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)     # make_all says how to continue
     main()

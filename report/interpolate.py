@@ -22,8 +22,9 @@ import torch
 
 from attention import Attention
 from eval import evaluate
+from gpu import pick_device
 from output import Progress, short_errors
-from runs import environment, load_run, pick_device, read_result, run_name, write_json
+from runs import environment, load_run, read_result, run_name, write_json
 
 
 def load(path, device):

@@ -26,7 +26,7 @@ sys.path.insert(0, os.getcwd())
 import eval as evaluation
 import plot
 import train
-from grid import barrier
+from grid import barrier, make_all
 from hybrid import FAMILY, MODELS
 from output import GREY, short_errors
 from summary import COLOURS, group
@@ -248,7 +248,7 @@ def main(argv=None):
             for line in experiment["train"]:
                 print(f"    train.py {line}")
         return
-    failed = {} if args.draw else make(args, flags)
+    failed = None if args.draw else make(args, flags)
     if os.environ.get("RANK", "0") == "0":
         for name in args.names:
             for line, title in EXPERIMENTS[name]["draw"].items():
@@ -259,24 +259,22 @@ def main(argv=None):
                     parser.error(str(error))
     barrier()                            # torchrun ends all processes when the first one fails
     if failed:
-        sys.exit("\n".join(f"{name}, {line}: {said}" for (name, line), said in failed.items()))
+        sys.exit(failed)
 
 
 def make(args, flags):
-    """The runs and tests of the experiments named -> {(name, line of flags): why a run failed}."""
-    failed, left = {}, [(name, line) for name in args.names for line in EXPERIMENTS[name]["train"]]
-    for wait in (False, True):     # first take all runs that are free, then wait for those taken
-        for name, line in list(left):
+    """The runs and tests of the experiments named -> how many runs failed, or None."""
+    configs, failed = [], None
+    for name in args.names:
+        for line in EXPERIMENTS[name]["train"]:
             words = [*line.split(), "--seed", *args.seed, "--out", f"{args.out}/{name}", *flags]
-            try:
-                unfinished = None in train.main(words, wait)
-            except SystemExit as error:
-                if error.code in (2, 130):                       # a wrong flag, or Ctrl-C
-                    raise
-                failed[name, line], unfinished = error.code, False
-            if not unfinished:
-                left.remove((name, line))
-        flags = [flag for flag in flags if flag != "--overwrite"]        # once is enough
+            configs += train.configs_from(words)
+    try:
+        make_all(configs, train.run, train.print_table)
+    except SystemExit as error:
+        if error.code == 130:                                    # Ctrl-C
+            raise
+        failed = error.code
     for name in args.names:
         for pattern, line in EXPERIMENTS[name].get("test", ()):
             paths = share(sorted(glob.glob(f"{args.out}/{name}/{pattern}.pt")))
@@ -337,5 +335,4 @@ def mark_reach(ax, runs, delays):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

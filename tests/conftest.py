@@ -61,8 +61,9 @@ def tiny(*flags):
 
 
 def names(folder):
-    """The files in a folder, without temporary ones."""
-    return sorted(name for name in os.listdir(folder) if not name.endswith(".tmp"))
+    """What is in a folder, without temporary files and the folder of locks."""
+    return sorted(name for name in os.listdir(folder)
+                  if not name.endswith(".tmp") and name != ".locks")
 
 
 def numbers(result):

@@ -25,9 +25,9 @@ def test_processes_of_torchrun_have_a_gpu_each(monkeypatch):
     for rank in range(count + 1):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         for name in None, "cuda", "cuda:0":
-            assert runs.pick_device(name) == torch.device("cuda", rank % count)
+            assert gpu.pick_device(name) == torch.device("cuda", rank % count)
             assert torch.cuda.current_device() == rank % count
-        assert runs.pick_device("cpu") == torch.device("cpu")
+        assert gpu.pick_device("cpu") == torch.device("cpu")
     torch.cuda.set_device(before)
 
 

@@ -16,7 +16,7 @@ class Oracle:
 
     It notes what it was asked: length -> rows of (q, its position, its value, how often q occurs).
     """
-    embedding = torch.nn.Embedding(1, 8)
+    embedding, layers = torch.nn.Embedding(1, 8), []
 
     def __init__(self, K, tau):
         self.K, self.tau, self.asked = K, tau, {}
@@ -57,7 +57,7 @@ def test_groups(lengths, tau):
     assert sorted(sum(found, [])) == sorted(set(lengths))              # each length in one group
     for group in found:
         assert group == sorted(group)
-        assert group[-1] - tau <= 2 * (group[0] - tau) + 1
+        assert group[-1] - tau <= 2 * (group[0] - tau)
     group_of = {length: k for k, group in enumerate(found) for length in group}
     for length in group_of:
         assert len(group_of) < 12 or group_of[length] != group_of.get(length + 1)
@@ -106,11 +106,17 @@ def test_queries_positions_and_values_are_uniform_at_each_length(lengths):
         assert_uniform(i * 3 + q, 3 * (length - 3))
 
 
+def test_neighbouring_lengths_have_contexts_of_their_own():
+    _, asked = ask_oracle([60, 61], 16, 4, 1, 8)
+    i, j = (asked[length][:8, 1] for length in (60, 61))
+    assert ((i - j).abs() > 1).any(), "not the same places in both"
+
+
 class Guess:
     """Guesses one of the two possible values, once for a context: its luck is the same at every
     length that shares the context."""
     generator = torch.Generator().manual_seed(0)
-    embedding = torch.nn.Embedding(1, 8)
+    embedding, layers = torch.nn.Embedding(1, 8), []
 
     def run_layers(self, tokens, states=None, last_only=False):
         if states is None:
@@ -169,7 +175,7 @@ def test_the_definition_asks_for_each_length():
         seen.append(tuple(tokens.shape))
         position = (tokens[:, :-1] == tokens[:, -1:]).int().argmax(1)
         return F.one_hot(tokens.gather(1, position[:, None] + 2)[:, 0], 16)
-    model.embedding = torch.nn.Embedding(1, 8)
+    model.embedding, model.layers = torch.nn.Embedding(1, 8), []
     assert accuracy_one_by_one(model, [5, 3], 16, 4, 2, 100) == [1.0, 1.0]
     assert seen == [(100, 6), (100, 4)]
 
@@ -199,7 +205,7 @@ def test_neither_segments_nor_batches_change_the_numbers(name, monkeypatch):
 
 
 def test_batches_are_bounded(monkeypatch):
-    """Neither the rows nor the tokens in a batch exceed their bounds."""
+    """Neither the tokens in a batch nor the numbers in a call exceed their bounds."""
     drawn, recall_batch = [], evaluation.recall_batch
 
     def noted(*arguments, **options):
@@ -207,10 +213,8 @@ def test_batches_are_bounded(monkeypatch):
         return recall_batch(*arguments, **options)
     monkeypatch.setattr(evaluation, "recall_batch", noted)
     monkeypatch.setattr(evaluation, "HELD_TOKENS", 4000)
-    monkeypatch.setattr(evaluation, "BATCH_ROWS", 50)
     assert ask_oracle([2, 3, 100, 500], 16, 4, 1, 60)[0] == [1.0] * 4
-    assert max(rows for rows, _ in drawn) == 50
-    assert max(rows * length for rows, length in drawn) <= 4000
+    assert 2000 < max(rows * length for rows, length in drawn) <= 4000
     drawn.clear()
     monkeypatch.setattr(evaluation, "SEGMENT", 100)
     monkeypatch.setattr(evaluation, "CALL_FLOATS", 2000)
@@ -219,12 +223,22 @@ def test_batches_are_bounded(monkeypatch):
     assert max(rows * min(length, 100) * d for rows, length in drawn) <= 2000
 
 
+@pytest.mark.parametrize("length", [193, 4096, 2**16])
+def test_scores_that_attention_stores_are_bounded(length):
+    segment = min(length, evaluation.SEGMENT)
+    rows = {name: evaluation.rows_per_call(build_model(name), length, segment)
+            for name in ("alibi", "mamba")}
+    most = evaluation.CALL_FLOATS * evaluation.SCORES
+    assert rows["alibi"] == 1 or rows["alibi"] * segment * length <= most
+    assert rows["mamba"] >= rows["alibi"] and rows["mamba"] * segment * 8 <= evaluation.CALL_FLOATS
+
+
 def test_evaluation_reads_its_own_stream(half_trained, monkeypatch):
     asked = []
     monkeypatch.setattr(evaluation, "stream", lambda *words: asked.append(words) or stream(*words))
     accuracy_by_length(half_trained, [3], 16, 4, 1, 10, seed=5)
     accuracy_one_by_one(half_trained, [3], 16, 4, 1, 10, seed=5)
-    assert {words[:2] for words in asked} == {(5, "evaluation")}
+    assert {words[:2] for words in asked} == {(5, "evaluation"), (5, "places")}
 
 
 def test_lengths_to_test():

@@ -14,7 +14,7 @@ import torch
 import eval as evaluation
 import output
 import train
-from conftest import tiny
+from conftest import names, tiny
 from hybrid import build_model
 from runs import load_run
 
@@ -72,7 +72,7 @@ def test_lengths_are_added_to_the_result(folder, capsys):
     path, first, second, last = capsys.readouterr().out.splitlines()
     assert path == pt and first.split() == ["length", "3", "10", "50"]
     assert second.split() == ["accuracy", *(f"{a:.3f}" for a in accuracies)]
-    assert sorted(os.listdir(folder)) == sorted(
+    assert names(folder) == sorted(
         name + end for name in (LEARNED, HYBRID) for end in (".json", ".pt"))
 
 
@@ -142,6 +142,13 @@ def test_no_save(folder):
     assert (folder / (HYBRID + ".json")).read_bytes() == before
 
 
+def test_lengths_given_twice_are_all_tested(folder):
+    pt = str(folder / (HYBRID + ".pt"))
+    found = evaluation.main(["--lengths", "5", pt, "--lengths", "7", "--no-save", "--sequences",
+                             "4", "--device", "cpu"])
+    assert found[0][0] == [5, 7]
+
+
 def test_fewer_sequences_replace_nothing(folder):
     before = result_of(folder)
     evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "5", "--sequences", "1",
@@ -184,7 +191,8 @@ def test_a_result_made_before_a_flag_existed_takes_new_numbers(folder):
 
 
 def test_a_lock_that_cannot_be_taken_is_one_sentence(folder):
-    (folder / (HYBRID + ".lock")).mkdir()
+    (folder / ".locks" / HYBRID).unlink()
+    (folder / ".locks" / HYBRID).mkdir()
     with pytest.raises(SystemExit, match="the numbers of .* were not written: Is a directory"):
         evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "5", "--sequences", "4",
                          "--device", "cpu"])
@@ -227,11 +235,11 @@ def test_a_disk_that_is_full_is_one_sentence(folder, monkeypatch, capsys):
     sentence = captured.err + (stop.value.code if isinstance(stop.value.code, str) else "")
     assert "No space left" in sentence and "Traceback" not in sentence
     assert "accuracy" in captured.out, "the numbers are printed"
-    assert (folder / (HYBRID + ".json")).read_bytes() == before and len(os.listdir(folder)) == 4
+    assert (folder / (HYBRID + ".json")).read_bytes() == before and len(names(folder)) == 4
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    ("--lengths 9 99999999999999999999", "below 2^31"), ("--lengths 2", "--lengths has 2, but"),
+    ("--lengths 9 99999999999999999999", "at most 2^26"), ("--lengths 2", "--lengths has 2, but"),
     ("--lengths 8 0", "--lengths has 0"), ("--lengths -5 9", "--lengths has -5"),
     ("--lengths 1.5", "1.5"), ("--lengths 8,16", "--lengths has '8,16'"),
     ("--lengths", "--lengths"), ("--sequences 0", "--sequences is 0"),
@@ -242,7 +250,7 @@ def test_wrong_flags(flags, sentence, folder, refuses):
     before = (folder / (LEARNED + ".json")).read_bytes()
     argv = [folder / (LEARNED + ".pt"), "--device", "cpu", *flags.split()]
     assert sentence in refuses(evaluation.main, argv)
-    assert (folder / (LEARNED + ".json")).read_bytes() == before and len(os.listdir(folder)) == 4
+    assert (folder / (LEARNED + ".json")).read_bytes() == before and len(names(folder)) == 4
 
 
 def test_no_checkpoint(refuses):
@@ -270,4 +278,3 @@ def test_two_at_once_lose_nothing(train_tiny, tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert {50, 60, 70} <= set(read(path.replace(".pt", ".json"))["eval"]["length"])
-    assert not list((tmp_path / "out").glob("*.lock"))

@@ -98,7 +98,7 @@ def test_a_task_that_cannot_be_tested_is_refused_before_training(refuses, tmp_pa
     error = refuses(train.main, flags)
     assert "--task after fails with 1 context tokens" in error and names(tmp_path) == []
     monkeypatch.setattr(runs, "shortest", lambda M, tau, task: tau + 2)
-    train.configs_of(train.parse(flags)[1], "cpu")
+    train.configs_of(train.parse(flags)[1])
 
 
 def test_unknown_words_are_answered_with_the_known_ones(refuses, tmp_path):

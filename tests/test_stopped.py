@@ -1,5 +1,6 @@
 """Runs that are stopped, runs that several processes share, and a stdout that fails."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -133,10 +134,11 @@ def test_killed_at_random_moments(train_tiny, tmp_path):
 
 
 def test_ctrl_c_from_outside_at_any_moment(tmp_path):
-    """Also while torch is being imported."""
-    for seconds in 0.3, 1.0:
+    """Also while torch is being imported, and while the configs of a large grid are checked."""
+    for seconds, seeds in (0.3, 1), (1.0, 1), (3.0, 3000):
+        flags = tiny("--steps", 10**6, "--seed", *range(seeds))
         process = subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), "--out",
-                                    tmp_path / "out", *tiny("--steps", 10**6)], text=True,
+                                    tmp_path / "out", *flags], text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
@@ -211,12 +213,31 @@ def test_a_run_that_fails_is_tried_once(tmp_path):
         assert printed.count("failed: the loss is") == 2, printed
 
 
+def test_processes_wait_for_each_other_more_than_once(tmp_path):
+    """In turn one is two seconds late. A second process group would find old addresses."""
+    script = tmp_path / "late.py"
+    script.write_text(f"""
+import os, sys, time
+sys.path.insert(0, {ROOT!r})
+from grid import barrier
+for k in range(3):
+    time.sleep(2 * (os.environ["RANK"] == str(k % 2)))
+    barrier()
+""")
+    command = "torch.distributed.run --standalone --nproc-per-node=2".split()
+    done = subprocess.run([sys.executable, "-m", *command, script], capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_run_that_another_process_has_is_left_to_it(train_tiny, monkeypatch, tmp_path):
     """It is waited for: the command ends when all of its runs exist."""
     out, flags = tmp_path / "out", ["--seed", "0", "1"]
     out.mkdir()
-    other = grid.claim(str(out / NAME))
-    assert grid.claim(str(out / NAME)) is None
+    other = contextlib.ExitStack()
+    assert other.enter_context(grid.locked(str(out / NAME)))
+    with grid.locked(str(out / NAME)) as mine:
+        assert not mine
     made, run = [], train.run
 
     def noted(config, path, *rest):
@@ -234,14 +255,14 @@ def test_a_run_that_another_process_has_is_left_to_it(train_tiny, monkeypatch, t
 def test_a_run_that_was_finished_a_moment_ago_is_not_made_again(train_tiny, monkeypatch, tmp_path):
     """By another process, between the look at its files and the lock."""
     train_tiny()
-    path, claim = tmp_path / "out" / (NAME + ".json"), grid.claim
+    path, lock = tmp_path / "out" / (NAME + ".json"), grid.lock
     text = path.read_text()
     path.unlink()
 
-    def finished_meanwhile(name):
+    def finished_meanwhile(file):
         path.write_text(text)
-        return claim(name)
-    monkeypatch.setattr(grid, "claim", finished_meanwhile)
+        return lock(file)
+    monkeypatch.setattr(grid, "lock", finished_meanwhile)
     monkeypatch.setattr(train, "run", None)
     assert train_tiny() == [json.loads(text)]
     assert names(tmp_path / "out") == [NAME + ".json", NAME + ".pt"]
@@ -277,13 +298,6 @@ def test_ctrl_c_while_the_other_scripts_load(command, tmp_path):
     assert "Traceback" not in error, error
 
 
-def test_without_waiting_a_run_that_is_taken_is_left_alone(train_tiny, tmp_path):
-    (tmp_path / "out").mkdir()
-    with grid.claim(str(tmp_path / "out" / NAME)):
-        results = train.main(tiny("--seed", 0, 1, "--out", tmp_path / "out"), wait=False)
-    assert results[0] is None and results[1]["config"]["seed"] == 1
-
-
 def test_a_mistake_in_a_layer_leaves_no_lock(tmp_path, monkeypatch):
     class Wrong(torch.nn.Identity):
         """Its forward takes no state."""
@@ -292,3 +306,6 @@ def test_a_mistake_in_a_layer_leaves_no_lock(tmp_path, monkeypatch):
     with pytest.raises(TypeError):
         train.main(tiny("--model", "wrong+attention", "--out", tmp_path))
     assert names(tmp_path) == []
+    name, = os.listdir(tmp_path / ".locks")
+    with grid.locked(str(tmp_path / name)) as mine:
+        assert mine

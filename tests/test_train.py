@@ -165,7 +165,7 @@ def test_the_test_reads_fresh_sequences_of_its_own_stream(train_tiny, monkeypatc
     train_tiny("--seed", 3, "--steps", 1)
     purposes = [(seed, purpose) for seed, purpose, *_ in asked]
     assert purposes[:2] == [(3, "training"), (3, "test")]
-    assert {purpose for _, purpose in purposes[2:]} == {"evaluation"}
+    assert {purpose for _, purpose in purposes[2:]} == {"evaluation", "places"}
 
 
 # ---- results -------------------------------------------------------------------------------------
