@@ -149,8 +149,8 @@ def ssd_rows(device, args):
 
 
 def time_forms(title, shape, forms, inputs, dtype):
-    """A row for each form, scan(x, dt, A, B, C) -> y, forward and backward. The first is ours. Those
-    of other packages that cannot be used here are removed from `forms`."""
+    """A row for each form, scan(x, dt, A, B, C) -> y, forward and backward; the first is ours.
+    Those of other packages that cannot be used here leave `forms`."""
     device, ours = inputs[0].device, None
     for name, scan in list(forms.items()):
         x, dt, A, B, C = inputs

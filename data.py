@@ -12,6 +12,8 @@ tokens, at position i, its value v tau tokens later, and then asks for q again:
 import numpy as np
 import torch
 
+from output import say
+
 STREAMS = {"training": 0, "test": 1, "evaluation": 2, "places": 3}
 WHOLE = 20               # `show` prints contexts up to this length in full,
 NEAR = 2                 # and of longer ones this many tokens around each mark
@@ -205,6 +207,17 @@ def show(tokens, tau):
             words.append("...")
         words.append(marks.get(t, " {} ").format(tokens[t]))
     return " ".join(f"{word:>4}" for word in words)
+
+
+@torch.no_grad()
+def show_answers(model, config, device):
+    """Print three sequences of recall, with the model's answers."""
+    L, K, M, tau, seed = (config[flag] for flag in ("L", "K", "M", "tau", "seed"))
+    tokens, labels = recall_batch(3, L, K, M, tau, device, stream(seed, "evaluation", device))
+    answers = model(tokens).argmax(-1)
+    for row, answer, label in zip(tokens, answers.tolist(), labels.tolist()):
+        verdict = "right" if answer == label else f"wrong, the value is {label}"
+        say(f"{show(row, tau)}  ->  {answer}, {verdict}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Accuracy of a trained model against context length: on recall, up to a million tokens for Mamba.
+"""Accuracy against context length, for recall up to a million tokens.
 
     python eval.py results/X.pt                         every length to 3L, or some if L > 256
     python eval.py results/X.pt --lengths 64 1024 65536
 
 The numbers are printed and saved in results/X.json. Numbers from more sequences stay there.
+`evaluate` picks a method: accuracy_by_length for recall, accuracy_one_by_one for other tasks.
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -16,21 +18,21 @@ if __name__ == "__main__":
 
 import torch
 
-from data import TASKS, recall_batch, shortest, show, stream
+from data import TASKS, recall_batch, shortest, stream
 from gpu import pick_device
 from grid import locked
 from output import Progress, say, short_errors
-from runs import load_run, read_result, write_json
-from summary import DEFAULTS, TEST_SEQUENCES
+from runs import digest_of, load_run, read_result, write_json
+from summary import TEST_SEQUENCES
 
-SEGMENT = 4096       # most tokens per call when a long context is processed
-CALL_FLOATS = 2**18  # most rows x tokens x d per call: Mamba needs a kilobyte for each
-HELD_TOKENS = 2**20  # most tokens drawn together: a context of a million is drawn alone
-CUDA_FACTOR = 16     # on CUDA, both limits are this many times as high
-SCORES = 64          # so many scores, in attention that stores them, need as much as Mamba's float
-NEIGHBOURS = 8       # neighbouring lengths go into this many different groups: see `groups`
-MOST_LENGTHS = 768   # tested after training
-MOST_LENGTHS_ALONE = 24      # of tasks whose lengths cannot share contexts
+SEGMENT = 4096           # a long context is read in segments of at most this many tokens
+CALL_FLOATS = 2**18      # limit on rows x tokens x d in a call; Mamba needs 1 kB per float
+HELD_TOKENS = 2**20      # limit on rows x context length drawn together
+CUDA_FACTOR = 16         # a GPU gets this many times both limits
+SCORES_PER_FLOAT = 64    # stored attention scores that take as much memory as one such float
+NEIGHBOURS = 8           # neighbouring lengths go into this many different groups
+MOST_LENGTHS = 768       # tested after training,
+MOST_LENGTHS_ALONE = 24  # and for tasks whose lengths cannot share contexts
 
 
 @torch.no_grad()
@@ -45,14 +47,14 @@ def accuracy_one_by_one(model, lengths, K, M, tau, sequences=1024, device="cpu",
     progress = Progress(sum(lengths), quiet=not bar, desc="testing")
     for length in lengths:
         batch = TASKS[task](sequences, length, K, M, tau, device, generator, False)
-        accuracies.append(accuracy_of(model, *batch).item())
+        accuracies.append(batch_accuracy(model, *batch).item())
         progress.update(length)
         progress.report(f"testing: {progress.n / progress.total:.0%}")
     progress.close()
     return accuracies
 
 
-def accuracy_of(model, tokens, labels, at):
+def batch_accuracy(model, tokens, labels, at):
     """Accuracy on a batch, a tensor (). The batch is split, to limit memory."""
     rows, correct = rows_per_call(model, tokens.shape[1], tokens.shape[1]), []
     for start in range(0, len(tokens), rows):
@@ -63,16 +65,18 @@ def accuracy_of(model, tokens, labels, at):
 
 
 def rows_per_call(model, length, segment):
-    """How many contexts of this length to process together, in segments of `segment` tokens.
-
-    A power of two, so that a test of 512 sequences has parts of one shape, compiled once.
-    """
-    floats = segment * model.embedding.embedding_dim
-    if any(getattr(layer, "attends", False) for layer in model.layers):
-        floats = max(floats, segment * length // SCORES)
+    """How many contexts of this length to process together, `segment` tokens at a time: a power of
+    two, so that a test of 512 sequences has parts of one shape, compiled once."""
     factor = CUDA_FACTOR if model.embedding.weight.is_cuda else 1
-    rows = factor * min(CALL_FLOATS / floats, HELD_TOKENS / length)
+    rows = factor * min(CALL_FLOATS / (segment * floats(model, length)), HELD_TOKENS / length)
     return 2 ** (int(max(1, rows)).bit_length() - 1)
+
+
+def floats(model, length):
+    """How much memory a token of a context of this length takes, in units of a kilobyte."""
+    d = model.embedding.embedding_dim
+    attends = any(getattr(layer, "attends", False) for layer in model.layers)
+    return max(d, length // SCORES_PER_FLOAT) if attends else d
 
 
 # ---- many lengths at once ------------------------------------------------------------------------
@@ -95,15 +99,16 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
     plan = [(group, n_contexts(group, tau, sequences)) for group in groups(lengths, tau)]
     progress = Progress(sum(n * group[-1] for group, n in plan), quiet=not bar, desc="testing")
     for group, n in plan:
-        # 1. One query in each nth part of the positions, at a random place.
+        # 1. Cut the positions into n equal parts, and put a query at a random place in each.
         longest, positions = group[-1], group[-1] - tau
-        i = torch.arange(n) + torch.rand(n, dtype=torch.float64, generator=places)           # (n,)
-        i = (i / n * positions).long().clamp(max=positions - 1).to(device)
+        part = torch.arange(n) + torch.rand(n, dtype=torch.float64, generator=places)        # (n,)
+        i = (part / n * positions).long().clamp(max=positions - 1).to(device)
         correct, complete = torch.zeros(2, len(group), dtype=torch.int64, device=device)
-        for i_b in i.split(rows_per_call(model, longest, min(longest, SEGMENT))):
+        segment = min(longest, SEGMENT, math.ceil(CALL_FLOATS / floats(model, longest)))
+        for i_b in i.split(rows_per_call(model, longest, segment)):
             tokens, labels = recall_batch(len(i_b), longest, K, M, tau, device, generator, i=i_b)
             # 2. The answers at every length. 3. The count.
-            for k, answers in enumerate(answers_at(model, tokens, group, progress)):
+            for k, answers in enumerate(answers_at(model, tokens, group, segment, progress)):
                 is_complete = i_b + tau < group[k]
                 correct[k] += ((answers == labels) & is_complete).sum()
                 complete[k] += is_complete.sum()
@@ -122,43 +127,42 @@ def groups(lengths, tau):
     """
     lengths = sorted(set(lengths))
     while lengths:
-        together = [length for length in lengths if lengths[-1] - tau <= 2 * (length - tau)]
-        lengths = lengths[:-len(together)]
-        for first in range(min(NEIGHBOURS, len(together))):
-            yield together[first::NEIGHBOURS]
+        near = [length for length in lengths if lengths[-1] - tau <= 2 * (length - tau)]
+        lengths = lengths[:-len(near)]
+        for first in range(min(NEIGHBOURS, len(near))):      # dealt out like cards
+            yield near[first::NEIGHBOURS]
 
 
 def n_contexts(group, tau, sequences):
-    """So many contexts that at least `sequences` of them are complete at the shortest length. If it
-    costs at most a quarter more, each position occurs equally often."""
+    """How many contexts to draw, so that at least `sequences` are complete at the shortest length.
+    If it costs at most a quarter more, every position occurs equally often."""
     positions = group[-1] - tau
-    n = -(-sequences * positions // (group[0] - tau))
-    return -(-n // positions) * positions if n > 4 * positions else n
+    n = math.ceil(sequences * positions / (group[0] - tau))
+    return math.ceil(n / positions) * positions if n > 4 * positions else n
 
 
-def answers_at(model, tokens, lengths, progress):
+def answers_at(model, tokens, lengths, segment, progress):
     """Read tokens (n, L + 1) once, and yield the answers (n,) to its query after each length."""
     states, start = None, 0
     for length in lengths:
-        for segment in tokens[:, start:length].split(SEGMENT, dim=1):
+        for part in tokens[:, start:length].split(segment, dim=1):
             # Only the states are needed: the last layer may leave out most outputs.
-            _, states = model.run_layers(segment, states, last_only=True)
-            progress.update(segment.numel())
+            _, states = model.run_layers(part, states, last_only=True)
+            progress.update(part.numel())
             progress.report(f"testing: {progress.n / progress.total:.0%}")
         start = length
         x, _ = model.run_layers(tokens[:, -1:], states)      # the query; its state is dropped
         yield model.head(x[:, -1]).argmax(-1)
 
 
-# ---- the model of a run --------------------------------------------------------------------------
-
 @torch.no_grad()
-def accuracy_now(model, config, generator, device):
+def training_accuracy(model, config, generator):
     """During training: accuracy on TEST_SEQUENCES sequences of the training length, a tensor ()."""
     K, M, tau, L = (config[flag] for flag in ("K", "M", "tau", "L"))
-    batch = TASKS[config["task"]](TEST_SEQUENCES, L, K, M, tau, device, generator, False)
+    task = TASKS[config["task"]]
+    batch = task(TEST_SEQUENCES, L, K, M, tau, generator.device, generator, False)
     model.eval()                                             # a layer of yours may have dropout
-    accuracy = accuracy_of(model, *batch)
+    accuracy = batch_accuracy(model, *batch)
     model.train()
     return accuracy
 
@@ -178,7 +182,7 @@ def lengths_to_test(L, M=1, tau=1, task="recall"):
     """Every length from the shortest to 3L, or evenly spaced ones if those are too many."""
     least = shortest(M, tau, task)
     most = MOST_LENGTHS if task == "recall" else MOST_LENGTHS_ALONE
-    apart = -(-(3 * L + 1 - least) // most)                  # rounded up
+    apart = math.ceil((3 * L + 1 - least) / most)
     return sorted({*range(3 * L, least - 1, -apart), *some_lengths(L, least)})
 
 
@@ -199,17 +203,6 @@ def print_table(result, lengths=None):
     say(f"(trained at {L})")
 
 
-@torch.no_grad()
-def show_answers(model, config, device):
-    """Print three sequences of recall, with the model's answers."""
-    L, K, M, tau, seed = (config[flag] for flag in ("L", "K", "M", "tau", "seed"))
-    tokens, labels = recall_batch(3, L, K, M, tau, device, stream(seed, "evaluation", device))
-    answers = model(tokens).argmax(-1)
-    for row, answer, label in zip(tokens, answers.tolist(), labels.tolist()):
-        verdict = "right" if answer == label else f"wrong, the value is {label}"
-        say(f"{show(row, tau)}  ->  {answer}, {verdict}")
-
-
 # ---- the command ---------------------------------------------------------------------------------
 
 def merged(old, lengths, accuracies, sequences):
@@ -228,16 +221,22 @@ def merged(old, lengths, accuracies, sequences):
             "sequences": counts[0] if len(set(counts)) == 1 else list(counts)}
 
 
-def save(path, config, lengths, accuracies, sequences):
-    """Add the numbers of a checkpoint to the JSON beside it, unless that is of another run."""
+def save(path, digest, lengths, accuracies, sequences):
+    """Add the numbers of a checkpoint, which had this SHA-256, to the JSON of the same model."""
     stem = os.path.splitext(path)[0]
-    with locked(stem, wait=True):                    # two processes must not overwrite each other
+
+    def read():
         result = read_result(stem + ".json")
-        if result is None or {**DEFAULTS, **result["config"]} != config:
-            say(f"{stem}.json is missing, damaged or of another run: only printed")
-        else:
-            result["eval"] = merged(result["eval"], lengths, accuracies, sequences)
-            write_json(stem + ".json", result)
+        return result if result and result.get("checkpoint") == digest else None
+
+    if read():
+        with locked(stem, wait=True):                # two processes must not overwrite each other
+            result = read()
+            if result:
+                result["eval"] = merged(result["eval"], lengths, accuracies, sequences)
+                write_json(stem + ".json", result)
+                return
+    say(f"{stem}.json is missing, damaged or of another model: only printed")
 
 
 def main(argv=None):
@@ -260,27 +259,26 @@ def main(argv=None):
     try:
         device = pick_device(args.device)
         if not paths:
-            raise ValueError("RUN.pt is missing: name at least one checkpoint of a finished run")
+            raise ValueError("RUN.pt is missing: name the checkpoint of a finished run")
         for word in words:
             if not word.removeprefix("-").isdecimal():
                 raise ValueError(f"--lengths has {word!r}, but lengths are whole numbers: 64 128")
         lengths = sorted(set(map(int, words)))
-        if lengths and lengths[-1] > 2**26:
-            raise ValueError(f"--lengths has {lengths[-1]}, but it must be at most 2^26")
         if args.sequences < 1:
             raise ValueError(f"--sequences is {args.sequences}, but it must be at least 1")
         if not 0 <= args.seed < 2**30:
             raise ValueError(f"--seed is {args.seed}, but it must be from 0 to 2^30 - 1")
-        checkpoints = [(path, *load_run(path, device)) for path in paths]
-        for path, _, c in checkpoints:
+        checkpoints = [(path, digest_of(path), *load_run(path, device)) for path in paths]
+        for path, _, _, c in checkpoints:
             least = shortest(c["M"], c["tau"], c["task"])
-            if lengths and lengths[0] < least:
-                raise ValueError(f"--lengths has {lengths[0]}, but {path} needs at least {least}")
+            most = 2**26 if c["task"] == "recall" else 2**16             # for gigabytes of memory
+            for wrong in (n for n in lengths if not least <= n <= most):
+                raise ValueError(f"--lengths has {wrong}, but {path} takes {least} to {most:,}")
     except ValueError as error:
         parser.error(str(error))
 
-    found = []
-    for path, model, c in checkpoints:
+    found, unwritten = [], []
+    for path, digest, model, c in checkpoints:
         tested = lengths or lengths_to_test(c["L"], c["M"], c["tau"], c["task"])
         torch.set_flush_denormal(True)       # a CPU computes denormal floats 10 to 50 times slower
         accuracies = evaluate(model, c, tested, args.sequences, device, args.seed, bar=True)
@@ -290,9 +288,11 @@ def main(argv=None):
         print_table({"config": c, "eval": {"length": tested, "accuracy": accuracies}}, lengths)
         try:
             if not args.no_save:
-                save(path, c, tested, accuracies, args.sequences)
+                save(path, digest, tested, accuracies, args.sequences)
         except OSError as error:
-            sys.exit(f"eval.py: the numbers of {path} were not written: {error.strerror}")
+            unwritten.append(f"the numbers of {path} were not written: {error.strerror}")
+    if unwritten:
+        sys.exit("eval.py: " + "; ".join(unwritten))
     return found
 
 

@@ -9,6 +9,7 @@ for the tests during training.
 
 import contextlib
 import importlib.util
+import inspect
 import os
 import shutil
 import time
@@ -22,9 +23,9 @@ from runs import shape_of
 
 WARMUP_CALLS = 3       # launched one kernel at a time: they allocate memory, and may compile
 FIRST_CALLS = WARMUP_CALLS + 2       # one that captures and replays, and one that tells the time
-GUESSED_SECONDS = {"training step": 25, "test": 15}     # to compile, until this process timed it
-SPEEDUP = 2.5          # of compiling, a guess: from 2.4 (rope) to 8 (mamba) on an H100
-SMALL_D, SMALL_L = 16, 256
+GUESSED_SECONDS = {"training step": 25, "test": 15}     # to compile, until this has been measured
+SPEEDUP = 2.5          # a low guess; compiled, rope is 2.4 times as fast, mamba 8 times, on an H100
+SMALL_D, SMALL_L = 16, 256     # up to this width and length, launching costs more than computing
 measured_seconds = {}  # (function, shape) -> what this process took to compile it
 
 
@@ -75,8 +76,8 @@ def compile_part(function, config):
     small = is_small(config)
     sums = {"decompose_mm_pass": {"min_first_dimension_decomposition": 1,
                                   "max_other_dimension_decomposition": 10**9}}
-    # torch's pass reads its two numbers from this global setting, once per process. Whether it runs
-    # at all is read from the options of each compilation.
+    # A quirk of torch: this pass takes its two numbers from the global setting, once per process,
+    # but the options of a compilation say whether it runs. So both are set.
     inductor.post_grad_fusion_options = sums
     options = {"combo_kernels": small, "comprehensive_padding": not small,
                "post_grad_fusion_options": {}}
@@ -107,11 +108,13 @@ class Captured:
     """A function that is called many times: captured in a CUDA graph, and compiled when that pays.
 
     A call does what function(*parts) does, up to rounding, and returns its result, a tensor that
-    the next call overwrites. The function must do the same operations on the same tensors every
-    time, because a replay runs no Python; it must not wait for the GPU, and must draw from
-    `generator` alone. name: "training step" or "test"; parts: the functions that it calls, later
-    replaced by compiled ones; config: the run's, whose "compile" is auto, on or off. On other
-    devices than CUDA, a call is function(*parts) and no more.
+    the next call overwrites. On other devices than CUDA, that is all. The function must do the same
+    operations on the same tensors every time, because a replay runs no Python; it must not wait for
+    the GPU, and must draw from `generator` alone.
+
+    name: "training step" or "test"
+    parts: the functions that it calls, later replaced by compiled ones
+    config: the run's, whose "compile" is auto, on or off
     """
 
     def __init__(self, name, function, parts, generator, config):
@@ -138,13 +141,12 @@ class Captured:
         self.total_seconds = 0.0      # of all timed calls together
 
     def __call__(self):
-        # Calls 1 to 3 launch the kernels. Call 4 captures, and replays for the first time. Call 5
-        # is timed for `compile_if_it_pays`, and later calls are replays.
         if not self.on_cuda:
             return self.function(*self.parts)
-        self.calls += 1
-        if self.calls > FIRST_CALLS:
+        if self.calls == FIRST_CALLS:
             return self.replay()
+        # Calls 1 to 3 launch the kernels; call 4 captures and replays; call 5 tells the time.
+        self.calls += 1
         torch.cuda.synchronize()
         began = time.monotonic()
         if self.calls == WARMUP_CALLS + 1:       # capturing runs no kernel; the first replay does
@@ -184,14 +186,14 @@ class Captured:
 def steps_left(step, last, runs_left):
     """A guess of the steps to go in this run and in the runs of its shape that follow.
 
-    A run ends when its task is solved, so nobody knows. We guess that this run is half over, and
-    that the others will take as many steps. last: the step at which it ends, as far as known.
+    A run ends when its task is solved, so nobody knows. We guess that this run is half over, but
+    ends at the step `last` at the latest, and that the others will take as many steps.
     """
     to_go = min(step, last - step)
     return to_go + runs_left * (step + to_go)
 
 
-# ---- A faster start ------------------------------------------------------------------------------
+# ---- a faster start ------------------------------------------------------------------------------
 
 class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW without the wrappers that import torch's compiler.
@@ -200,11 +202,7 @@ class AdamW(torch.optim.AdamW):
     here no_grad does. Not for use inside torch.compile, nor with differentiable=True.
     """
 
-    def _unwrapped(name):
-        method = getattr(torch.optim.AdamW, name)
-        return getattr(method, "__wrapped__", method)
 
-    add_param_group, zero_grad = _unwrapped("add_param_group"), _unwrapped("zero_grad")
-    state_dict, load_state_dict = _unwrapped("state_dict"), _unwrapped("load_state_dict")
-    step = torch.no_grad()(_unwrapped("step"))
-    del _unwrapped
+for name in "add_param_group", "zero_grad", "state_dict", "load_state_dict", "step":
+    setattr(AdamW, name, inspect.unwrap(getattr(torch.optim.AdamW, name)))
+AdamW.step = torch.no_grad()(AdamW.step)

@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import glob
 import itertools
+import math
 import os
 import signal
 import sys
@@ -31,7 +32,8 @@ from output import say
 from runs import check, is_finished, read_result, remove, run_name, shape_of
 from summary import DEFAULTS, GRID, IGNORED, default_lr
 
-FAILURES = FloatingPointError, OSError, torch.OutOfMemoryError   # of a run; they end no other
+LOCKS = ".locks"      # the folder of lock files, in that of the results
+FAILURES = FloatingPointError, OSError, torch.OutOfMemoryError     # end one run, not the others
 
 
 def configs_of(args):
@@ -55,10 +57,11 @@ def configs_of(args):
 
 
 def prepare_folder(out):
-    """Make the folder of results. Raises ValueError if it cannot be written to."""
+    """Make the folders of results and locks. Raises ValueError if they cannot be written to."""
     try:
-        os.makedirs(out, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
+        for folder in out, os.path.join(out, LOCKS):
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         reason = error.strerror
         raise ValueError(f"--out is {out!r}, but it cannot be written to: {reason}") from None
@@ -67,71 +70,99 @@ def prepare_folder(out):
 class Run(NamedTuple):
     config: dict
     path: str         # OUT/NAME, without an ending
-    title: str        # such as "[3/8] ", before every printed line
+    title: str        # such as "[3/8] ", before every printed line; empty for a single run
 
 
-def make_all(configs, make, show=None):
+def make_all(configs, train_one, show=None):
     """Make the runs that are not finished -> the results of all.
 
-    make(config, path, title, runs_left) makes one. If it raises one of FAILURES, the others are
-    made all the same, and then the program ends with status 1; after Ctrl-C, with 130. runs_left:
-    about how many runs of the same shape this process will make after it. show(result) is called
-    for runs that were finished before.
+    train_one(config, path, title, runs_left) makes a run; runs_left: about how many more of its
+    shape this process will make. If it raises one of FAILURES, that is reported, the other runs are
+    made, and the program ends with status 1 (130 after Ctrl-C). show(result) is called for runs
+    that were finished before.
     """
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    grid, of_shape = [], {}
+    grid = []
     for number, config in enumerate(configs, 1):
         title = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
         grid.append(Run(config, os.path.join(config["out"], run_name(config)), title))
-        of_shape.setdefault(shape_of(config), []).append(grid[-1])
-    with contextlib.suppress(ValueError):        # of a thread, which gets no signals
-        signal.signal(signal.SIGINT, signal.default_int_handler)         # KeyboardInterrupt, below
-    try:
-        if rank == 0:                            # forget what must not be there when others begin
-            for run in grid:
-                remove(failure_of(run))
-                if run.config["overwrite"]:
-                    remove(run.path + ".json", run.path + ".resume.pt")
-        barrier()
-        for run in grid if rank == 0 else ():
-            if is_finished(run.path):
-                say(f"{run.title}{run.path}.json is finished; --overwrite repeats it")
-                if show:
-                    show(read_result(run.path + ".json"))
+    of_shape = by_shape(grid, rank)
+    sharing = math.ceil(processes / len(of_shape))           # processes per shape
 
-        # The first run of a shape may have to compile. So a process stays with a shape while there
-        # are runs of it, and process r begins with shape r.
-        shapes = list(of_shape)
-        first = rank % len(shapes)
-        waiting = [run for shape in shapes[first:] + shapes[:first] for run in of_shape[shape]]
-        sharing = -(-processes // len(shapes))               # processes per shape, rounded up
-        said = False
+    def count_left(run):
+        others = [other for other in of_shape[shape_of(run.config)] if other is not run]
+        return sum(not os.path.exists(other.path + ".json") for other in others) // sharing
+
+    finished = []
+    if rank == 0:                                # clean up before any process begins
+        for run in grid:
+            forget(run)
+        finished = [run for run in grid if is_finished(run.path)]
+    barrier()
+    with keyboard_interrupts():
+        for run in finished:
+            say(f"{run.title}{run.path}.json is finished; --overwrite repeats it")
+            if show:
+                show(read_result(run.path + ".json"))
+        waiting, said = [run for runs in of_shape.values() for run in runs], False
         while waiting:
-            taken = []                                       # by other processes
-            for run in waiting:
-                others = [other for other in of_shape[shape_of(run.config)] if other is not run]
-                left = sum(not os.path.exists(other.path + ".json") for other in others)
-                if not make_if_free(run, make, left // sharing):
-                    taken.append(run)
+            taken = [run for run in waiting if not make_if_free(run, train_one, count_left)]
             if len(taken) == len(waiting):       # others are making all that are left
                 if rank == 0 and not said:
                     say(f"waiting for runs that other processes are making: {len(taken)} left")
                 said = True
                 time.sleep(1)
             waiting = taken
-    except KeyboardInterrupt:
-        if rank == 0:
-            print("\nstopped; the same command without --overwrite continues from the last save, "
-                  "if there is one", file=sys.stderr)
-        sys.exit(130)
-    results = [read_result(run.path + ".json") for run in grid]
+        results = [read_result(run.path + ".json") for run in grid]
     if None in results:
-        sys.exit(f"train.py: {results.count(None)} of {len(grid)} runs failed")
+        missing = grid[results.index(None)].path
+        sys.exit(f"train.py: {results.count(None)} of {len(grid)} runs ended without a result: "
+                 f"{missing}")
     return results
 
 
-def make_if_free(run, make, runs_left):
-    """Make a run, unless it is finished or has failed -> False if another process has it."""
+def by_shape(grid, rank):
+    """{shape: its runs}. The first run of a shape may have to compile, so a process stays with a
+    shape while there are runs of it, and process r begins with shape r."""
+    found = {}
+    for run in grid:
+        found.setdefault(shape_of(run.config), []).append(run)
+    first, shapes = rank % len(found), list(found)
+    return {shape: found[shape] for shape in shapes[first:] + shapes[:first]}
+
+
+@contextlib.contextmanager
+def keyboard_interrupts():
+    """After Ctrl-C, say how to continue, and end the program with status 130."""
+    before = None
+    try:
+        with contextlib.suppress(ValueError):                # raised outside the main thread
+            before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("\nstopped; the same command without --overwrite continues from the last save, "
+                  "if there is one", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
+def forget(run):
+    """Remove what an earlier command left of a run: a failure and, with --overwrite, its result."""
+    remove(failure_of(run))
+    if run.config["overwrite"]:
+        with contextlib.suppress(OSError), locked(run.path, wait=True):
+            remove(run.path + ".json", run.path + ".resume.pt")
+
+
+def make_if_free(run, train_one, count_left):
+    """Make a run, unless that is done already.
+
+    False: another process is working on it. True: nothing is left to do, because it is finished or
+    has failed, now or before.
+    """
     if is_finished(run.path):
         return True
     try:
@@ -139,7 +170,7 @@ def make_if_free(run, make, runs_left):
             if mine and not is_finished(run.path) and not os.path.exists(failure_of(run)):
                 remove(*glob.glob(glob.escape(run.path) + ".*.tmp"))     # of a killed process
                 try:
-                    make(run.config, run.path, run.title, runs_left)
+                    train_one(run.config, run.path, run.title, count_left(run))
                 except FAILURES:                 # tell the others, before the lock is free
                     with contextlib.suppress(OSError):       # the disk may be full
                         open(failure_of(run), "w").close()
@@ -153,7 +184,7 @@ def make_if_free(run, make, runs_left):
 def lock_file(path):
     """OUT/NAME -> OUT/.locks/NAME."""
     folder, name = os.path.split(path)
-    return os.path.join(folder, ".locks", name)
+    return os.path.join(folder, LOCKS, name)
 
 
 def failure_of(run):
@@ -163,10 +194,11 @@ def failure_of(run):
 
 @contextlib.contextmanager
 def locked(path, wait=False):
-    """`with locked(path) as mine:` holds a run, if mine is True; if not, another process has it.
+    """`with locked(path) as mine:` tries to lock a run; mine is True if that worked. With `wait`,
+    it waits until it does.
 
-    wait: until that process is done. The file stays: if it were removed, a process that had just
-    opened it would lock a file that a third one no longer sees.
+    The file is never removed: otherwise a process that had just opened it would lock a file that a
+    third one no longer sees.
     """
     os.makedirs(os.path.dirname(lock_file(path)), exist_ok=True)
     with open(lock_file(path), "a") as file:
@@ -191,7 +223,7 @@ def lock(file, wait=False):
 
 def barrier():
     """Wait for all processes that torchrun started together."""
-    if "RANK" in os.environ:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if not dist.is_initialized():            # once: a second group would meet stale addresses
             dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         dist.barrier()

@@ -28,7 +28,6 @@ import difflib
 import inspect
 import math
 import re
-import textwrap
 from functools import partial
 
 import torch
@@ -48,16 +47,6 @@ from family.mamba3 import Mamba3
 from family.zamba import SharedUse
 from mamba import Mamba
 
-MODELS = {
-    "nope": "2xattention",
-    "learned": "position+2xattention",
-    "rope": "2xrope",
-    "mamba": "2xmamba",
-    "hybrid-a": "mamba+attention",
-    "hybrid-b": "mamba+attention+mamba",
-}
-
-
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm, x / sqrt(mean of x^2) times a weight, plus a bias unless `bias_std` is None.
 
@@ -74,7 +63,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Model(nn.Module):
-    """Embedding, x = x + layer(norm(x)) for each layer, norm, linear map to the vocabulary.
+    """Embed the tokens; for each layer, x = x + layer(norm(x)); a norm; a map to the vocabulary.
 
     layers: a list of modules as described at the top of this file. The embedding is the fixed table
     of data.py unless learn_embedding trains it.
@@ -113,23 +102,20 @@ class Model(nn.Module):
             # Only the last layer may leave tokens out: later layers read the others' outputs.
             if last_only and i == len(self.layers) - 1 and getattr(layer, "answers_last", False):
                 options["last_only"] = True
-            name = type(layer).__name__
-            returned = layer(norm(x), states[i], **options)
-            if not isinstance(returned, tuple) or len(returned) != 2:
-                raise ValueError(f"{name} must return y and its next state")
-            y, states[i] = returned
+            y, states[i] = checked(layer, layer(norm(x), states[i], **options))
             if "last_only" in options:
                 x = x[:, -1:]
             if y.shape[1:] != x.shape[1:]:
+                name = type(layer).__name__
                 raise ValueError(f"{name} returned y {tuple(y.shape)}, not {tuple(x.shape)}")
             x = x + y
         return x[:, -1:] if last_only else x, states
 
     def forward(self, tokens, at=None):
-        """tokens (B, L) int64 -> logits (B, K) of the last token.
+        """tokens (B, L) int64 -> logits (B, K) of the last token, if `at` is None.
 
-        at: the positions to answer at instead of the last, int64: (B,) for one per sequence ->
-        (B, K), (B, Q) for several -> (B, Q, K).
+        at: the positions to answer at, int64: (B,), one per sequence -> (B, K); (B, Q), several ->
+        (B, Q, K).
         """
         x, _ = self.run_layers(tokens, last_only=at is None)                     # (B, 1 or L, d)
         if at is None:
@@ -148,8 +134,23 @@ class Model(nn.Module):
                 layer.extend_positions(positions)
 
 
+def checked(layer, returned):
+    """What a layer returned, if that is y and its next state. Raises ValueError."""
+    if isinstance(returned, tuple) and len(returned) == 2:
+        return returned
+    raise ValueError(f"{type(layer).__name__} must return y and its next state")
+
+
 # ---- from words to layers ------------------------------------------------------------------------
 
+MODELS = {
+    "nope": "2xattention",
+    "learned": "position+2xattention",
+    "rope": "2xrope",
+    "mamba": "2xmamba",
+    "hybrid-a": "mamba+attention",
+    "hybrid-b": "mamba+attention+mamba",
+}
 FAMILY = {  # published models: the order of their layers, not their size
     "rnn": "2xrnn",
     "lti": "2xlti",
@@ -218,22 +219,23 @@ MOST_LAYERS = 256
 
 
 def accepts(word, name):
-    """Whether a layer's constructor has an argument of this name that LAYERS does not set."""
+    """Whether build_layer can choose this argument: the constructor has it, the word leaves it
+    open."""
     build = LAYERS[word]
     fixed = getattr(build, "keywords", {})      # of a partial, whose signature still lists them
     return name in inspect.signature(build).parameters and name not in fixed
 
 
-def build_layer(word, d, L, n_heads, d_state, before):
-    """The layer of this word. L: training length; before: the list of layers in front of it."""
+def build_layer(word, d, L, n_heads, d_state, earlier):
+    """The layer of this word. L: training length; earlier: the list of layers in front of it."""
     values = {
         "n_heads": n_heads,
         "d_state": d_state,
         "headdim": math.gcd(2 * d, 8),                       # of Mamba-2 and Mamba-3
         "window": max(2, L // 4),
         "positions": 3 * L + 1,
-        "recency": None if before else RECENCY,
-        "before": before,                                    # where Zamba finds its shared block
+        "recency": None if earlier else RECENCY,
+        "earlier": earlier,                                  # where Zamba finds its shared block
     }
     return LAYERS[word](d, **{name: v for name, v in values.items() if accepts(word, name)})
 
@@ -245,7 +247,7 @@ def layer_words(name):
         count, word = re.fullmatch(r"(?:(\d+)x)?(.*)", part, re.DOTALL).groups()
         repeats = int(count or 1)
         if word not in LAYERS:
-            known = [*MODELS, *FAMILY] if name == word else []      # there is no hybrid-a+mlp
+            known = [*MODELS, *FAMILY] if name == word else []      # they are no part of a stack
             near = difflib.get_close_matches(word.lower(), [*known, *LAYERS], 1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(
@@ -295,6 +297,4 @@ def state_bytes(model, tokens):
 if __name__ == "__main__":
     print(f"{'--model':<15}{'parameters':>10}   layers, first layer first (d = 8)")
     for name, stack in {**MODELS, **FAMILY}.items():
-        row = f"{name:<15}{build_model(name).n_params():>10,}   {stack.replace('+', '+ ')}"
-        lines = textwrap.wrap(row, 84, subsequent_indent=" " * 28, break_on_hyphens=False)
-        print("\n".join(lines).replace("+ ", "+"))          # wrapped after a +, not within a word
+        print(f"{name:<15}{build_model(name).n_params():>10,}   {stack}")

@@ -66,8 +66,8 @@ def check(config):
     for flag, least in LEAST.items():
         value, word = config[flag], flag.replace("_", "-")
         if type(value) is not int or not least <= value < 2**30:
-            raise ValueError(f"--{word} is {value!r}, but it must be a whole number from {least} to "
-                             "2^30 - 1")
+            raise ValueError(f"--{word} is {value!r}, but it must be a whole number from {least} "
+                             "to 2^30 - 1")
     lr, weight_decay = config["lr"], config["weight_decay"]
     if not is_number(lr) or lr <= 0:
         raise ValueError(f"--lr is {lr!r}, but it must be a number above 0")
@@ -82,7 +82,7 @@ def check(config):
     check_task(config["L"], config["K"], config["M"], config["tau"], config["task"])
     if config["task"] != "recall" and config["train_lengths"] != "fixed":
         raise ValueError(f"--train-lengths is uniform, but --task {config['task']} has one length")
-    check_memory(config)         # and builds the model, which may refuse its layers and heads
+    check_model(config)
     K, M, tau, task = (config[flag] for flag in ("K", "M", "tau", "task"))
     for length in (shortest(M, tau, task), config["L"], 3 * config["L"]):     # tests go to 3 L
         try:
@@ -92,8 +92,9 @@ def check(config):
                              "returns, and where its limits go, is said in data.py") from None
 
 
-def check_memory(config):
-    """Raise a ValueError if a run certainly needs more memory than there is, or has no model."""
+def check_model(config):
+    """Raise a ValueError if the model cannot be built, because of its layers, heads or options, or
+    if a run certainly needs more memory than there is."""
     available = memory(config.get("device"))
     # An embedding table in float64; at least eight float32 activations per token, channel, layer.
     activations = 32 * config["batch_size"] * config["L"] * config["d"]
@@ -159,6 +160,15 @@ def write_checkpoint(path, model, config):
     return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
+def digest_of(path):
+    """The SHA-256 of a file; None if it cannot be read."""
+    try:
+        with open(path, "rb") as f:
+            return hashlib.sha256(f.read()).hexdigest()
+    except OSError:
+        return None
+
+
 def load_run(path, device="cpu"):
     """Read a checkpoint of train.py -> model, config. Raises ValueError if that is impossible."""
     if not os.path.exists(path):
@@ -197,9 +207,10 @@ def read_result(path):
         with open(path, encoding="utf-8") as f:
             result = json.load(f)
         evaluation = result["eval"]
-        whole = len(evaluation["length"]) == len(evaluation["accuracy"]) > 0
-        sections = isinstance(result["config"], dict) and isinstance(result["seconds"], dict)
-        if whole and sections and evaluation["sequences"]:
+        n, counts = len(evaluation["length"]), evaluation["sequences"]
+        counts = counts if isinstance(counts, list) else [counts] * n
+        whole = n == len(evaluation["accuracy"]) == len(counts) > 0 and min(counts) > 0
+        if whole and isinstance(result["config"], dict) and isinstance(result["seconds"], dict):
             return result
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
@@ -218,23 +229,26 @@ def state_of(part):
     return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
 
 
-def set_states(parts, states):
-    for name, part in parts.items():
+def set_states(kept, states):
+    for name, part in kept.items():
         if isinstance(part, torch.Generator):
             part.set_state(states[name].cpu())
         elif isinstance(part, torch.optim.Optimizer):
             own = [{k: v for k, v in group.items() if k != "params"} for group in part.param_groups]
             part.load_state_dict(states[name])
             for group, options in zip(part.param_groups, own):
-                group.update(options)        # above all lr, a tensor that train.run holds, too
+                group.update(options)        # above all lr, a tensor that train_one holds, too
         else:
             part.load_state_dict(states[name])
 
 
-def save_progress(path, parts, **progress):
-    """Write an unfinished run's parts and progress, after a checksum. A full disk is no failure."""
+def save_progress(path, kept, **progress):
+    """Write what an unfinished run needs to continue, after a checksum. A full disk is no failure.
+
+    kept: {name: model, optimizer or generator}, whose states are saved.
+    """
     buffer = io.BytesIO()
-    torch.save({**progress, **{name: state_of(part) for name, part in parts.items()}}, buffer)
+    torch.save({**progress, **{name: state_of(part) for name, part in kept.items()}}, buffer)
     data = buffer.getvalue()
     try:
         write_file(path + ".resume.pt", hashlib.sha256(data).digest() + data)
@@ -242,10 +256,10 @@ def save_progress(path, parts, **progress):
         say(f"{path}.resume.pt was not saved: {error.strerror}; the run continues")
 
 
-def load_progress(path, parts, device, title=""):
-    """Restore the parts from the last save, and say so -> step, curves, seconds.
+def load_progress(path, kept, device, title=""):
+    """Restore what save_progress wrote, and say so -> step, curves, seconds.
 
-    Without a usable save, they are put back as they were before, and the run is at step 0. Raises
+    Without a usable save, everything is put back as it was before, and the run is at step 0. Raises
     OSError if the save cannot be read.
     """
     start = 0, {"step": [], "loss": [], "accuracy": []}, 0.0
@@ -254,17 +268,17 @@ def load_progress(path, parts, device, title=""):
             digest, data = f.read(32), f.read()
     except FileNotFoundError:
         return start
-    before = copy.deepcopy({name: state_of(part) for name, part in parts.items()})
+    before = copy.deepcopy({name: state_of(part) for name, part in kept.items()})
     try:
         if hashlib.sha256(data).digest() != digest:
             raise ValueError
         saved = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-        set_states(parts, saved)
+        set_states(kept, saved)
         progress = saved["step"], saved["curves"], saved["seconds"]
     except torch.OutOfMemoryError:                           # the save may be whole
         raise
     except Exception:     # damaged, or of another version of the code or kind of device
-        set_states(parts, before)
+        set_states(kept, before)
         remove(path + ".resume.pt")
         say(f"{path}.resume.pt is damaged, or of another version or device; the run starts from "
             "the beginning")

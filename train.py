@@ -21,8 +21,8 @@ import torch
 
 import gpu
 import runs
-from data import TASKS, stream
-from eval import accuracy_now, evaluate, lengths_to_test, print_table, show_answers
+from data import TASKS, show_answers, stream
+from eval import evaluate, lengths_to_test, print_table, training_accuracy
 from grid import configs_of, make_all, prepare_folder
 from hybrid import FAMILY, LAYERS, MODELS, state_bytes
 from output import Progress, say, short_errors
@@ -34,8 +34,8 @@ CLIP = 0.2               # maximum norm of the gradient
 TESTS = 200              # in a long run; in a short one, fewer
 STEPS_APART = 10         # minimum between two tests, if --steps is at least 200
 SOLVED_TESTS = 3         # a task is solved when this many tests in a row reach SOLVED
-COOLDOWN_STEPS = 1000    # the learning rate falls in the last fifth of a run: in at least 1,000
-COOLDOWN_SHARE = 1 / 5   # steps, but at most a quarter of the run
+COOLDOWN_SHARE = 1 / 5   # the learning rate falls over the last fifth of a run, or over 1,000 steps
+COOLDOWN_STEPS = 1000    # if that is more, but never over more than a quarter of the run
 EVAL_SEQUENCES = 1024    # of each length, after training
 STATE_TOKENS = 64, 4096  # contexts after which the size of the state is reported
 SAVE_SECONDS = 5         # between saves of an unfinished run
@@ -118,7 +118,7 @@ def last_step(curves, config):
 
 
 def make_optimizer(model, config, device):
-    """AdamW. It skips parameters without a gradient. Vectors and A_log have no weight decay."""
+    """AdamW. Vectors and A_log get no weight decay; the fixed embedding has no gradient."""
     decayed, others = [], []
     for name, p in model.named_parameters():
         group = decayed if p.dim() > 1 and not name.endswith("A_log") else others
@@ -130,28 +130,28 @@ def make_optimizer(model, config, device):
 
 
 def make_training_step(model, optimizer, config, generator):
-    """Returns training_step and its arguments: functions, so that gpu.Captured can compile them."""
+    """Returns training_step and the functions it takes, which gpu.Captured may compile."""
     B, L, K, M, tau = (config[flag] for flag in ("batch_size", "L", "K", "M", "tau"))
     uniform, device = config["train_lengths"] == "uniform", generator.device
 
-    def loss_of(tokens, labels, at):
+    def compute_loss(tokens, labels, at):
         logits = model(tokens, at)                                        # (B, K), or (B, Q, K)
         return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
-    def training_step(draw_batch, loss_of, clip):
+    def training_step(draw_batch, compute_loss, clip):
         tokens, labels, at = draw_batch(B, L, K, M, tau, device, generator, uniform)
-        loss = loss_of(tokens, labels, at)
+        loss = compute_loss(tokens, labels, at)
         optimizer.zero_grad()
         loss.backward()
         clip([p for p in model.parameters() if p.requires_grad], CLIP)
         optimizer.step()
         return loss.detach()
 
-    return training_step, (TASKS[config["task"]], loss_of, torch.nn.utils.clip_grad_norm_)
+    return training_step, (TASKS[config["task"]], compute_loss, torch.nn.utils.clip_grad_norm_)
 
 
-def run(config, path, title="", runs_left=0):
-    """Make one run and write path.pt and path.json.
+def train_one(config, path, title="", runs_left=0):
+    """Train one model, test it, and write path.pt and path.json.
 
     title: prefix of every printed line; runs_left: how many runs with its shapes follow. Raises
     FloatingPointError if the loss becomes NaN or infinite, OSError if the result cannot be written.
@@ -167,16 +167,16 @@ def run(config, path, title="", runs_left=0):
     test_draws = stream(config["seed"], "test", device)
 
     # Continue a run that was killed.
-    parts = {"model": model, "optimizer": optimizer, "training": draws, "testing": test_draws}
-    step, curves, seconds = runs.load_progress(path, parts, device, title)
+    kept = {"model": model, "optimizer": optimizer, "training": draws, "testing": test_draws}
+    step, curves, seconds = runs.load_progress(path, kept, device, title)
 
     # next_step() is training_step, above, and next_test() a test. On CUDA they become graphs.
     training_step, functions = make_training_step(model, optimizer, config, draws)
     next_step = gpu.Captured("training step", training_step, functions, draws, config)
-    next_test = gpu.Captured("test", lambda model: accuracy_now(model, config, test_draws, device),
+    next_test = gpu.Captured("test", lambda model: training_accuracy(model, config, test_draws),
                              [model], test_draws, config)
 
-    # 20,000 steps: a test every 100. Tests are 10 or more apart; 20 to 199 steps have 20 to 39.
+    # Tests are at least 10 steps apart; a run of fewer than 200 steps has 20 to 39 of them.
     every = max(1, steps // TESTS, min(STEPS_APART, steps // 20))
     last = last_step(curves, config)
     began = saved_at = time.monotonic()
@@ -209,7 +209,7 @@ def run(config, path, title="", runs_left=0):
         now = time.monotonic()
         if now - saved_at > SAVE_SECONDS and step < last:
             saved_at = now
-            runs.save_progress(path, parts, step=step, curves=curves, seconds=seconds + now - began)
+            runs.save_progress(path, kept, step=step, curves=curves, seconds=seconds + now - began)
     bar.close()
     seconds += time.monotonic() - began
 
@@ -234,12 +234,12 @@ def run(config, path, title="", runs_left=0):
         ended = f"stopped at step {step:,}, not solved; more --steps may help"
     say(f"{title}{ended}; wrote {path}.json")
     print_table(result)
-    if not title and config["task"] == "recall":             # the command's only run
+    if not title and config["task"] == "recall":             # a command's only run has no title
         show_answers(model, config, device)
 
 
 def configs_from(argv=None):
-    """The config of every run that a command asks for."""
+    """Parse a command -> a config for each run. Makes their folder, sets torch's threads."""
     parser, args = parse(argv)
     try:
         configs = configs_of(args)
@@ -253,7 +253,7 @@ def configs_from(argv=None):
 
 def main(argv=None):
     """Make the runs of a command; returns their results."""
-    return make_all(configs_from(argv), run, print_table)
+    return make_all(configs_from(argv), train_one, print_table)
 
 
 if __name__ == "__main__":

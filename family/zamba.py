@@ -63,8 +63,8 @@ class SharedBlock(nn.Module):
 class SharedUse(nn.Module):
     """One use of a SharedBlock. Its state is a KVCache of its own.
 
-    before: the layers below this one. Uses with equal arguments share blocks: the first `blocks` of
-        them create one each, and a later one takes that of the use `blocks` before it.
+    earlier: the layers below this one. Uses with equal arguments share blocks: the first `blocks`
+        of them create one each, and a later one takes that of the use `blocks` before it.
     blocks: how many blocks there are; Zamba2 has two.
     rank: of the correction to the MLP's first map, 0 for none, as in Zamba. Zamba2's 1.2B model
         corrects its attention too, which is left out.
@@ -72,10 +72,10 @@ class SharedUse(nn.Module):
 
     attends = skips_norm = needs_embedding = True      # class attributes that hybrid.py explains
 
-    def __init__(self, d_model, before, n_heads=1, blocks=1, rank=0, position="none"):
+    def __init__(self, d_model, earlier, n_heads=1, blocks=1, rank=0, position="none"):
         super().__init__()
         self.kind = (d_model, n_heads, blocks, rank, position)
-        uses = [layer for layer in before if getattr(layer, "kind", None) == self.kind]
+        uses = [layer for layer in earlier if getattr(layer, "kind", None) == self.kind]
         if len(uses) < blocks:
             self.block = SharedBlock(2 * d_model, n_heads, position)
         else:

@@ -10,6 +10,7 @@ same command resumes a killed one. Other flags, such as --device, are passed on 
 """
 
 import argparse
+import fnmatch
 import glob
 import json
 import os
@@ -29,6 +30,7 @@ import train
 from grid import barrier, make_all
 from hybrid import FAMILY, MODELS
 from output import GREY, short_errors
+from runs import run_name
 from summary import COLOURS, group
 
 REACH = {"conv2+attention": 1, "conv+attention": 3, "conv8+attention": 7}   # tokens back: taps - 1
@@ -228,7 +230,7 @@ EXPERIMENTS = {
 def share(paths):
     """This process's share of a list, if torchrun started several."""
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    return paths[rank::processes]
+    return sorted(paths)[rank::processes]
 
 
 def main(argv=None):
@@ -270,14 +272,16 @@ def make(args, flags):
             words = [*line.split(), "--seed", *args.seed, "--out", f"{args.out}/{name}", *flags]
             configs += train.configs_from(words)
     try:
-        make_all(configs, train.run, train.print_table)
+        make_all(configs, train.train_one, train.print_table)
     except SystemExit as error:
         if error.code == 130:                                    # Ctrl-C
             raise
         failed = error.code
     for name in args.names:
         for pattern, line in EXPERIMENTS[name].get("test", ()):
-            paths = share(sorted(glob.glob(f"{args.out}/{name}/{pattern}.pt")))
+            folder = f"{args.out}/{name}"
+            made = [f"{folder}/{run_name(c)}.pt" for c in configs if c["out"] == folder]
+            paths = share(fnmatch.filter(filter(os.path.exists, made), f"{folder}/{pattern}.pt"))
             if paths:
                 evaluation.main([*paths, *line.split()])
     barrier()                                                # figures need the tests of all

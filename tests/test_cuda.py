@@ -13,7 +13,7 @@ import train
 from bench import peak_megabytes
 from conftest import relative
 from data import TASKS, stream
-from eval import accuracy_now
+from eval import training_accuracy
 from family.mamba2 import ssd, ssd_ref
 from fused_scan import compiled_scan, parallel_scan
 from mamba import selective_scan, selective_scan_ref
@@ -150,7 +150,7 @@ def test_captured_and_compiled_tests_are_tests(model, task):
         generator = stream(0, "test", device)
 
         def test(net):
-            return accuracy_now(net, config, generator, device)
+            return training_accuracy(net, config, generator)
 
         one = gpu.Captured("test", test, [net], generator, {**config, "compile": mode})
         return [float(one() if mode else test(net)) for _ in range(8)]

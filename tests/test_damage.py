@@ -77,7 +77,8 @@ def test_progress_that_does_not_fit_into_memory_is_kept(train_tiny, monkeypatch,
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     capsys.readouterr()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="1 of 1 runs failed"):
+    ended = pytest.raises(SystemExit, match="1 of 1 runs ended without a result")
+    with monkeypatch.context() as patch, ended:
         patch.setattr(torch, "load", full)
         train_tiny()
     line, = [line for line in capsys.readouterr().out.splitlines() if "failed" in line]
@@ -87,7 +88,7 @@ def test_progress_that_does_not_fit_into_memory_is_kept(train_tiny, monkeypatch,
 
 def test_progress_that_cannot_be_read_is_one_sentence(train_tiny, tmp_path, capsys):
     (tmp_path / "out" / (NAME + ".resume.pt")).mkdir(parents=True)
-    with pytest.raises(SystemExit, match="1 of 1 runs failed"):
+    with pytest.raises(SystemExit, match="1 of 1 runs ended without a result"):
         train_tiny()
     line, = [line for line in capsys.readouterr().out.splitlines() if "failed" in line]
     assert "Is a directory" in line and ".resume.pt" in line
@@ -119,7 +120,7 @@ def test_planted_links_are_not_followed(train_tiny, monkeypatch, tmp_path):
 
 def test_a_lock_that_cannot_be_opened_is_one_sentence(train_tiny, tmp_path, capsys):
     (tmp_path / "out/.locks" / NAME).mkdir(parents=True)
-    with pytest.raises(SystemExit, match="1 of 2 runs failed"):
+    with pytest.raises(SystemExit, match="1 of 2 runs ended without a result"):
         train_tiny("--seed", 0, 1)
     line, = [line for line in capsys.readouterr().out.splitlines() if "failed" in line]
     assert ".locks" in line and "Is a directory" in line
@@ -154,7 +155,7 @@ def test_a_result_that_cannot_be_written_is_one_sentence(function, train_tiny, m
         patch.setattr(os, function, full)
         with pytest.raises(SystemExit) as stop:
             train_tiny("--seed", 0, 1)
-    assert "2 of 2 runs failed" in stop.value.code
+    assert "2 of 2 runs ended without a result" in stop.value.code
     lines = [line for line in capsys.readouterr().out.splitlines() if "No space left" in line]
     assert len(lines) == 2 and names(tmp_path / "out") == []
     assert len(train_tiny("--seed", 0, 1)) == 2
@@ -169,5 +170,5 @@ def test_a_folder_that_disappears_is_one_sentence(train_tiny, monkeypatch, tmp_p
     monkeypatch.setattr(train, "evaluate", delete)
     with pytest.raises(SystemExit) as stop:
         train_tiny("--seed", 0, 1)
-    assert "runs failed" in str(stop.value.code)
+    assert "runs ended without a result" in str(stop.value.code)
     assert "No such file or directory" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """Accuracy against length: right for a model that knows the answer, and as certain as it says."""
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,9 +84,9 @@ def test_labels_of_one_answer_may_have_a_dimension_for_it():
     labels = model(tokens).argmax(-1)                        # (40,): all are right
     labels[:10] = (labels[:10] + 1) % 16
     for shape in (40,), (40, 1):
-        assert evaluation.accuracy_of(model, tokens, labels.view(shape), None) == 0.75
+        assert evaluation.batch_accuracy(model, tokens, labels.view(shape), None) == 0.75
     with pytest.raises(RuntimeError):
-        evaluation.accuracy_of(model, tokens, labels.repeat(2), None)
+        evaluation.batch_accuracy(model, tokens, labels.repeat(2), None)
 
 
 def test_accuracy_is_the_share_of_right_answers():
@@ -223,14 +225,21 @@ def test_batches_are_bounded(monkeypatch):
     assert max(rows * min(length, 100) * d for rows, length in drawn) <= 2000
 
 
-@pytest.mark.parametrize("length", [193, 4096, 2**16])
-def test_scores_that_attention_stores_are_bounded(length):
-    segment = min(length, evaluation.SEGMENT)
-    rows = {name: evaluation.rows_per_call(build_model(name), length, segment)
-            for name in ("alibi", "mamba")}
-    most = evaluation.CALL_FLOATS * evaluation.SCORES
-    assert rows["alibi"] == 1 or rows["alibi"] * segment * length <= most
-    assert rows["mamba"] >= rows["alibi"] and rows["mamba"] * segment * 8 <= evaluation.CALL_FLOATS
+def test_scores_that_attention_stores_are_bounded(monkeypatch):
+    """Attention stores a score for each token of a call and each token so far."""
+    class Attends(Oracle):
+        layers = [types.SimpleNamespace(attends=True)]
+
+        def run_layers(self, tokens, states=None, last_only=False):
+            x, after = super().run_layers(tokens, states, last_only)
+            scores.append(tokens.numel() * after[0].shape[1])
+            return x, after
+
+    scores = []
+    monkeypatch.setattr(evaluation, "CALL_FLOATS", 2000)
+    monkeypatch.setattr(evaluation, "SCORES_PER_FLOAT", 4)
+    assert accuracy_by_length(Attends(16, 1), [3, 100, 500], 16, 4, 1, 60) == [1.0] * 3
+    assert 4000 < max(scores) <= 2000 * 4 + 500
 
 
 def test_evaluation_reads_its_own_stream(half_trained, monkeypatch):
@@ -253,7 +262,7 @@ def test_lengths_to_test():
 
 def test_accuracy_during_training_goes_in_parts(half_trained, monkeypatch):
     config = {"task": "recall", "K": 16, "M": 8, "tau": 1, "L": 12}
-    whole = evaluation.accuracy_now(half_trained, config, stream(3, "test"), torch.device("cpu"))
+    whole = evaluation.training_accuracy(half_trained, config, stream(3, "test"))
     d = half_trained.embedding.embedding_dim
     monkeypatch.setattr(evaluation, "CALL_FLOATS", 13 * 5 * d)
     sizes, forward = [], half_trained.forward
@@ -262,7 +271,7 @@ def test_accuracy_during_training_goes_in_parts(half_trained, monkeypatch):
         sizes.append(len(tokens))
         return forward(tokens, at)
     monkeypatch.setattr(half_trained, "forward", noted)
-    again = evaluation.accuracy_now(half_trained, config, stream(3, "test"), torch.device("cpu"))
+    again = evaluation.training_accuracy(half_trained, config, stream(3, "test"))
     assert again == whole and set(sizes) == {4}                      # a power of two, at most 5
     tokens, labels = evaluation.recall_batch(512, 12, 16, 8, 1, generator=stream(3, "test"))
     assert whole == (forward(tokens).argmax(-1) == labels).float().mean().item()

@@ -177,7 +177,7 @@ def test_a_model_of_another_run_is_only_tested(folder, capsys):
     evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "5", "--sequences", "4",
                      "--device", "cpu"])
     assert (folder / (HYBRID + ".json")).read_text() == before
-    assert "of another run: only printed" in capsys.readouterr().out
+    assert "of another model: only printed" in capsys.readouterr().out
 
 
 def test_a_result_made_before_a_flag_existed_takes_new_numbers(folder):
@@ -219,7 +219,48 @@ def test_a_json_that_is_no_result_is_left_alone(text, folder, capsys):
     evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "5", "--sequences", "4",
                      "--device", "cpu"])
     assert path.read_text() == text
-    assert f"{path} is missing, damaged or of another run: only printed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{path} is missing, damaged or of another model: only printed" in said
+
+
+@pytest.mark.parametrize("sequences", ["many", [16], 0, [16] * 21 + ["16"], None])
+def test_a_json_with_wrong_numbers_of_sequences_is_left_alone(sequences, folder, capsys):
+    path, result = folder / (HYBRID + ".json"), result_of(folder)
+    result["eval"]["sequences"] = sequences
+    path.write_text(json.dumps(result))
+    before = path.read_text()
+    evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "5", "--sequences", "4",
+                     "--device", "cpu"])
+    assert path.read_text() == before and "only printed" in capsys.readouterr().out
+
+
+def test_numbers_of_a_model_that_was_replaced_meanwhile_are_only_printed(folder, monkeypatch):
+    """The run was trained again, with the same flags, while its old model was tested."""
+    path, evaluate = folder / (HYBRID + ".json"), evaluation.evaluate
+
+    def slowly(*words, **options):
+        path.write_text(json.dumps({**result_of(folder), "checkpoint": "another"}))
+        return evaluate(*words, **options)
+
+    monkeypatch.setattr(evaluation, "evaluate", slowly)
+    evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "50", "--sequences", "4",
+                     "--device", "cpu"])
+    assert 50 not in result_of(folder)["eval"]["length"]
+
+
+def test_one_json_that_cannot_be_written_does_not_end_the_others(folder, monkeypatch, capsys):
+    write = evaluation.write_json
+
+    def full_for_one(path, result):
+        if HYBRID in path:
+            raise OSError(28, "No space left on device")
+        write(path, result)
+
+    monkeypatch.setattr(evaluation, "write_json", full_for_one)
+    with pytest.raises(SystemExit, match="hybrid-b.* were not written: No space left"):
+        evaluation.main([*(str(folder / (name + ".pt")) for name in (HYBRID, LEARNED)),
+                         "--lengths", "50", "--sequences", "4", "--device", "cpu"])
+    assert 50 in result_of(folder, LEARNED)["eval"]["length"]
 
 
 def test_a_disk_that_is_full_is_one_sentence(folder, monkeypatch, capsys):
@@ -239,7 +280,7 @@ def test_a_disk_that_is_full_is_one_sentence(folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    ("--lengths 9 99999999999999999999", "at most 2^26"), ("--lengths 2", "--lengths has 2, but"),
+    ("--lengths 9 99999999999999999999", "to 67,108,864"), ("--lengths 2", "--lengths has 2, but"),
     ("--lengths 8 0", "--lengths has 0"), ("--lengths -5 9", "--lengths has -5"),
     ("--lengths 1.5", "1.5"), ("--lengths 8,16", "--lengths has '8,16'"),
     ("--lengths", "--lengths"), ("--sequences 0", "--sequences is 0"),

@@ -165,7 +165,7 @@ RECURRENT = [word for word in EVERY_WORD if not attends(word)]
 def test_a_token_that_is_not_finite_reaches_no_earlier_output(word, bad):
     """And all that is NaN after single steps is not finite after one call."""
     torch.manual_seed(0)
-    layer = build_layer(word, d=8, L=40, n_heads=1, d_state=16, before=[]).double()
+    layer = build_layer(word, d=8, L=40, n_heads=1, d_state=16, earlier=[]).double()
 
     def call(x, state=None):
         if getattr(layer, "needs_embedding", False):

@@ -71,12 +71,32 @@ def test_a_run_that_fails_does_not_keep_others_from_being_made(tmp_path, monkeyp
     assert stop.value.code == 2, "a wrong flag is not a run that fails"
     tiny["train"].pop()
     capsys.readouterr()
-    with pytest.raises(SystemExit, match="train.py: 1 of 2 runs failed"):
+    with pytest.raises(SystemExit, match="train.py: 1 of 2 runs ended without a result"):
         make.main(["tiny", "--out", out, "--device", "cpu", "--overwrite"])
     said = capsys.readouterr().out
     assert said.count("failed: the loss") == 1 and said.count("wrote ") == 1, "made twice"
     stem = "nope_M1_tau1_K16_d8_L8_batch-size4_steps20_seed0"
     assert names(out + "/tiny") == [f"{stem}.json", f"{stem}.pt"]
+
+
+def test_a_process_without_a_test_of_its_own_goes_on(tmp_path, monkeypatch, capsys):
+    """One run for two processes, and the progress of another seed, which nobody tests."""
+    monkeypatch.setattr(evaluation, "TEST_SEQUENCES", 32)
+    monkeypatch.setattr(train, "EVAL_SEQUENCES", 16)
+    monkeypatch.setattr(grid, "barrier", lambda: None)
+    monkeypatch.setattr(make, "barrier", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    tiny = {"train": ["--model nope --L 8 --steps 2 --batch-size 4"],
+            "test": [("*", "--lengths 30 --sequences 20")], "draw": {}}
+    monkeypatch.setitem(make.EXPERIMENTS, "tiny", tiny)
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "nope_M1_tau1_K16_d8_L8_batch-size4_steps2_seed1.resume.pt").write_bytes(b"")
+    for rank, tested in ("1", False), ("0", True):
+        monkeypatch.setenv("RANK", rank)
+        make.main(["tiny", "--out", str(tmp_path), "--device", "cpu"])
+        result = train.runs.read_result(str(next(folder.glob("*.json"))))
+        assert (30 in result["eval"]["length"]) == tested
 
 
 def test_titles_are_for_the_runs_of_the_report(monkeypatch):

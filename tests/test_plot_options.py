@@ -194,7 +194,8 @@ def test_a_name_of_a_figure_has_no_folder(tmp_path, figures):  # noqa: F811
 
 
 def test_a_length_of_a_table_is_at_least_1(refuses):
-    assert "--table: 0 is not a context length" in refuses(plot.main, ["X.json", "--table", "64", "0"])
+    error = refuses(plot.main, ["X.json", "--table", "64", "0"])
+    assert "--table: 0 is not a context length" in error
     assert "files come before the flag" in refuses(plot.main, ["--table", "X.json"])
 
 

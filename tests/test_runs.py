@@ -149,12 +149,13 @@ def test_a_failed_run_is_tried_again_by_the_next_command_alone(train_tiny, tmp_p
     """Its mark is for the other processes of the command: the first one removes it at the start."""
     monkeypatch.setattr("grid.barrier", lambda: None)
     mark = tmp_path / "out/.locks" / (NAME + ".failed")
-    for rank in "0", "1":
-        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="1 of 1 runs failed"):
-            patch.setenv("RANK", rank)
-            patch.setattr(train, "run", None if rank == "1" else fail)
+    for rank, train_one in ("0", fail), ("1", None):
+        monkeypatch.setenv("RANK", rank)
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="without a result"):
+            patch.setattr(train, "train_one", train_one)
             train_tiny()
         assert mark.exists()
+    monkeypatch.delenv("RANK")
     assert len(train_tiny()) == 1 and not mark.exists()
 
 

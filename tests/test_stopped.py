@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -213,6 +214,34 @@ def test_a_run_that_fails_is_tried_once(tmp_path):
         assert printed.count("failed: the loss is") == 2, printed
 
 
+def test_a_command_gives_the_signal_handler_back(train_tiny):
+    before = signal.signal(signal.SIGINT, mine := lambda *_: None)
+    try:
+        train_tiny()
+        assert signal.getsignal(signal.SIGINT) is mine
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_overwrite_waits_for_the_process_that_has_the_run(train_tiny, tmp_path):
+    """Otherwise that process could write the old result after it was removed."""
+    result, = train_tiny()
+    path, held = tmp_path / "out" / (NAME + ".json"), threading.Event()
+
+    def hold():
+        with grid.locked(str(tmp_path / "out" / NAME)):
+            held.set()
+            time.sleep(0.5)
+            path.write_text(json.dumps({**result, "mark": 1}))
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    again, = train_tiny("--overwrite")
+    thread.join()
+    assert "mark" not in again and numbers(again) == numbers(result)
+
+
 def test_processes_wait_for_each_other_more_than_once(tmp_path):
     """In turn one is two seconds late. A second process group would find old addresses."""
     script = tmp_path / "late.py"
@@ -238,7 +267,7 @@ def test_a_run_that_another_process_has_is_left_to_it(train_tiny, monkeypatch, t
     assert other.enter_context(grid.locked(str(out / NAME)))
     with grid.locked(str(out / NAME)) as mine:
         assert not mine
-    made, run = [], train.run
+    made, run = [], train.train_one
 
     def noted(config, path, *rest):
         made.append(config["seed"])
@@ -247,7 +276,7 @@ def test_a_run_that_another_process_has_is_left_to_it(train_tiny, monkeypatch, t
     def finish_the_other(seconds):
         assert made == [1]
         other.close()                                # it died
-    monkeypatch.setattr(train, "run", noted)
+    monkeypatch.setattr(train, "train_one", noted)
     monkeypatch.setattr(grid.time, "sleep", finish_the_other)
     assert len(train_tiny(*flags)) == 2 and made == [1, 0]
 
@@ -263,7 +292,7 @@ def test_a_run_that_was_finished_a_moment_ago_is_not_made_again(train_tiny, monk
         path.write_text(text)
         return lock(file)
     monkeypatch.setattr(grid, "lock", finished_meanwhile)
-    monkeypatch.setattr(train, "run", None)
+    monkeypatch.setattr(train, "train_one", None)
     assert train_tiny() == [json.loads(text)]
     assert names(tmp_path / "out") == [NAME + ".json", NAME + ".pt"]
 

@@ -141,7 +141,7 @@ def test_stops_early_and_the_last_step_is_on_the_curve(train_tiny, monkeypatch):
 def test_the_terminal_and_the_figures_name_the_same_step(train_tiny, monkeypatch, tmp_path, capsys):
     """A first test at 0.99 solves nothing; the third in a row does."""
     accuracies = iter([0.5, 0.5, 1.0, 0.5, 0.99, 0.99, 0.99] + [1.0] * 20)
-    monkeypatch.setattr(train, "accuracy_now", lambda *words: next(accuracies))
+    monkeypatch.setattr(train, "training_accuracy", lambda *words: next(accuracies))
     train_tiny()
     path, = (tmp_path / "out").glob("*.json")
     line, = [line for line in capsys.readouterr().out.splitlines() if "wrote" in line]
@@ -298,9 +298,9 @@ def test_same_seed_same_run(model, train_tiny, tmp_path):
 
 
 def test_one_thread_unless_the_environment_says_otherwise(train_tiny, monkeypatch):
-    threads, run = [], train.run
-    monkeypatch.setattr(train, "run", lambda *words: threads.append(torch.get_num_threads()) or
-                        run(*words))
+    threads, run = [], train.train_one
+    monkeypatch.setattr(train, "train_one", lambda *w: threads.append(torch.get_num_threads()) or
+                        run(*w))
     torch.set_num_threads(2)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     train_tiny("--steps", 1)
@@ -327,7 +327,7 @@ def test_a_grid_goes_on_after_a_run_that_failed(bad, train_tiny, monkeypatch, tm
     with pytest.raises(SystemExit) as stop:
         train_tiny("--M", 2, "--seed", 0, 1)
     assert isinstance(stop.value.code, str)                # printed on stderr; the status is 1
-    assert "1 of 2 runs failed" in stop.value.code
+    assert "1 of 2 runs ended without a result" in stop.value.code
     line, = [line for line in capsys.readouterr().out.splitlines() if "failed" in line]
     assert f"the loss is {bad} by step 9" in line and "--lr" in line and NAME in line
     assert names(tmp_path / "out") == [NAME[:-1] + "1.json", NAME[:-1] + "1.pt"]
@@ -345,4 +345,4 @@ def test_the_last_loss_is_looked_at_too(train_tiny, monkeypatch, tmp_path):
 def test_learning_rate_far_too_high(model, train_tiny, tmp_path):
     with pytest.raises(SystemExit) as stop:
         train_tiny("--model", model, "--lr", "1e30")
-    assert "1 of 1 runs failed" in stop.value.code and names(tmp_path / "out") == []
+    assert "1 of 1 runs ended without a result" in stop.value.code and names(tmp_path / "out") == []
