@@ -265,7 +265,7 @@ def main(argv=None):
 
 
 def make(args, flags):
-    """The runs and tests of the experiments named -> how many runs failed, or None."""
+    """The runs and tests of the experiments named -> a sentence if runs have no result, or None."""
     configs, failed = [], None
     for name in args.names:
         for line in EXPERIMENTS[name]["train"]:
