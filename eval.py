@@ -3,7 +3,8 @@
     python eval.py results/X.pt                         every length to 3L, or some if L > 256
     python eval.py results/X.pt --lengths 64 1024 65536
 
-The numbers are printed and saved in results/X.json. Numbers from more sequences stay there.
+The numbers are printed and saved in results/X.json, where they replace those from as many sequences
+or fewer. The seed fixes the sequences for models of one width, one list of lengths and one device.
 `evaluate` picks a method: accuracy_by_length for recall, accuracy_one_by_one for other tasks.
 """
 
@@ -85,14 +86,12 @@ def floats(model, length):
 def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", seed=0, bar=False):
     """Accuracy on recall at each length, from at least `sequences` contexts: a list like `lengths`.
 
-    The first tokens of a context are a shorter context, provided that its value is among them, and
-    the query's position in it is uniform too. So, for each group of lengths:
+    Cut a context short after n tokens. If its value is still among them, it is a context of length
+    n, and the position of its query is still uniform. So, for each group of lengths:
 
     1. draw contexts of its longest length, with the query's positions spread evenly;
     2. read them once, and ask the query at every length of the group;
     3. at each length, count only the contexts that are complete: the value is among their tokens.
-
-    The seed fixes the contexts for models of one width on one kind of device.
     """
     generator, accuracy = stream(seed, "evaluation", device), {}
     places = stream(seed, "places")          # of the queries, drawn on the CPU for any device
@@ -121,9 +120,10 @@ def groups(lengths, tau):
     """Split lengths into groups that share their contexts -> lists of lengths, sorted.
 
     The longest of a group has at most twice as many positions for the query as the shortest, so
-    that at least half of the contexts are complete at any length. Lengths that share contexts share
-    their error, so neighbours are in different groups: then most of the error averages out along a
-    curve. The mean to 3L, of 1,024 sequences each, has a standard deviation below 0.004.
+    that at least half of the contexts are complete at any length. Lengths of a group share
+    contexts, so their errors are correlated. Neighbours are put into different groups, so that
+    errors average out along a curve: the mean to 3L, of 1,024 sequences each, has a standard
+    deviation below 0.004.
     """
     lengths = sorted(set(lengths))
     while lengths:
@@ -135,7 +135,7 @@ def groups(lengths, tau):
 
 def n_contexts(group, tau, sequences):
     """How many contexts to draw, so that at least `sequences` are complete at the shortest length.
-    If it costs at most a quarter more, every position occurs equally often."""
+    Rounded up to a multiple of the positions, if that adds at most a quarter."""
     positions = group[-1] - tau
     n = math.ceil(sequences * positions / (group[0] - tau))
     return math.ceil(n / positions) * positions if n > 4 * positions else n

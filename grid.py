@@ -33,7 +33,8 @@ from runs import check, is_finished, read_result, remove, run_name, shape_of
 from summary import DEFAULTS, GRID, IGNORED, default_lr
 
 LOCKS = ".locks"      # the folder of lock files, in that of the results
-FAILURES = FloatingPointError, OSError, torch.OutOfMemoryError     # end one run, not the others
+# These errors end one run, but not the others. Any other is a mistake in the code, and ends all.
+FAILURES = FloatingPointError, OSError, torch.OutOfMemoryError
 
 
 def configs_of(args):
@@ -76,10 +77,10 @@ class Run(NamedTuple):
 def make_all(configs, train_one, show=None):
     """Make the runs that are not finished -> the results of all.
 
-    train_one(config, path, title, runs_left) makes a run; runs_left: about how many more of its
-    shape this process will make. If it raises one of FAILURES, that is reported, the other runs are
-    made, and the program ends with status 1 (130 after Ctrl-C). show(result) is called for runs
-    that were finished before.
+    train_one(config, path, title, runs_left) makes a run; runs_left: unfinished runs of its shape,
+    divided by the processes that share them. If it raises one of FAILURES, that is reported, the
+    other runs are made, and the program ends with status 1 (130 after Ctrl-C). show(result) is
+    called for runs that were finished before.
     """
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     grid = []
@@ -106,13 +107,16 @@ def make_all(configs, train_one, show=None):
                 show(read_result(run.path + ".json"))
         waiting, said = [run for runs in of_shape.values() for run in runs], False
         while waiting:
-            taken = [run for run in waiting if not make_if_free(run, train_one, count_left)]
-            if len(taken) == len(waiting):       # others are making all that are left
+            busy = []                                        # runs that other processes are making
+            for run in waiting:
+                if not make_if_free(run, train_one, count_left):
+                    busy.append(run)
+            if len(busy) == len(waiting):
                 if rank == 0 and not said:
-                    say(f"waiting for runs that other processes are making: {len(taken)} left")
+                    say(f"waiting for runs that other processes are making: {len(busy)} left")
                 said = True
                 time.sleep(1)
-            waiting = taken
+            waiting = busy
         results = [read_result(run.path + ".json") for run in grid]
     if None in results:
         missing = grid[results.index(None)].path
@@ -188,7 +192,7 @@ def lock_file(path):
 
 
 def failure_of(run):
-    """The file that says that a run has failed, since rank 0 last removed it."""
+    """This file exists if the run has failed since the command began."""
     return lock_file(run.path) + ".failed"
 
 
@@ -197,8 +201,8 @@ def locked(path, wait=False):
     """`with locked(path) as mine:` tries to lock a run; mine is True if that worked. With `wait`,
     it waits until it does.
 
-    The file is never removed: otherwise a process that had just opened it would lock a file that a
-    third one no longer sees.
+    The file is never removed: otherwise one process could hold a lock on the removed file while
+    another creates it anew and locks that.
     """
     os.makedirs(os.path.dirname(lock_file(path)), exist_ok=True)
     with open(lock_file(path), "a") as file:

@@ -135,15 +135,17 @@ def spread(heights, low, high):
 
 def label_ends(ax, ends):
     """Name the curves at the right of the axes. ends: [(x, y, name, (colour, dashes)), ...]."""
+    from matplotlib.transforms import ScaledTranslation, blended_transform_factory
+    inches = ax.figure.dpi_scale_trans + ScaledTranslation(1, 0, ax.transAxes)   # from the edge on
     ends = sorted(ends, key=lambda end: -round(end[1], 2))         # equals stay in their order
-    right, name_x = ax.get_xlim()[1], 1.1 if ax.get_gridspec().ncols == 1 else 1.18
     heights = spread([y for _, y, _, _ in ends], ax.get_ylim()[0] + 0.04, 1.01)
     for (x, y, name, (colour, dashes)), height in zip(ends, heights):
-        beside = dict(color=colour, clip_on=False, transform=ax.get_yaxis_transform())
-        ax.plot([x, right], [y, y], lw=0.8, ls=":", color=colour, alpha=0.4)
-        ax.plot([1, 1.04], [y, height], lw=0.8, **beside)
-        ax.plot([1.04, name_x], [height, height], lw=2, ls=dashes, **beside)
-        ax.text(name_x + 0.02, height, name, va="center_baseline", **beside)
+        beside = dict(color=colour, clip_on=False,
+                      transform=blended_transform_factory(inches, ax.transData))
+        ax.plot([x, ax.get_xlim()[1]], [y, y], lw=0.8, ls=":", color=colour, alpha=0.4)
+        ax.plot([0, 0.12], [y, height], lw=0.8, **beside)
+        ax.plot([0.12, 0.54], [height, height], lw=2, ls=dashes, **beside)
+        ax.text(0.6, height, name, va="center_baseline", **beside)
 
 
 def write_figure(path, fig):

@@ -188,7 +188,7 @@ def draw(runs, view, title=None):
     columns = 2 if view.kind == "state" or len(places) == 4 else min(3, len(places))
     rows = -(-len(places) // columns)
     longest = max(len(name_of(curve)) for curve in styles)
-    wide = max(8, columns * (4.6 + 0.09 * max(0, longest - 18)))
+    wide = max(8, columns * max(4.6, 3.8 + 0.09 * longest))
     title = (finding(runs, view) if title is None else title).replace(" = ", "\u00a0=\u00a0")
     title = textwrap.fill(title, int(9.5 * wide), break_on_hyphens=False, max_lines=6)
     height = 0.42 * len(styles) + 0.8 if view.kind == "model" else max(3.8, 0.22 * len(styles))

@@ -208,14 +208,14 @@ def finding(runs, view):
     alike = len({len(verdicts[name]) for name in share}) == 1         # as many settings for each
     well = [name + ("" if alike else counts[name]) for name in share if share[name] == 1]
     partly = [name + counts[name] for name in share if 0 < share[name] < 1]
-    never = [name for name in share if share[name] == 0]
+    some, never = well + partly, [name for name in share if share[name] == 0]
     phrase = {"length": f"Above {KEPT} from {L} on", "model": f"Above {KEPT} from L to 3L",
               "training": f"Reached {SOLVED}"}.get(view.kind, f"{SOLVED} or more")
     if view.kind in ("against", "state"):
         phrase += f" at {L}" if view.measure == "at" else " from L to 3L"
     parts = [f"{phrase}: {listed(well or ['none'])}"] if share else []
     parts += [f"in part: {listed(partly)}"] if partly else []
-    parts += [f"not: {listed(never)}"] if never and view.kind != "model" else []
+    parts += [f"not: {listed(never)}"] if never and some and view.kind != "model" else []
     return "; ".join(parts)
 
 

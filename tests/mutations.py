@@ -268,7 +268,7 @@ PLOT = [
     ("if high <= 300 * low else (1,)", "if True else (1,)"),
     ("for run in all_runs if run[\"config\"][\"L\"] == L]", "for run in all_runs]"),
     ("(\"uniform\",) in group", "(\"fixed\",) in group"),
-    ("0.09 * max(0, longest - 18)", "0"),
+    ("0.09 * longest", "0"),
     ("    fig.draw_without_rendering()", "    pass"),
     ("64 * min(sizes) else 2", "64 * min(sizes) else 4"),
     ("not in (*panels, x)), \"seed\")", "not in (*panels, x)))"),

@@ -119,7 +119,7 @@ def test_long_contexts(tmp_path, figures):
     ax, = fig.axes
     assert ax.get_xscale() == "log" and ax.get_xlim() == (64, 2**20)
     assert any("2^{20}" in t.get_text() for t in ax.get_xticklabels())
-    assert fig.get_suptitle() == "Above 0.95 from 256 tokens on: none; not: mamba"    # beyond 3L
+    assert fig.get_suptitle() == "Above 0.95 from 256 tokens on: none"    # beyond 3L
 
 
 def test_panels(tmp_path, figures, refuses):
