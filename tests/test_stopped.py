@@ -249,9 +249,12 @@ def test_processes_wait_for_each_other_more_than_once(tmp_path):
 import os, sys, time
 sys.path.insert(0, {ROOT!r})
 from grid import barrier
+rank = int(os.environ["RANK"])
 for k in range(3):
-    time.sleep(2 * (os.environ["RANK"] == str(k % 2)))
+    time.sleep(2 * (rank == k % 2))
+    open(f"{tmp_path}/{{k}}{{rank}}", "w").close()
     barrier()
+    assert os.path.exists(f"{tmp_path}/{{k}}{{1 - rank}}")
 """)
     command = "torch.distributed.run --standalone --nproc-per-node=2".split()
     done = subprocess.run([sys.executable, "-m", *command, script], capture_output=True, text=True,
