@@ -58,8 +58,9 @@ def short_errors(parser):
     def error(message):
         if message.startswith("unrecognized arguments: --"):
             flag = message.split()[2].split("=")[0]
-            near = difflib.get_close_matches(flag, parser._option_string_actions, 1)
-            message += f"; did you mean {near[0]}?" if near else "; --help lists the flags"
+            known = {name.lower(): name for name in parser._option_string_actions}
+            near = difflib.get_close_matches(flag.lower(), known, 1)
+            message += f"; did you mean {known[near[0]]}?" if near else "; --help lists the flags"
         elif message.startswith("unrecognized arguments"):
             message += "; a value needs its flag, and --help says what takes several values"
         elif message.startswith("the following arguments are required"):
