@@ -216,7 +216,6 @@ def draw(runs, view, title=None):
         else:
             length_axis(ax, own, runs)
             draw_curves(ax, own, "length", styles)
-    fig.draw_without_rendering()                             # the layout takes two passes
     return fig
 
 

@@ -269,7 +269,6 @@ PLOT = [
     ("for run in all_runs if run[\"config\"][\"L\"] == L]", "for run in all_runs]"),
     ("(\"uniform\",) in group", "(\"fixed\",) in group"),
     ("0.09 * longest", "0"),
-    ("    fig.draw_without_rendering()", "    pass"),
     ("64 * min(sizes) else 2", "64 * min(sizes) else 4"),
     ("not in (*panels, x)), \"seed\")", "not in (*panels, x)))"),
     ("if len(places) > 40:", "if False:"),
