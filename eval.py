@@ -23,7 +23,7 @@ from data import TASKS, recall_batch, shortest, stream
 from gpu import pick_device
 from grid import locked
 from output import Progress, say, short_errors
-from runs import digest_of, load_run, read_result, write_json
+from runs import counts_of, digest_of, load_run, read_result, write_json
 from summary import TEST_SEQUENCES
 
 SEGMENT = 4096           # a long context is read in segments of at most this many tokens
@@ -57,7 +57,8 @@ def accuracy_one_by_one(model, lengths, K, M, tau, sequences=1024, device="cpu",
 
 def batch_accuracy(model, tokens, labels, at):
     """Accuracy on a batch, a tensor (). The batch is split, to limit memory."""
-    rows, correct = rows_per_call(model, tokens.shape[1], tokens.shape[1]), []
+    length, correct = tokens.shape[1], []
+    rows, _ = per_call(model, length, most=length)
     for start in range(0, len(tokens), rows):
         part = slice(start, start + rows)
         answers = model(tokens[part], None if at is None else at[part]).argmax(-1)
@@ -65,19 +66,19 @@ def batch_accuracy(model, tokens, labels, at):
     return torch.cat(correct).float().mean()
 
 
-def rows_per_call(model, length, segment):
-    """How many contexts of this length to process together, `segment` tokens at a time: a power of
-    two, so that a test of 512 sequences has parts of one shape, compiled once."""
+def per_call(model, length, most=SEGMENT):
+    """How many contexts of this length to process together, and how many of their tokens, at most
+    `most`, so that a call fits into memory.
+
+    The contexts are a power of two: then a test of 512 has parts of one shape, compiled once.
+    """
     factor = CUDA_FACTOR if model.embedding.weight.is_cuda else 1
-    rows = factor * min(CALL_FLOATS / (segment * floats(model, length)), HELD_TOKENS / length)
-    return 2 ** (int(max(1, rows)).bit_length() - 1)
-
-
-def floats(model, length):
-    """How much memory a token of a context of this length takes, in units of a kilobyte."""
-    d = model.embedding.embedding_dim
-    attends = any(getattr(layer, "attends", False) for layer in model.layers)
-    return max(d, length // SCORES_PER_FLOAT) if attends else d
+    floats = model.embedding.embedding_dim                               # per token
+    if any(getattr(layer, "attends", False) for layer in model.layers):
+        floats = max(floats, length // SCORES_PER_FLOAT)
+    segment = max(1, min(length, most, factor * CALL_FLOATS // floats))
+    rows = factor * min(CALL_FLOATS / (segment * floats), HELD_TOKENS / length)
+    return 2 ** (int(max(1, rows)).bit_length() - 1), segment
 
 
 # ---- many lengths at once ------------------------------------------------------------------------
@@ -103,8 +104,8 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
         part = torch.arange(n) + torch.rand(n, dtype=torch.float64, generator=places)        # (n,)
         i = (part / n * positions).long().clamp(max=positions - 1).to(device)
         correct, complete = torch.zeros(2, len(group), dtype=torch.int64, device=device)
-        segment = min(longest, SEGMENT, math.ceil(CALL_FLOATS / floats(model, longest)))
-        for i_b in i.split(rows_per_call(model, longest, segment)):
+        rows, segment = per_call(model, longest)
+        for i_b in i.split(rows):
             tokens, labels = recall_batch(len(i_b), longest, K, M, tau, device, generator, i=i_b)
             # 2. The answers at every length. 3. The count.
             for k, answers in enumerate(answers_at(model, tokens, group, segment, progress)):
@@ -210,9 +211,7 @@ def merged(old, lengths, accuracies, sequences):
 
     In the result, "sequences" is one number if all lengths agree, otherwise a list like "length".
     """
-    counts = old["sequences"]
-    counts = counts if isinstance(counts, list) else [counts] * len(old["length"])
-    rows = dict(zip(old["length"], zip(old["accuracy"], counts)))
+    rows = dict(zip(old["length"], zip(old["accuracy"], counts_of(old))))
     for n, accuracy in zip(lengths, accuracies):
         if n not in rows or rows[n][1] <= sequences:
             rows[n] = accuracy, sequences

@@ -28,8 +28,8 @@ except ImportError:                              # Windows
     fcntl = None
 
 from gpu import has_compiler, pick_device
-from output import say
-from runs import check, is_finished, read_result, remove, run_name, shape_of
+from output import rank_and_processes, remove, say
+from runs import check, is_finished, path_of, read_result, shape_of
 from summary import DEFAULTS, GRID, IGNORED, default_lr
 
 LOCKS = ".locks"      # the folder of lock files, in that of the results
@@ -82,11 +82,11 @@ def make_all(configs, train_one, show=None):
     other runs are made, and the program ends with status 1 (130 after Ctrl-C). show(result) is
     called for runs that were finished before.
     """
-    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, processes = rank_and_processes()
     grid = []
     for number, config in enumerate(configs, 1):
         title = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
-        grid.append(Run(config, os.path.join(config["out"], run_name(config)), title))
+        grid.append(Run(config, path_of(config), title))
     of_shape = by_shape(grid, rank)
     sharing = math.ceil(processes / len(of_shape))           # processes per shape
 
@@ -144,7 +144,7 @@ def keyboard_interrupts():
             before = signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if rank_and_processes()[0] == 0:
             print("\nstopped; the same command without --overwrite continues from the last save, "
                   "if there is one", file=sys.stderr)
         sys.exit(130)
@@ -227,7 +227,7 @@ def lock(file, wait=False):
 
 def barrier():
     """Wait for all processes that torchrun started together."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if rank_and_processes()[1] > 1:
         if not dist.is_initialized():            # once: a second group would meet stale addresses
             dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         dist.barrier()

@@ -95,6 +95,11 @@ def say(line):
         sys.stdout = open(os.devnull, "w")
 
 
+def rank_and_processes():
+    """This process's rank, and how many processes torchrun started; without it, 0 and 1."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 class Progress(tqdm):
     """A progress bar; where there is no terminal, a line now and then instead.
 
@@ -103,7 +108,7 @@ class Progress(tqdm):
     """
 
     def __init__(self, total, quiet=False, **options):
-        quiet = quiet or int(os.environ.get("RANK", "0")) > 0
+        quiet = quiet or rank_and_processes()[0] > 0
         super().__init__(total=total, leave=False, dynamic_ncols=True, disable=quiet or None,
                          bar_format="{desc} |{bar}| {elapsed}<{remaining}", **options)
         self.quiet, self.said = quiet, time.monotonic()
@@ -173,3 +178,12 @@ def write_file(path, data):
         with contextlib.suppress(FileNotFoundError):         # Ctrl-C after the file was renamed
             os.unlink(f.name)
         raise
+
+
+def remove(*paths):
+    """Remove those of the files that exist, as far as the system permits."""
+    for path in paths:
+        try:
+            os.remove(path)
+        except OSError:
+            pass

@@ -20,7 +20,7 @@ import torch
 
 from data import TASKS, check_task, shortest
 from hybrid import build_model
-from output import say, write_file
+from output import remove, say, write_file
 from summary import DEFAULTS, GRID, default_lr
 
 LEAST = dict(d=1, L=1, K=1, M=1, tau=1, n_heads=1, d_state=1, batch_size=1, steps=1, seed=0)
@@ -41,6 +41,11 @@ def run_name(config):
         else:
             name += f"_{word}{value}"
     return f"{name}_seed{config['seed']}"
+
+
+def path_of(config):
+    """Where a run's files are: OUT/NAME, without an ending."""
+    return os.path.join(config["out"], run_name(config))
 
 
 def model_from(config):
@@ -201,14 +206,19 @@ def load_run(path, device="cpu"):
     return model.to(device).eval(), config
 
 
+def counts_of(evaluation):
+    """The number of sequences at each length: in an eval section, one number may stand for all."""
+    counts = evaluation["sequences"]
+    return counts if isinstance(counts, list) else [counts] * len(evaluation["length"])
+
+
 def read_result(path):
     """The result in a JSON file of train.py; None if it is missing, cut short or something else."""
     try:
         with open(path, encoding="utf-8") as f:
             result = json.load(f)
         evaluation = result["eval"]
-        n, counts = len(evaluation["length"]), evaluation["sequences"]
-        counts = counts if isinstance(counts, list) else [counts] * n
+        n, counts = len(evaluation["length"]), counts_of(evaluation)
         whole = n == len(evaluation["accuracy"]) == len(counts) > 0 and min(counts) > 0
         if whole and isinstance(result["config"], dict) and isinstance(result["seconds"], dict):
             return result
@@ -285,12 +295,3 @@ def load_progress(path, kept, device, title=""):
         return start
     say(f"{title}continues at step {progress[0]:,}: {path}")
     return progress
-
-
-def remove(*paths):
-    """Remove those of the files that exist, as far as the system permits."""
-    for path in paths:
-        try:
-            os.remove(path)
-        except OSError:
-            pass

@@ -29,8 +29,8 @@ import plot
 import train
 from grid import barrier, make_all
 from hybrid import FAMILY, MODELS
-from output import GREY, short_errors
-from runs import run_name
+from output import GREY, rank_and_processes, short_errors
+from runs import path_of
 from summary import COLOURS, group
 
 REACH = {"conv2+attention": 1, "conv+attention": 3, "conv8+attention": 7}   # tokens back: taps - 1
@@ -229,7 +229,7 @@ EXPERIMENTS = {
 
 def share(paths):
     """This process's share of a list, if torchrun started several."""
-    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, processes = rank_and_processes()
     return sorted(paths)[rank::processes]
 
 
@@ -251,7 +251,7 @@ def main(argv=None):
                 print(f"    train.py {line}")
         return
     failed = None if args.draw else make(args, flags)
-    if os.environ.get("RANK", "0") == "0":
+    if rank_and_processes()[0] == 0:
         for name in args.names:
             for line, title in EXPERIMENTS[name]["draw"].items():
                 more = ["--title", title] if title and args.out == "report" else []
@@ -279,9 +279,8 @@ def make(args, flags):
         failed = error.code
     for name in args.names:
         for pattern, line in EXPERIMENTS[name].get("test", ()):
-            folder = f"{args.out}/{name}"
-            made = [f"{folder}/{run_name(c)}.pt" for c in configs if c["out"] == folder]
-            paths = share(fnmatch.filter(filter(os.path.exists, made), f"{folder}/{pattern}.pt"))
+            made = filter(os.path.exists, (f"{path_of(config)}.pt" for config in configs))
+            paths = share(fnmatch.filter(made, f"{args.out}/{name}/{pattern}.pt"))
             if paths:
                 evaluation.main([*paths, *line.split()])
     barrier()                                                # figures need the tests of all

@@ -26,7 +26,7 @@ def test_flags_are_those_of_train_eval_and_plot(name):
     experiment, seen = make.EXPERIMENTS[name], []
     for line in experiment["train"]:
         _, args = train.parse(line.split())
-        seen += [grid.run_name(config) for config in grid.configs_of(args)]
+        seen += [train.runs.run_name(config) for config in grid.configs_of(args)]
     assert len(seen) == len(set(seen)) > 0
     for line in experiment["draw"]:
         assert f"{{}}/{name}/" in line and " --name " in line
