@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import data
 import runs
 import train
 from conftest import names, tiny

@@ -6,7 +6,6 @@ import os
 import sys
 
 import pytest
-import torch
 from conftest import ROOT, names
 
 sys.path.insert(0, os.path.join(ROOT, "report"))
