@@ -175,12 +175,14 @@ def make_if_free(run, train_one, count_left):
                 remove(*glob.glob(glob.escape(run.path) + ".*.tmp"))     # of a killed process
                 try:
                     train_one(run.config, run.path, run.title, count_left(run))
-                except FAILURES:                 # tell the others, before the lock is free
+                except FAILURES as error:
+                    # Both while the lock is held: then others may find no run left and exit, and
+                    # torchrun ends all processes when one exits with status 1.
+                    say(f"{run.title}{run.path} failed: {error}")
                     with contextlib.suppress(OSError):       # the disk may be full
                         open(failure_of(run), "w").close()
-                    raise
             return mine
-    except FAILURES as error:                    # of the run, or of its lock
+    except OSError as error:                     # of the lock
         say(f"{run.title}{run.path} failed: {error}")
         return True
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import eval as evaluation
+import grid
 import runs
 import summary
 import train
@@ -161,6 +162,21 @@ def test_a_failed_run_is_tried_again_by_the_next_command_alone(train_tiny, tmp_p
 
 def fail(*_):
     raise FloatingPointError("the loss is nan")
+
+
+def test_a_failure_is_said_before_others_can_know_of_it(train_tiny, tmp_path, monkeypatch):
+    """Once its lock is free, the others may exit, and torchrun then ends all processes."""
+    held = []
+
+    def say(line):
+        with grid.locked(str(tmp_path / "out" / NAME)) as free:
+            held.append((not free, " failed: " in line))
+
+    monkeypatch.setattr(grid, "say", say)
+    monkeypatch.setattr(train, "train_one", fail)
+    with pytest.raises(SystemExit):
+        train_tiny()
+    assert held == [(True, True)]
 
 
 @pytest.mark.parametrize("text", ["", "{", "\0" * 400, "[]", "null", '{"config": {}}',
