@@ -8,7 +8,7 @@ chunks, but each needs the last state of the one before. The recurrence is linea
     2. start of the next chunk = exp(A sum of dt) start + end               one after another
     3. run every chunk again, from its true start                           all at once
 
-Step 2 is the recurrence again, with one step per chunk. With more than 16 chunks it is cut in the
+Step 2 is the recurrence again, with one step per chunk. With more than 32 chunks it is cut in the
 same way: groups of chunks play the part of the chunks. The backward pass is the same with g instead
 of h (mamba.py derives it), and a chunk hands a_1 g_1 to the chunk before it.
 
@@ -33,7 +33,8 @@ from torch import Tensor
 
 CHUNK_STEPS = 8     # maximum in a chunk, if L < LONG
 LONG = 1024         # sequences this long get chunks twice as long: fewer states, slower to compile
-GROUP_CHUNKS = 16   # maximum in a group
+ONE_GROUP = 32      # up to this many chunks are one group; more are cut into
+GROUP_CHUNKS = 16   # groups of at most this many
 _compiled = None    # True or False within compiled_scan; None: parallel_scan decides
 
 
@@ -64,6 +65,16 @@ def split(v, most):
     if missing:
         v = torch.nn.functional.pad(v, (0, 0) * (v.dim() - 2) + (0, missing))
     return v.unflatten(1, (chunks, -1))
+
+
+def groups(v):
+    """(b, c, ...) -> (b, groups, chunks, ...)."""
+    return split(v, ONE_GROUP if v.shape[1] <= ONE_GROUP else GROUP_CHUNKS)
+
+
+def stored(x, A):
+    """The dtype of starts and carries in memory: for x in bfloat16, rounded; otherwise A's."""
+    return x.dtype if x.dtype == torch.bfloat16 else A.dtype
 
 
 # ---- Inside a chunk ------------------------------------------------------------------------------
@@ -106,11 +117,11 @@ def _outputs(x, dt, A, B, C, h):
 
 
 def _ends_backward(dt, A, C, dy):
-    """The gradient of every chunk's start, from the chunk's own outputs alone: (b, c, D, N)."""
+    """The gradient of every chunk's start, from its own outputs alone, as stored: (b, c, D, N)."""
     carry = 0.0
     for t in reversed(range(dt.shape[2])):
         carry = _decay(dt[:, :, t], A) * _state_gradient(carry, t, A, C, dy)
-    return carry
+    return carry.to(stored(dy, A))
 
 
 def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carries):
@@ -151,8 +162,8 @@ def _gradient_C(x, dt, A, B, C, dy, h):
     return torch.stack(dC, dim=2).to(C.dtype)
 
 
-def _sum_of_chunks(v):
-    return v.sum((0, 1))     # compiled, up to twice as fast as torch's own, and in less memory
+def _sum_of_chunks(v, A):    # compiled, up to twice as fast as torch's own, and in less memory
+    return v.sum((0, 1), dtype=A.dtype)
 
 
 # ---- Across chunks -------------------------------------------------------------------------------
@@ -160,34 +171,35 @@ def _sum_of_chunks(v):
 # Backwards, from the last chunk to the first, a chunk's "end" is the gradient of its start, and its
 # "start" is the carry that arrives at its last step.
 
-def _group_starts(span, A, ends, h, backwards):
-    """Every chunk's start (b, c, D, N), and every group's last state, from the groups' starts h."""
+def _group_starts(span, A, ends, h, dtype, backwards):
+    """From the groups' starts h -> every chunk's start (b, c, D, N), every group's last state."""
     c = span.shape[1]
-    span, ends = split(span, GROUP_CHUNKS), split(ends, GROUP_CHUNKS)    # (b, groups, chunks, ...)
-    h = torch.zeros_like(ends[:, :, 0]) if h is None else h              # (b, groups, D, N)
+    span, ends = groups(span), groups(ends)                              # (b, groups, chunks, ...)
+    h = torch.zeros_like(ends[:, :, 0], dtype=A.dtype) if h is None else h
     order = range(span.shape[2])
     starts = [None] * len(order)
     for k in reversed(order) if backwards else order:
-        starts[k] = h
+        starts[k] = h.to(dtype)                                          # (b, groups, D, N)
         h = _decay(span[:, :, k], A) * h + ends[:, :, k]
     return torch.stack(starts, dim=2).flatten(1, 2)[:, :c], h
 
 
 def _group_ends(span, A, ends, backwards):
     """Every group's last state from zero (b, groups, D, N), and its span (b, groups, D)."""
-    _, h = _group_starts(span, A, ends, None, backwards)
-    return h, split(span, GROUP_CHUNKS).sum(2)
+    _, h = _group_starts(span, A, ends, None, A.dtype, backwards)
+    return h, groups(span).sum(2)
 
 
-def _across(span, A, ends, h, backwards, compiled):
-    """Step 2, from h (b, D, N) or None -> every chunk's start, and the last state (b, D, N)."""
+def _across(span, A, ends, h, dtype, backwards, compiled):
+    """Step 2, from h (b, D, N) or None -> every chunk's start in dtype, and the last state."""
     group_starts = _kernel(_group_starts, compiled)
-    if span.shape[1] <= GROUP_CHUNKS:
-        starts, last = group_starts(span, A, ends, None if h is None else h[:, None], backwards)
+    if span.shape[1] <= ONE_GROUP:
+        h = None if h is None else h[:, None]                            # (b, 1, D, N)
+        starts, last = group_starts(span, A, ends, h, dtype, backwards)
         return starts, last[:, 0]
     group_ends, group_span = _kernel(_group_ends, compiled)(span, A, ends, backwards)
-    starts_of_groups, last = _across(group_span, A, group_ends, h, backwards, compiled)
-    return group_starts(span, A, ends, starts_of_groups, backwards)[0], last
+    starts_of_groups, last = _across(group_span, A, group_ends, h, A.dtype, backwards, compiled)
+    return group_starts(span, A, ends, starts_of_groups, dtype, backwards)[0], last
 
 
 # ---- Compiled kernels ----------------------------------------------------------------------------
@@ -221,41 +233,39 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor | No
           compiled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> y, the last state (b, D, N), and for the gradient every chunk's start and span."""
     ends, span = _kernel(_ends_forward, compiled)(x, dt, A, B)
-    starts, last = _across(span, A, ends, h, backwards=False, compiled=compiled)
+    starts, last = _across(span, A, ends, h, stored(x, A), backwards=False, compiled=compiled)
     return _kernel(_outputs, compiled, A.shape[1])(x, dt, A, B, C, starts), last, starts, span
 
 
 @torch.library.custom_op("mamba::scan_backward", mutates_args=())
 def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor,
-                   span: Tensor, dy: Tensor, dh: Tensor | None, compiled: bool
-                   ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+                   span: Tensor, dy: Tensor, dh: Tensor | None, compiled: bool) -> list[Tensor]:
     """-> the gradients of x, dt, A, B, C and h."""
     ends = _kernel(_ends_backward, compiled)(dt, A, C, dy)
-    carries, dh = _across(span, A, ends, dh, backwards=True, compiled=compiled)
+    carries, dh = _across(span, A, ends, dh, ends.dtype, backwards=True, compiled=compiled)
     del ends                                               # as large as carries, or as starts
     dB = _kernel(_gradient_B, compiled, A.shape[0])(x, dt, A, B, C, dy, carries)
     dC = _kernel(_gradient_C, compiled, A.shape[0])(x, dt, A, B, C, dy, starts)
     dx, ddt = _kernel(_gradients_x_dt_A, compiled, A.shape[1])(x, dt, A, B, C, dy, starts, carries)
-    dA = _kernel(_sum_of_chunks, compiled)(carries)        # carries have become the parts of dA
-    return dx, ddt, dA, dB, dC, dh
+    dA = _kernel(_sum_of_chunks, compiled)(carries, A)     # carries have become the parts of dA
+    return [dx, ddt, dA, dB, dC, dh]
 
 
 @_scan.register_fake
 def _(x, dt, A, B, C, h, compiled):
     b, c = x.shape[:2]
     # Cut from whole groups, as the real ones are: the strides must agree.
-    starts = split(A.new_empty(b, c, *A.shape), GROUP_CHUNKS).flatten(1, 2)[:, :c]
+    starts = groups(A.new_empty(b, c, *A.shape, dtype=stored(x, A))).flatten(1, 2)[:, :c]
     return x.new_empty(x.shape), A.new_empty(b, *A.shape), starts, A.new_empty(starts.shape[:3])
 
 
 @_scan_backward.register_fake
 def _(x, dt, A, B, C, starts, span, dy, dh, compiled):
-    return *(v.new_empty(v.shape) for v in (x, dt, A, B, C)), A.new_empty(x.shape[0], *A.shape)
+    return [v.new_empty(v.shape) for v in (x, dt, A, B, C)] + [A.new_empty(x.shape[0], *A.shape)]
 
 
 def _save(ctx, inputs, output):
-    *arguments, h, ctx.compiled = inputs
-    ctx.from_zero = h is None
+    *arguments, _, ctx.compiled = inputs
     ctx.set_materialize_grads(False)       # no zeros for results that have no gradient
     ctx.save_for_backward(*arguments, *output[2:])
 
@@ -265,7 +275,7 @@ def _gradients(ctx, dy, dh, d_starts, d_span):
         raise RuntimeError("the fused scan has no second derivative; selective_scan_ref has one")
     dy = torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy
     *gradients, dh = _scan_backward(*ctx.saved_tensors, dy, dh, ctx.compiled)
-    return *gradients, None if ctx.from_zero else dh, None
+    return *gradients, dh if ctx.needs_input_grad[5] else None, None
 
 
 _scan.register_autograd(_gradients, setup_context=_save)
@@ -292,7 +302,7 @@ def parallel_scan(x, dt, A, B, C, h=None):
     if x.numel() == 0:
         return x.clone(), A.new_zeros(x.shape[0], *A.shape) if h is None else h
     # Cut outside the scan's kernels: padding inside them made their loads twice as slow.
-    # Uncompiled, each step launches kernels, so chunks are shorter while all fit in one group.
+    # Uncompiled, each step launches kernels. So chunks are shorter, as long as there are few.
     steps = CHUNK_STEPS if x.shape[1] < LONG else 2 * CHUNK_STEPS
     steps = steps if compiled else min(steps, -(-x.shape[1] // GROUP_CHUNKS))
     x_k, dt_k, B_k, C_k = (split(v, steps) for v in (x, dt, B, C))       # (b, c, T, D or N)

@@ -327,9 +327,15 @@ FUSED = [
     ("dx.append((du * dt[:, :, t])", "dx.append((du * dt[:, :, 0])"),
     ("dA = dA + d_dtA * dt[:, :, t, :, None]", "dA = dA + d_dtA"),
     ("(d_dtA * A).sum(-1) + du * x[:, :, t]", "(d_dtA * A).sum(-1)"),
-    ("v.sum((0, 1))", "v.mean((0, 1))"),
-    ("        starts[k] = h\n", "        starts[k] = 0 * h\n"),
-    ("split(span, GROUP_CHUNKS).sum(2)", "split(span, GROUP_CHUNKS)[:, :, -1]"),
+    ("v.sum((0, 1), dtype=A.dtype)", "v.mean((0, 1), dtype=A.dtype)"),
+    ("starts[k] = h.to(dtype)", "starts[k] = 0 * h.to(dtype)"),
+    ("groups(span).sum(2)", "groups(span)[:, :, -1]"),
+    ("v.shape[1] <= ONE_GROUP else", "v.shape[1] < 0 else"),
+    ("if x.dtype == torch.bfloat16 else", "if x.dtype.itemsize == 2 else"),
+    ("if x.dtype == torch.bfloat16 else A.dtype", "if False else A.dtype"),
+    ("h, stored(x, A), backwards", "h, A.dtype, backwards"),
+    ("carry.to(stored(dy, A))", "carry"),
+    ("    return h, dt.sum(2", "    return h.to(stored(x, A)), dt.sum(2"),
 ]
 INSIDE = [
     ("masked_fill(~seen", "masked_fill(seen"),

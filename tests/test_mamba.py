@@ -28,6 +28,7 @@ all_forms = pytest.mark.parametrize(
 def small_chunks(monkeypatch):
     monkeypatch.setattr("mamba.CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(fused_scan, "CHUNK_STEPS", CHUNK)
+    monkeypatch.setattr(fused_scan, "ONE_GROUP", 6)
     monkeypatch.setattr(fused_scan, "GROUP_CHUNKS", 4)
     monkeypatch.setattr(fused_scan, "LONG", CHUNK * CHUNK)
 
@@ -185,8 +186,32 @@ def test_bfloat16_inputs_and_float32_state(scan, small_chunks):
     assert_close(found, exact, outputs=1e-2, gradients=1e-2)
 
 
+@pytest.mark.parametrize("dtype, stored", [
+    (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32),    # float16 could overflow
+    (torch.float32, torch.float32)])
+def test_states_of_chunks_take_half_the_memory_in_bfloat16(dtype, stored, monkeypatch):
+    seen, across = [], fused_scan._across
+
+    def watched(span, A, ends, h, *more, **options):
+        starts, last = across(span, A, ends, h, *more, **options)
+        seen.append((ends.dtype, starts.dtype, last.dtype))
+        return starts, last
+    monkeypatch.setattr(fused_scan, "_across", watched)
+    x, dt, A, B, C, h = operands(3 * CHUNK, dtype=dtype)
+    everything(parallel_scan, [x, dt, A.float(), B, C, h.float()])
+    # The ends of the forward pass are not rounded, so that the last state is exact.
+    forwards, backwards = seen
+    assert forwards == (torch.float32, stored, torch.float32)
+    assert backwards == (stored, stored, torch.float32)
+
+
+def in_parallel(x, dt, A, B, C):
+    return parallel_scan(x, dt, A.float(), B, C)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scan", [selective_scan, decode], ids=["one call", "decode steps"])
+@pytest.mark.parametrize("scan", [selective_scan, decode, in_parallel],
+                         ids=["one call", "decode steps", "in parallel"])
 def test_half_precision_adds_up_in_float32(scan, dtype):
     """4,096 small inputs that decay slowly add up to 1.0007, in a bfloat16 state to 0.26."""
     one = torch.ones(1, 4096, 1, dtype=dtype)
