@@ -10,7 +10,6 @@ Other implementations, if installed, are timed in the same run: mambapy's scan a
 mamba_ssm's kernels. Times are medians. On CUDA everything but prefill is a replay of a CUDA graph.
 """
 
-import argparse
 import gc
 import itertools
 import json
@@ -33,8 +32,8 @@ from eval import SEGMENT
 from family.deltanet import delta_rule, unit
 from family.mamba2 import ssd
 from hybrid import MODELS, state_bytes
-from output import RC_PARAMS, short_errors, write_figure
-from summary import COLOURS, DEFAULTS, GRID
+from output import COLOURS, RC_PARAMS, Parser, write_figure
+from summary import DEFAULTS, GRID
 from train import make_optimizer, make_training_step
 
 SCAN_SHAPES = {  # (b, L, D, N)
@@ -53,10 +52,8 @@ def captured(call, device):
     """The call itself; on CUDA, the replay of a CUDA graph of it."""
     if device.type != "cuda":
         return call
-    seconds(call, device, times=3)                           # the first calls may compile
-    replay = gpu.capture(call)
-    replay()                                                 # the first replay loads the graph
-    return replay
+    seconds(call, device, times=gpu.WARMUP_CALLS)            # the first calls may compile
+    return gpu.capture(call)
 
 
 def seconds(call, device, times=1):
@@ -72,9 +69,9 @@ def seconds(call, device, times=1):
 
 def timed(call, device, repeats=9, in_a_row=10):
     """Milliseconds per call, the median of the repeats after a first call."""
-    call()
-    took = [seconds(call, device, in_a_row) for _ in range(repeats)]
-    return 1e3 * statistics.median(took) / in_a_row
+    call()                                                   # a graph's first replay loads it
+    took = statistics.median(seconds(call, device, in_a_row) for _ in range(repeats))
+    return 1e3 * took / in_a_row
 
 
 def peak_megabytes(call):
@@ -149,8 +146,7 @@ def ssd_rows(device, args):
 
 
 def time_forms(title, shape, forms, inputs, dtype):
-    """A row for each form, scan(x, dt, A, B, C) -> y, forward and backward; the first is ours.
-    Those of other packages that cannot be used here leave `forms`."""
+    """A row for each form, scan(x, dt, A, B, C) -> y, forward and backward; the first is ours."""
     device, ours = inputs[0].device, None
     for name, scan in list(forms.items()):
         x, dt, A, B, C = inputs
@@ -166,12 +162,13 @@ def time_forms(title, shape, forms, inputs, dtype):
         try:
             first = seconds(call, device)
         except (ImportError, RuntimeError) as error:         # mamba_ssm may lack its kernels
-            if scan not in (mambapy_scan, official_scan, official_ssd):
+            if name in ("ours", "delta rule"):
                 raise
             print(f"(without {name}: {error})")
-            del forms[name]
+            del forms[name]                                  # not tried at other shapes
             continue
-        ms = timed(captured(lambda: [call() for _ in range(10)], device), device, in_a_row=1) / 10
+        ten_calls = captured(lambda: [call() for _ in range(10)], device)
+        ms = timed(ten_calls, device, in_a_row=1) / 10
         ours = ours or ms
         yield {title: " ".join(map(str, shape)), "form": name, "ms": ms, "of ours": ms / ours,
                "first s": first, **({"MB": peak_megabytes(call)} if device.type == "cuda" else {})}
@@ -191,13 +188,14 @@ def config_for(name, **changes):
 
 
 def step_rows(device, args):
-    for name in args.model:
-        for mode in ["off", "on"] if device.type == "cuda" and gpu.has_compiler() else ["off"]:
-            model, step = model_and_step(config_for(name, d=args.d, compile=mode), device)
-            first = seconds(step, device, times=gpu.FIRST_CALLS)
-            yield {"model": name, "compiled": mode, "ms": timed(step, device), "first s": first,
-                   "params": model.n_params(), "state 64": state_bytes(model, 64),
-                   "state 4096": state_bytes(model, 4096)}
+    """A training step of each model: not compiled and, on CUDA, compiled."""
+    modes = ["off", "on"] if device.type == "cuda" and gpu.has_compiler() else ["off"]
+    for name, mode in itertools.product(args.model, modes):
+        model, step = model_and_step(config_for(name, d=args.d, compile=mode), device)
+        first = seconds(step, device, times=gpu.FIRST_CALLS)
+        yield {"model": name, "compiled": mode, "ms": timed(step, device), "first s": first,
+               "params": model.n_params(), "state 64": state_bytes(model, 64),
+               "state 4096": state_bytes(model, 4096)}
 
 
 def prefill(model, tokens):
@@ -236,7 +234,7 @@ def draw_lengths(path, out):
         with open(path) as f:
             result = json.load(f)
         machine, curves = result["env"]["device"], {cost: {} for cost in COSTS}
-        for row, cost in itertools.product(result["length"] or [{}], COSTS):
+        for row, cost in itertools.product(result["length"], COSTS):
             curves[cost].setdefault(row["model"], []).append((row["length"], row[cost]))
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"--draw is {path!r}, but that is no file of --tables length") from None
@@ -261,7 +259,7 @@ TABLES = {  # name: title, rows; the step first, because torch reads some of gpu
 
 def main(argv=None):
     """Print the tables of --tables -> {"env": ..., table: its rows}. None with --draw."""
-    parser = short_errors(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--tables", nargs="+", choices=TABLES, default=list(TABLES)[:3], help="default: not length")
     add("--model", nargs="+", default=list(MODELS), metavar="NAME", help="default: the six models")

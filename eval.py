@@ -4,7 +4,8 @@
     python eval.py results/X.pt --lengths 64 1024 65536
 
 The numbers are printed and saved in results/X.json, where they replace those from as many sequences
-or fewer. The seed fixes the sequences for models of one width, one list of lengths and one device.
+or fewer. A repeated command draws the same sequences. For another model they can differ: batches
+depend on its width and, beyond 64 d tokens, on whether it has attention.
 `evaluate` picks a method: accuracy_by_length for recall, accuracy_one_by_one for other tasks.
 """
 
@@ -22,10 +23,10 @@ import torch
 from data import TASKS, recall_batch, shortest, stream
 from gpu import pick_device
 from grid import locked
-from output import Progress, say, short_errors
+from output import Parser, Progress, say
 from runs import counts_of, digest_of, load_run, read_result, write_json
-from summary import TEST_SEQUENCES
 
+TEST_SEQUENCES = 512     # of a test during training
 SEGMENT = 4096           # a long context is read in segments of at most this many tokens
 CALL_FLOATS = 2**18      # limit on rows x tokens x d in a call; Mamba needs 1 kB per float
 HELD_TOKENS = 2**20      # limit on rows x context length drawn together
@@ -67,18 +68,18 @@ def batch_accuracy(model, tokens, labels, at):
 
 
 def per_call(model, length, most=SEGMENT):
-    """How many contexts of this length to process together, and how many of their tokens, at most
-    `most`, so that a call fits into memory.
+    """Limits of a call of the model, so that it fits into memory -> rows, segment.
 
-    The contexts are a power of two: then a test of 512 has parts of one shape, compiled once.
+    rows: contexts of this length to process together, a power of two: then a test of 512 has parts
+    of one shape, compiled once. segment: how many of their tokens at a time, at most `most`.
     """
     factor = CUDA_FACTOR if model.embedding.weight.is_cuda else 1
     floats = model.embedding.embedding_dim                               # per token
     if any(getattr(layer, "attends", False) for layer in model.layers):
         floats = max(floats, length // SCORES_PER_FLOAT)
     segment = max(1, min(length, most, factor * CALL_FLOATS // floats))
-    rows = factor * min(CALL_FLOATS / (segment * floats), HELD_TOKENS / length)
-    return 2 ** (int(max(1, rows)).bit_length() - 1), segment
+    rows = int(factor * min(CALL_FLOATS / (segment * floats), HELD_TOKENS / length))
+    return 2 ** (max(1, rows).bit_length() - 1), segment     # the power of two not above rows
 
 
 # ---- many lengths at once ------------------------------------------------------------------------
@@ -136,7 +137,8 @@ def groups(lengths, tau):
 
 def n_contexts(group, tau, sequences):
     """How many contexts to draw, so that at least `sequences` are complete at the shortest length.
-    Rounded up to a multiple of the positions, if that adds at most a quarter."""
+    Rounded up to a multiple of the positions, if that adds at most a quarter: then every position
+    is drawn equally often."""
     positions = group[-1] - tau
     n = math.ceil(sequences * positions / (group[0] - tau))
     return math.ceil(n / positions) * positions if n > 4 * positions else n
@@ -223,15 +225,10 @@ def merged(old, lengths, accuracies, sequences):
 def save(path, digest, lengths, accuracies, sequences):
     """Add the numbers of a checkpoint, which had this SHA-256, to the JSON of the same model."""
     stem = os.path.splitext(path)[0]
-
-    def read():
-        result = read_result(stem + ".json")
-        return result if result and result.get("checkpoint") == digest else None
-
-    if read():
+    if os.path.exists(stem + ".json"):
         with locked(stem, wait=True):                # two processes must not overwrite each other
-            result = read()
-            if result:
+            result = read_result(stem + ".json")
+            if result and result.get("checkpoint") == digest:
                 result["eval"] = merged(result["eval"], lengths, accuracies, sequences)
                 write_json(stem + ".json", result)
                 return
@@ -240,8 +237,8 @@ def save(path, digest, lengths, accuracies, sequences):
 
 def main(argv=None):
     """Test checkpoints; returns a list of (lengths, accuracies), one for each."""
-    parser = short_errors(argparse.ArgumentParser(
-        "eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
+    parser = Parser("eval.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoints", nargs="*", metavar="RUN.pt", help="checkpoints of train.py")
     add("--lengths", nargs="+", action="extend", default=[], metavar="N", help="default: up to 3L")
@@ -271,8 +268,9 @@ def main(argv=None):
         for path, _, _, c in checkpoints:
             least = shortest(c["M"], c["tau"], c["task"])
             most = 2**26 if c["task"] == "recall" else 2**16             # for gigabytes of memory
-            for wrong in (n for n in lengths if not least <= n <= most):
-                raise ValueError(f"--lengths has {wrong}, but {path} takes {least} to {most:,}")
+            for n in lengths:
+                if not least <= n <= most:
+                    raise ValueError(f"--lengths has {n}, but {path} takes {least} to {most:,}")
     except ValueError as error:
         parser.error(str(error))
 

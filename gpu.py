@@ -24,9 +24,9 @@ from runs import shape_of
 WARMUP_CALLS = 3       # launched one kernel at a time: they allocate memory, and may compile
 FIRST_CALLS = WARMUP_CALLS + 2       # one that captures and replays, and one that tells the time
 GUESSED_SECONDS = {"training step": 25, "test": 15}     # to compile, until this has been measured
-SPEEDUP = 2.5          # a low guess; compiled, rope is 2.4 times as fast, mamba 8 times, on an H100
+SPEEDUP = 2.5          # a guess; compiled, rope is 2.4 times as fast, mamba 8 times, on an H100
 SMALL_D, SMALL_L = 16, 256     # up to this width and length, launching costs more than computing
-measured_seconds = {}  # (function, shape) -> what this process took to compile it
+measured_seconds = {}  # (name, shape) -> what this process took to compile it
 
 
 def pick_device(name=None):
@@ -79,11 +79,11 @@ def compile_part(function, config):
     # A quirk of torch: this pass takes its two numbers from the global setting, once per process,
     # but the options of a compilation say whether it runs. So both are set.
     inductor.post_grad_fusion_options = sums
-    options = {"combo_kernels": small, "comprehensive_padding": not small,
-               "post_grad_fusion_options": {}}
-    if small and not any(word in config["model"] for word in ("mamba2", "deltanet")):
-        options["post_grad_fusion_options"] = sums
-    return compile_each_shape(function, options)
+    keeps_matmuls = any(word in config["model"] for word in ("mamba2", "deltanet"))
+    return compile_each_shape(function, {
+        "combo_kernels": small,
+        "comprehensive_padding": not small,      # padded rows would cost time: 0.41, not 0.37 ms
+        "post_grad_fusion_options": sums if small and not keeps_matmuls else {}})
 
 
 def capture(function, generator=None):
@@ -120,18 +120,13 @@ class Captured:
     def __init__(self, name, function, parts, generator, config):
         self.name, self.function, self.parts = name, function, parts
         self.generator, self.config = generator, config
-        self.shape = shape_of(config)
-        self.compiled = self.may_compile = False
+        self.key = name, shape_of(config)
         self.on_cuda = generator.device.type == "cuda"
-        if not self.on_cuda:
-            return                # all that follows is for CUDA
-        # Small models use attention's plain formula, which the compiler can fuse; also when
-        # uncompiled, so that both forms compute the same.
-        self.backends = [SDPBackend.MATH] if is_small(config) else None
+        self.compiled = False
         self.restart()
-        self.may_compile = config["compile"] == "auto" and has_compiler()
-        known = (self.name, self.shape) in measured_seconds          # its kernels exist already
-        if config["compile"] == "on" or (self.may_compile and known):
+        self.may_compile = self.on_cuda and config["compile"] == "auto" and has_compiler()
+        known = self.key in measured_seconds                         # its kernels exist already
+        if self.on_cuda and config["compile"] == "on" or (self.may_compile and known):
             self.compile()
 
     def restart(self):
@@ -145,7 +140,7 @@ class Captured:
             return self.function(*self.parts)
         if self.calls == FIRST_CALLS:
             return self.replay()
-        # Calls 1 to 3 launch the kernels; call 4 captures and replays; call 5 tells the time.
+        # Three calls launch the kernels; the fourth captures and replays; the fifth tells the time.
         self.calls += 1
         torch.cuda.synchronize()
         began = time.monotonic()
@@ -156,13 +151,16 @@ class Captured:
         self.last_seconds = time.monotonic() - began
         self.total_seconds += self.last_seconds
         if self.compiled and self.calls == FIRST_CALLS:
-            measured_seconds.setdefault((self.name, self.shape), self.total_seconds)
+            measured_seconds.setdefault(self.key, self.total_seconds)
         return result
 
     def launch(self):
         """The function, with its kernels launched one by one."""
-        backends = sdpa_kernel(self.backends) if self.backends else contextlib.nullcontext()
-        with compiled_scan(self.compiled), backends:
+        # Small models use attention's plain formula, which the compiler can fuse; also when
+        # uncompiled, so that both forms compute the same.
+        small = is_small(self.config)
+        formula = sdpa_kernel(SDPBackend.MATH) if small else contextlib.nullcontext()
+        with compiled_scan(self.compiled), formula:
             return self.function(*self.parts)
 
     def compile(self):
@@ -202,7 +200,8 @@ class AdamW(torch.optim.AdamW):
     here no_grad does. Not for use inside torch.compile, nor with differentiable=True.
     """
 
-
-for name in "add_param_group", "zero_grad", "state_dict", "load_state_dict", "step":
-    setattr(AdamW, name, inspect.unwrap(getattr(torch.optim.AdamW, name)))
-AdamW.step = torch.no_grad()(AdamW.step)
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))

@@ -91,20 +91,19 @@ def make_all(configs, train_one, show=None):
     sharing = math.ceil(processes / len(of_shape))           # processes per shape
 
     def count_left(run):
-        others = [other for other in of_shape[shape_of(run.config)] if other is not run]
-        return sum(not os.path.exists(other.path + ".json") for other in others) // sharing
+        left = [other for other in of_shape[shape_of(run.config)]
+                if other is not run and not os.path.exists(other.path + ".json")]
+        return len(left) // sharing
 
-    finished = []
-    if rank == 0:                                # clean up before any process begins
+    if rank == 0:                                # before any process begins
         for run in grid:
             forget(run)
-        finished = [run for run in grid if is_finished(run.path)]
+            if is_finished(run.path):
+                say(f"{run.title}{run.path}.json is finished; --overwrite repeats it")
+                if show:
+                    show(read_result(run.path + ".json"))
     barrier()
     with keyboard_interrupts():
-        for run in finished:
-            say(f"{run.title}{run.path}.json is finished; --overwrite repeats it")
-            if show:
-                show(read_result(run.path + ".json"))
         waiting, said = [run for runs in of_shape.values() for run in runs], False
         while waiting:
             busy = []                                        # runs that other processes are making
@@ -131,7 +130,8 @@ def by_shape(grid, rank):
     found = {}
     for run in grid:
         found.setdefault(shape_of(run.config), []).append(run)
-    first, shapes = rank % len(found), list(found)
+    shapes = list(found)
+    first = rank % len(shapes)
     return {shape: found[shape] for shape in shapes[first:] + shapes[:first]}
 
 
@@ -167,24 +167,32 @@ def make_if_free(run, train_one, count_left):
     False: another process is working on it. True: nothing is left to do, because it is finished or
     has failed, now or before.
     """
-    if is_finished(run.path):
+    if is_finished(run.path):                    # needs no lock
         return True
     try:
         with locked(run.path) as mine:
+            # Again: another process may have ended the run just before it freed the lock.
             if mine and not is_finished(run.path) and not os.path.exists(failure_of(run)):
-                remove(*glob.glob(glob.escape(run.path) + ".*.tmp"))     # of a killed process
-                try:
-                    train_one(run.config, run.path, run.title, count_left(run))
-                except FAILURES as error:
-                    # Both while the lock is held: then others may find no run left and exit, and
-                    # torchrun ends all processes when one exits with status 1.
-                    say(f"{run.title}{run.path} failed: {error}")
-                    with contextlib.suppress(OSError):       # the disk may be full
-                        open(failure_of(run), "w").close()
+                make(run, train_one, count_left(run))
             return mine
     except OSError as error:                     # of the lock
         say(f"{run.title}{run.path} failed: {error}")
         return True
+
+
+def make(run, train_one, runs_left):
+    """Make a run whose lock this process holds. If it fails, say so, and mark it for the others.
+
+    Both happen while the lock is held: once it is free, the others may find no run left and exit,
+    and torchrun ends all processes when one exits with status 1.
+    """
+    remove(*glob.glob(glob.escape(run.path) + ".*.tmp"))     # of a killed process
+    try:
+        train_one(run.config, run.path, run.title, runs_left)
+    except FAILURES as error:
+        say(f"{run.title}{run.path} failed: {error}")
+        with contextlib.suppress(OSError):                   # the disk may be full
+            open(failure_of(run), "w").close()
 
 
 def lock_file(path):
@@ -211,7 +219,7 @@ def locked(path, wait=False):
         mine = lock(file)
         if wait and not mine:
             say(f"waiting for the process that has {path}")
-            mine = lock(file, wait)
+            mine = lock(file, wait=True)
         yield mine
 
 

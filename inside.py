@@ -3,11 +3,10 @@
     python inside.py results/X.pt             draws figures/inside_X.png
     python inside.py report/checkpoints/*.pt --out figures
 
-A hook on one linear map of each layer records its output, and the rest is recomputed from it. The
+Hooks record the output of every linear map, and the rest is recomputed from one in each layer. The
 model is not changed.
 """
 
-import argparse
 import os
 import signal
 from typing import NamedTuple
@@ -25,13 +24,13 @@ from matplotlib.figure import Figure
 from attention import Attention
 from data import recall_batch
 from mamba import Mamba
-from output import RC_PARAMS, end_with, say, short_errors, text, write_figure
+from output import RC_PARAMS, Parser, report_left_out, say, text, write_figure
 from runs import load_run
 
 CONTEXT = 24                               # tokens before the query: few enough to see each of them
 MARKS = {"q": "#D55E00", "v": "#009E73"}   # the query and its value in a sequence
-# A channel can hold v for a million tokens if dt exceeds WRITES near v and is below IDLE elsewhere:
-# a million steps below 1e-6 sum to less than 1, so that a state with A = -1 keeps over 1/e.
+# A channel can hold v for a million tokens if dt exceeds WRITES near v and its mean elsewhere is
+# below IDLE: then a million steps sum to less than 1, and a state with A = -1 keeps over 1/e.
 WRITES, IDLE = 0.1, 1e-6
 MAP_INCHES, MAMBA_INCHES = 5.2, 8.6        # heights: of an attention map, of all images of a Mamba
 
@@ -75,16 +74,13 @@ def inspect_layers(model, tokens):
                  "taps": the number of taps of its convolution}
     other       {}
     """
-    outputs, hooks = {}, []
+    outputs = {}
 
     def record(module, inputs, output):
         outputs[module] = output[0]
 
-    for layer in model.layers:
-        if isinstance(layer, Attention):
-            hooks.append(layer.qkv.register_forward_hook(record))
-        elif isinstance(layer, Mamba):
-            hooks.append(layer.dt_proj.register_forward_hook(record))
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    hooks = [module.register_forward_hook(record) for module in linear]
     try:
         logits = model(tokens[None])[0]
     finally:
@@ -130,11 +126,12 @@ def count_keepers(dt, q, v, taps):
     """How many channels could hold v for a million tokens. dt (D, L + 1).
 
     In such a channel, dt exceeds WRITES at a token where the convolution sees v, and its mean over
-    the tokens that do not matter is below IDLE. Those are all tokens except the first taps - 1,
-    where the convolution sees padding, those from q until it no longer sees v, and the last q.
+    the tokens that do not matter is below IDLE.
     """
     idle = np.ones(dt.shape[1], bool)
-    idle[:taps - 1] = idle[q:v + taps] = idle[-1] = False
+    idle[:taps - 1] = False                              # here the convolution sees padding
+    idle[q:v + taps] = False                             # from q until it no longer sees v
+    idle[-1] = False                                     # the last q
     if not idle.any():                                                      # too short to tell
         return 0
     writes = dt[:, v:v + taps].max(1) > WRITES                              # (D,)
@@ -182,14 +179,17 @@ def panels(layer, found):
 def mark(ax, found, rows):
     """Frame the columns of q, v and the last q in an image, and their rows too if `rows`."""
     for place, name in ((found["q"], "q"), (found["v"], "v"), (len(found["tokens"]) - 1, "q")):
-        bold = dict(textcoords="offset points", color=MARKS[name], fontweight="bold")
-        ax.annotate(name, (place, 1), (0, 2), ax.get_xaxis_transform(), ha="center", **bold)
-        for edge in (place - 0.5, place + 0.5):
-            ax.axvline(edge, color=MARKS[name], lw=0.7)
-            if rows:
-                ax.axhline(edge, color=MARKS[name], lw=0.7)
+        line = dict(color=MARKS[name], lw=0.7)
+        bold = dict(color=MARKS[name], fontweight="bold", textcoords="offset points")
+        ax.axvline(place - 0.5, **line)
+        ax.axvline(place + 0.5, **line)
+        ax.annotate(name, (place, 1), xytext=(0, 2), xycoords=ax.get_xaxis_transform(),
+                    ha="center", **bold)
         if rows:
-            ax.annotate(name, (1, place), (3, 0), ax.get_yaxis_transform(), va="center", **bold)
+            ax.axhline(place - 0.5, **line)
+            ax.axhline(place + 0.5, **line)
+            ax.annotate(name, (1, place), xytext=(3, 0), xycoords=ax.get_yaxis_transform(),
+                        va="center", **bold)
 
 
 def draw_layer(part, layer, found, tall):
@@ -249,7 +249,7 @@ def main(argv=None):
     no file can be drawn or argv is wrong.
     """
     about = __doc__.split("\n")[0]
-    parser = short_errors(argparse.ArgumentParser("inside.py", description=about))
+    parser = Parser("inside.py", description=about)
     parser.add_argument("checkpoints", nargs="+", metavar="RUN.pt", help="models of train.py")
     parser.add_argument("--out", default="figures", metavar="DIR", help="(default: figures)")
     args = parser.parse_args(argv)
@@ -270,7 +270,7 @@ def main(argv=None):
             parser.error(f"--out is {args.out!r}, but it cannot be written to: {error.strerror}")
         written.append(target)
         say(target)
-    end_with(parser, written, left_out)
+    report_left_out(parser, written, left_out)
     return written
 
 

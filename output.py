@@ -1,6 +1,6 @@
-"""Printing and writing: text for figures, short error messages, a progress bar, atomic files.
+"""Printing, drawing and writing: short error messages, a progress bar, colours, atomic files.
 
-Works without torch, like plot.py.
+Imports no torch, which takes a second or two: plot.py does not need it.
 """
 
 import argparse
@@ -20,6 +20,21 @@ RC_PARAMS = {         # of matplotlib, for all figures
     "font.size": 11, "axes.titlesize": 11, "axes.edgecolor": GREY, "xtick.color": GREY,
     "ytick.color": GREY, "xtick.labelsize": 9, "axes.spines.top": False,
     "axes.spines.right": False, "text.usetex": False}
+COLOURS = {  # in the order of figures; the first six for colour-blind readers (Okabe, Ito)
+    "nope": "#56B4E9", "learned": "#E69F00", "rope": "#0072B2", "mamba": "#D55E00",
+    "hybrid-a": "#009E73", "hybrid-b": "#CC79A7", "rnn": "#999999", "lti": "#666666",
+    "retention": "#8C6D31", "griffin": "#5C4A1F", "mamba2": "#A50F15", "samba": "#1B7837",
+    "mamba2-hybrid": "#54278F", "jamba": "#01665E", "zamba": "#35978F", "zamba2": "#756BB1",
+    "zamba2-mini": "#9E9AC8", "mamba3": "#DD1C77", "deltanet": "#66A61E",
+    "gated-deltanet": "#17BECF", "alibi": "#8C564B", "forgetting": "#5F7A8A",
+    "conv2+attention": "#E69F00", "conv+attention": "#333333", "conv8+attention": "#CC79A7",
+    "mamba-noconv+attention": "#D55E00", "mamba+attention": "#009E73", "2xattention": "#56B4E9",
+    "2xrope": "#0072B2", "2xalibi": "#8C564B", "2xforgetting": "#5F7A8A", "2xwindow": "#BCBD22",
+    "2xlinear-fixed-noconv": "#C7A76C", "2xlinear-fixed": "#8C6D31",
+    "2xlinear-decay-noconv": "#F4A582", "2xlinear-decay": "#CA0020",
+    "2xgated-deltanet-noconv": "#9EDAE5", "2xgated-deltanet": "#17BECF",
+    "2xlinear-rotation-noconv": "#E6C35C", "2xlinear-rotation": "#B8860B"}
+ORDER = list(COLOURS)        # of models in figures and tables
 
 
 def text(value, most=40):
@@ -42,7 +57,9 @@ def numbered(numbers):
     numbers = sorted(set(numbers))
     gaps = numbers[-1] - numbers[0] >= len(numbers)
     words = [f"{n:,}" for n in numbers]
-    return ", ".join(words) if len(words) <= (8 if gaps else 3) else f"{words[0]} to {words[-1]}"
+    if len(words) <= (8 if gaps else 3):
+        return ", ".join(words)
+    return f"{words[0]} to {words[-1]}"
 
 
 def length(word):
@@ -53,25 +70,26 @@ def length(word):
     return int(word)
 
 
-def short_errors(parser):
-    """Make a parser answer a wrong command with one sentence and status 2."""
-    def error(message):
+class Parser(argparse.ArgumentParser):
+    """A parser of flags that answers a wrong command with one sentence and status 2."""
+
+    def __init__(self, *words, **options):
+        super().__init__(*words, allow_abbrev=False, **options)
+
+    def error(self, message):
         if message.startswith("unrecognized arguments: --"):
             flag = message.split()[2].split("=")[0]
-            known = {name.lower(): name for name in parser._option_string_actions}
+            known = {name.lower(): name for name in self._option_string_actions}
             near = difflib.get_close_matches(flag.lower(), known, 1)
             message += f"; did you mean {known[near[0]]}?" if near else "; --help lists the flags"
         elif message.startswith("unrecognized arguments"):
             message += "; a value needs its flag, and --help says what takes several values"
         elif message.startswith("the following arguments are required"):
             message += "; they come before flags that take several values"
-        parser.exit(2, f"{parser.prog}: {text(message, 2000)}\n")
-
-    parser.allow_abbrev, parser.error = False, error
-    return parser
+        self.exit(2, f"{self.prog}: {text(message, 2000)}\n")
 
 
-def end_with(parser, written, left_out):
+def report_left_out(parser, written, left_out):
     """Say what was left out, and end with status 2 if nothing was written.
 
     left_out: a sentence for each file or figure. If nothing was written for a single reason, that
@@ -109,7 +127,8 @@ class Progress(tqdm):
 
     def __init__(self, total, quiet=False, **options):
         quiet = quiet or rank_and_processes()[0] > 0
-        super().__init__(total=total, leave=False, dynamic_ncols=True, disable=quiet or None,
+        disable = True if quiet else None        # None: tqdm shows no bar without a terminal
+        super().__init__(total=total, leave=False, dynamic_ncols=True, disable=disable,
                          bar_format="{desc} |{bar}| {elapsed}<{remaining}", **options)
         self.quiet, self.said = quiet, time.monotonic()
 
@@ -128,8 +147,12 @@ class Progress(tqdm):
 
 
 def spread(heights, low, high):
-    """Heights of labels that do not touch, near those wanted, which fall from first to last."""
-    heights, gap = list(heights), min(0.065, (high - low) / max(1, len(heights)))
+    """Move labels apart, so that they do not touch -> their heights, between low and high.
+
+    heights: those wanted, the highest first.
+    """
+    heights = list(heights)
+    gap = min(0.065, (high - low) / max(1, len(heights)))
     for k in range(len(heights)):                                  # down, away from the one above
         above = heights[k - 1] if k else high + gap
         heights[k] = min(heights[k], above - gap)
@@ -172,7 +195,7 @@ def write_file(path, data):
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(f.name, 0o644)
+        os.chmod(f.name, 0o644)                  # a temporary file is its owner's alone
         os.replace(f.name, path)                 # after closing: Windows renames no open file
     except BaseException:
         with contextlib.suppress(FileNotFoundError):         # Ctrl-C after the file was renamed
@@ -183,7 +206,5 @@ def write_file(path, data):
 def remove(*paths):
     """Remove those of the files that exist, as far as the system permits."""
     for path in paths:
-        try:
+        with contextlib.suppress(OSError):
             os.remove(path)
-        except OSError:
-            pass

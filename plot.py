@@ -23,11 +23,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
 
-from output import (GREY, RC_PARAMS, end_with, label_ends, length, say, short_errors, text,
-                    write_figure)
-from summary import (COLOURS, IGNORED, ORDER, TASK, View, by_curve, caption, chance, file_name,
-                     finding, group, median_curve, median_of, name_curves, name_of, read, sort_key,
-                     table)
+from output import (COLOURS, GREY, ORDER, RC_PARAMS, Parser, label_ends, length, report_left_out,
+                    say, text, write_figure)
+from summary import (IGNORED, TASK, View, by_curve, caption, chance, file_name, finding, group,
+                     median_curve, median_of, name_curves, name_of, read, sort_key, table)
 
 MEASURES = {"at": "accuracy at L", "lowest": "lowest accuracy from L to 3L"}
 MORE_COLOURS = ["black", "#E31A1C", "#6A3D9A", "#33A02C", "#B15928", "#1F78B4", "#FF7F00"]
@@ -238,8 +237,8 @@ def main(argv=None, add_to=lambda fig, runs, view: None):
 
     add_to(fig, runs, view) is called before a figure is written.
     """
-    parser = short_errors(argparse.ArgumentParser(
-        "plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
+    parser = Parser("plot.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     flag = dict(metavar="FLAG", type=lambda word: word.replace("-", "_"))
     add("results", nargs="+", metavar="RUN.json", help="results of train.py")
@@ -261,7 +260,7 @@ def main(argv=None, add_to=lambda fig, runs, view: None):
         say(table(runs, args.table))
         tested = set().union(*(run["length"][0] for run in runs))
         left_out += [f"no run was tested at {n} tokens" for n in args.table if n not in tested]
-        end_with(parser, True, left_out)
+        report_left_out(parser, True, left_out)
         return []
     known = set().union(*(run["config"] for run in runs)) - IGNORED
     unknown = set(args.panels) - known | {args.against} - known - {None, "state"}
@@ -291,7 +290,7 @@ def main(argv=None, add_to=lambda fig, runs, view: None):
                 left_out.append(f"{path}: {error}")
             except OSError as error:
                 parser.error(f"--out is {args.out!r}, but it cannot be written: {error.strerror}")
-    end_with(parser, written, left_out)
+    report_left_out(parser, written, left_out)
     return written
 
 

@@ -23,17 +23,18 @@ from hybrid import build_model
 from output import remove, say, write_file
 from summary import DEFAULTS, GRID, default_lr
 
+# The least values of the flags that are whole numbers.
 LEAST = dict(d=1, L=1, K=1, M=1, tau=1, n_heads=1, d_state=1, batch_size=1, steps=1, seed=0)
+
 
 def run_name(config):
     """A run's name: the flags of GRID, and those of DEFAULTS that are not at their default."""
     task = "" if config["task"] == "recall" else config["task"] + "_"
     shown = [f"{flag}{config[flag]}" for flag in GRID if flag not in ("model", "seed")]
     name = "_".join([task + config["model"], *shown])
-    for flag, default in DEFAULTS.items():
+    defaults = {**DEFAULTS, "lr": default_lr(config["d"])}
+    for flag, default in defaults.items():
         value, word = config[flag], flag.replace("_", "-")
-        if flag == "lr":
-            default = default_lr(config["d"])
         if flag == "task" or value == default:
             continue
         if isinstance(value, bool):
@@ -101,23 +102,24 @@ def check_model(config):
     """Raise a ValueError if the model cannot be built, because of its layers, heads or options, or
     if a run certainly needs more memory than there is."""
     available = memory(config.get("device"))
-    # An embedding table in float64; at least eight float32 activations per token, channel, layer.
+    # At least: the embedding table in float64, which numpy makes even for a model on "meta", and
+    # eight float32 activations per token, channel and layer.
     activations = 32 * config["batch_size"] * config["L"] * config["d"]
-    bound = 8 * config["K"] * config["d"] + activations
+    needed = 8 * config["K"] * config["d"] + activations
     # Tensors on "meta" take no memory, but computing with them imports torch's compiler, which
     # takes a second. So small models are built for real.
     widest = max(config[flag] for flag in ("K", "d", "L", "d_state"))
-    if bound < available:
+    if needed < available:
         try:
             with torch.device("cpu" if config["d"] * widest <= 2**16 else "meta"):
                 model = model_from(config)                   # a ValueError of its own goes on
-            bound += activations * (len(model.layers) - 1)
-            bound += 16 * model.n_params()                   # weights, gradients, two moments
+            needed += activations * (len(model.layers) - 1)
+            needed += 16 * model.n_params()                  # weights, gradients, two moments
         except (RuntimeError, MemoryError, OverflowError):
-            bound = available
-    if bound >= available:
+            needed = available
+    if needed >= available:
         flags = "--K {K}, --d {d}, --L {L}, --d-state {d_state}, --batch-size {batch_size}"
-        raise ValueError(f"{flags.format(**config)} need more than {bound / 2**30:,.1f} GiB, but "
+        raise ValueError(f"{flags.format(**config)} need more than {needed / 2**30:,.1f} GiB, but "
                          f"this machine has {available / 2**30:,.1f} GiB")
 
 
@@ -240,25 +242,26 @@ def state_of(part):
 
 
 def set_states(kept, states):
+    """Restore the states of `kept`, {name: model, optimizer or generator}."""
     for name, part in kept.items():
         if isinstance(part, torch.Generator):
             part.set_state(states[name].cpu())
         elif isinstance(part, torch.optim.Optimizer):
-            own = [{k: v for k, v in group.items() if k != "params"} for group in part.param_groups]
+            groups = part.param_groups
             part.load_state_dict(states[name])
-            for group, options in zip(part.param_groups, own):
-                group.update(options)        # above all lr, a tensor that train_one holds, too
+            part.param_groups = groups       # its own options: lr is a tensor that train_one holds
         else:
             part.load_state_dict(states[name])
 
 
-def save_progress(path, kept, **progress):
+def save_progress(path, kept, step, curves, seconds):
     """Write what an unfinished run needs to continue, after a checksum. A full disk is no failure.
 
     kept: {name: model, optimizer or generator}, whose states are saved.
     """
     buffer = io.BytesIO()
-    torch.save({**progress, **{name: state_of(part) for name, part in kept.items()}}, buffer)
+    states = {name: state_of(part) for name, part in kept.items()}
+    torch.save({"step": step, "curves": curves, "seconds": seconds, **states}, buffer)
     data = buffer.getvalue()
     try:
         write_file(path + ".resume.pt", hashlib.sha256(data).digest() + data)

@@ -1,6 +1,6 @@
-"""Results of train.py: read from JSON, grouped into the seeds of a setting, put into words.
+"""The flags' defaults; and results of train.py: read from JSON, grouped by setting, put into words.
 
-plot.py draws them. All flags have their defaults here. Only `chance` may import torch.
+plot.py draws them. Only `chance` may import torch.
 """
 
 import json
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from output import listed, numbered, text
+from output import ORDER, listed, numbered, text
 
 GRID = dict(model="rope", M=1, tau=1, K=16, d=8, L=64, seed=0)     # flags that take several values
 DEFAULTS = dict(  # of the other flags that change a run; lr: default_lr
@@ -17,22 +17,6 @@ DEFAULTS = dict(  # of the other flags that change a run; lr: default_lr
     train_lengths="fixed", learn_embedding=False, stop_early=True)
 IGNORED = {"device", "compile", "out", "overwrite"}          # change no run
 TASK = ["task", "tau", "K", "d", "L", "M"]                   # the flags that say what is learned
-COLOURS = {  # in the order of figures; the first six for colour-blind readers (Okabe, Ito)
-    "nope": "#56B4E9", "learned": "#E69F00", "rope": "#0072B2", "mamba": "#D55E00",
-    "hybrid-a": "#009E73", "hybrid-b": "#CC79A7", "rnn": "#999999", "lti": "#666666",
-    "retention": "#8C6D31", "griffin": "#5C4A1F", "mamba2": "#A50F15", "samba": "#1B7837",
-    "mamba2-hybrid": "#54278F", "jamba": "#01665E", "zamba": "#35978F", "zamba2": "#756BB1",
-    "zamba2-mini": "#9E9AC8", "mamba3": "#DD1C77", "deltanet": "#66A61E",
-    "gated-deltanet": "#17BECF", "alibi": "#8C564B", "forgetting": "#5F7A8A",
-    "conv2+attention": "#E69F00", "conv+attention": "#333333", "conv8+attention": "#CC79A7",
-    "mamba-noconv+attention": "#D55E00", "mamba+attention": "#009E73", "2xattention": "#56B4E9",
-    "2xrope": "#0072B2", "2xalibi": "#8C564B", "2xforgetting": "#5F7A8A", "2xwindow": "#BCBD22",
-    "2xlinear-fixed-noconv": "#C7A76C", "2xlinear-fixed": "#8C6D31",
-    "2xlinear-decay-noconv": "#F4A582", "2xlinear-decay": "#CA0020",
-    "2xgated-deltanet-noconv": "#9EDAE5", "2xgated-deltanet": "#17BECF",
-    "2xlinear-rotation-noconv": "#E6C35C", "2xlinear-rotation": "#B8860B"}
-ORDER = list(COLOURS)        # of models in figures and tables
-TEST_SEQUENCES = 512         # of a test during training
 SOLVED = 0.99                # a task is solved when tests reach this accuracy
 KEPT = 0.95                  # a model that stays above it from L on does not fade
 
@@ -63,10 +47,10 @@ def load(path):
         x, y = points(result["eval"], "length")
         step, test = points(result["train"], "step")
         sizes = result.get("state_bytes")
-        to_3L = y[(x >= L) & (x <= 3 * L)] if L in x and x[-1] >= 3 * L else [np.nan]
+        lowest = min(y[(x >= L) & (x <= 3 * L)]) if L in x and x[-1] >= 3 * L else np.nan
         return {"path": path, "config": config, "changed": changed, "length": (x, y),
                 "training": (step, test), "at": y[x == L][0] if L in x else np.nan,
-                "lowest": min(to_3L), "steps": min(step[test >= SOLVED], default=np.inf),
+                "lowest": lowest, "steps": min(step[test >= SOLVED], default=np.inf),
                 "state": sizes and {n: sizes[str(n)] for n in (64, 4096)},
                 "sequences": np.ravel(result["eval"]["sequences"])}
     except OSError as error:
@@ -122,11 +106,18 @@ def group(runs, key):
     return dict(sorted(found.items(), key=lambda item: sort_key(item[0])))
 
 
+def different(runs, flag):
+    """The values of a flag in these runs, each once, sorted."""
+    return [value for value, in group(runs, [flag])]
+
+
 def by_curve(runs):
+    """{curve: its runs}, sorted. name_curves comes first."""
     return group(runs, lambda run: run["curve"])
 
 
 def median_of(seeds, what):
+    """The median of a number of each run, such as "at" or "steps"."""
     return np.median([run[what] for run in seeds])
 
 
@@ -172,7 +163,7 @@ def name_curves(runs, view):
     in which any two runs that are equal there differ, unless at their default.
     """
     flags = [flag for flag in view.curves
-             if flag == view.curves[0] or len(group(runs, [flag])) > 1]
+             if flag == view.curves[0] or len(different(runs, flag)) > 1]
     named = set()
     for same in group(runs, flags).values():
         changed = [set(run["changed"].items()) for run in same]
@@ -198,25 +189,34 @@ def settings_of(runs, view):
 
 def finding(runs, view):
     """A title: the models that do well in all settings that the figure shows, in some, in none."""
-    verdicts, lengths = {}, {run["config"]["L"] for run in runs}
-    L = f"{min(lengths)} tokens" if len(lengths) == 1 else "L"
+    verdicts = {}                                            # name: True or False per setting
     for (model, curve, _), seeds in settings_of(runs, view).items():
         name = name_of((("model", model), *curve[1:]))
         verdicts.setdefault(name, []).append(does_well(seeds, view))
-    share = {name: np.mean(found) for name, found in verdicts.items() if None not in found}
-    counts = {n: f" ({sum(verdicts[n])}\u00a0of\u00a0{len(verdicts[n])})" for n in share}
-    alike = len({len(verdicts[name]) for name in share}) == 1         # as many settings for each
-    well = [name + ("" if alike else counts[name]) for name in share if share[name] == 1]
-    partly = [name + counts[name] for name in share if 0 < share[name] < 1]
-    some, never = well + partly, [name for name in share if share[name] == 0]
+    verdicts = {name: found for name, found in verdicts.items() if None not in found}
+    if not verdicts:
+        return ""
+    alike = len(set(map(len, verdicts.values()))) == 1       # as many settings for each name
+    well, partly, never = [], [], []
+    for name, found in verdicts.items():
+        count = f" ({sum(found)}\u00a0of\u00a0{len(found)})"
+        if all(found):
+            well.append(name if alike else name + count)
+        elif any(found):
+            partly.append(name + count)
+        else:
+            never.append(name)
+    lengths = different(runs, "L")
+    L = f"{lengths[0]} tokens" if len(lengths) == 1 else "L"
+    where = f"at {L}" if view.measure == "at" else "from L to 3L"
     phrase = {"length": f"Above {KEPT} from {L} on", "model": f"Above {KEPT} from L to 3L",
-              "training": f"Reached {SOLVED}"}.get(view.kind, f"{SOLVED} or more")
-    if view.kind in ("against", "state"):
-        phrase += f" at {L}" if view.measure == "at" else " from L to 3L"
-    parts = [f"{phrase}: {listed(well or ['none'])}"] if share else []
-    parts += [f"in part: {listed(partly)}"] if partly else []
-    parts += [f"not: {listed(never)}"] if never and some and view.kind != "model" else []
-    return "; ".join(parts)
+              "training": f"Reached {SOLVED}"}.get(view.kind, f"{SOLVED} or more {where}")
+    title = f"{phrase}: {listed(well or ['none'])}"
+    if partly:
+        title += f"; in part: {listed(partly)}"
+    if never and (well or partly) and view.kind != "model":
+        title += f"; not: {listed(never)}"
+    return title
 
 
 def does_well(seeds, view):
@@ -225,9 +225,9 @@ def does_well(seeds, view):
         return median_of(seeds, "steps") < np.inf
     if view.kind in ("against", "state"):
         return median_of(seeds, view.measure) >= SOLVED
-    lowest, L = median_of(seeds, "lowest"), seeds[0]["config"]["L"]
+    lowest = median_of(seeds, "lowest")
     if view.kind == "length":                                # as far as the figure goes, not to 3L
-        x, y = median_curve(seeds, "length")
+        L, (x, y) = seeds[0]["config"]["L"], median_curve(seeds, "length")
         lowest = min(y[x >= L]) if L in x and x[-1] > L else np.nan
     return None if np.isnan(lowest) else lowest >= KEPT
 
@@ -239,7 +239,7 @@ def caption(runs, view):
         for pair in run["changed"].items():
             if pair not in run["curve"] and pair[0] not in (*view.panels, view.x):
                 changed.setdefault(pair, set()).add(run["config"]["model"])
-    settings = [f"{flag} = {text(', '.join(str(x) for x, in group(runs, [flag])))}"
+    settings = [f"{flag} = {text(', '.join(map(str, different(runs, flag))))}"
                 for flag in TASK[1:]]
     for (flag, value), whose in sorted(changed.items(), key=lambda item: sort_key(item[0])):
         some = f" ({listed(sorted(map(text, whose), key=sort_key))})"
@@ -256,7 +256,7 @@ def caption(runs, view):
     else:
         tests = numbered(np.concatenate([run["sequences"] for run in runs]).tolist())
         notes.append(f"test sequences per length: {tests}")
-    tasks = text(", ".join(task for task, in group(runs, ["task"])))
+    tasks = text(", ".join(different(runs, "task")))
     return f"task {tasks}: {', '.join(settings)}", "; ".join(notes)
 
 
@@ -268,33 +268,33 @@ def file_name(runs, view, args):
     parts += ["lowest"] if view.measure == "lowest" else []
     parts += [f"by_{'-'.join(view.panels)}"] if view.panels and view.panels != ["M"] else []
     for flag in TASK:
-        found = [str(x) for x, in group(runs, [flag])]
+        found = [str(value) for value in different(runs, flag)]
         parts.append(flag + "-".join(found if len(found) < 6 else [found[0], "to", found[-1]]))
     return text("_".join(parts).replace("taskrecall_", "").replace(os.sep, "-"), 200)
 
 
 def table(runs, lengths=None):
-    """A Markdown table, a row for each setting.
-
-    Without `lengths`, its columns are steps, accuracy at L and the lowest from L to 3L; with them,
-    the median accuracy at each length at which all seeds were tested.
-    """
+    """A Markdown table, a row per setting: steps, the accuracy at L, and the lowest from L to 3L;
+    or, with `lengths`, the median accuracy at each of them at which all seeds were tested."""
     flags = ["model", "d", "M", "tau"]
-    flags += [flag for flag in ("task", "K", "L") if len(group(runs, [flag])) > 1]
-    varied = {pair for run in runs for pair in run["changed"].items()}
-    flags += sorted({flag for flag, _ in varied if len(group(runs, [flag])) > 1})
+    flags += [flag for flag in ("task", "K", "L") if len(different(runs, flag)) > 1]
+    changed = {flag for run in runs for flag in run["changed"]}
+    flags += sorted(flag for flag in changed if len(different(runs, flag)) > 1)
     titles = [f"median steps to {SOLVED}", "at L: median", "at L: worst",
               "lowest to 3L: median", "lowest to 3L: worst"]
     header = [*flags, "seeds", *map(str, lengths or titles)]
     lines, order = [header, ["---"] * len(header)], ["task", "K", "L", "tau", "M", "model", "d"]
     for _, seeds in group(runs, order + flags).items():
-        setting, (x, y) = values(seeds[0], flags), median_curve(seeds, "length")
-        cells = [f"{y[x == length][0]:.3f}" if length in x else "" for length in lengths or ()]
-        if not lengths:
+        if lengths:
+            x, y = median_curve(seeds, "length")
+            cells = [f"{y[x == length][0]:.3f}" if length in x else "" for length in lengths]
+        else:
             steps = median_of(seeds, "steps")
             cells = [f"{steps:,.0f}" if steps < np.inf else "never"]
             for what in ("at", "lowest"):
-                cells += [f"{f([run[what] for run in seeds]):.3f}" for f in (np.median, np.min)]
-        lines.append([f"`{text(setting[0])}`", *map(text, setting[1:]), str(len(seeds)),
+                found = [run[what] for run in seeds]
+                cells += [f"{np.median(found):.3f}", f"{np.min(found):.3f}"]
+        model, *others = values(seeds[0], flags)
+        lines.append([f"`{text(model)}`", *map(text, others), str(len(seeds)),
                       *(cell.replace("nan", "") for cell in cells)])
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

@@ -25,7 +25,7 @@ from data import TASKS, show_answers, stream
 from eval import evaluate, lengths_to_test, print_table, training_accuracy
 from grid import configs_of, make_all, prepare_folder
 from hybrid import FAMILY, LAYERS, MODELS, state_bytes
-from output import Progress, say, short_errors
+from output import Parser, Progress, say
 from summary import DEFAULTS, GRID, SOLVED
 
 WARMUP = 400             # steps in which the learning rate rises
@@ -43,9 +43,9 @@ SAVE_SECONDS = 5         # between saves of an unfinished run
 
 def parse(argv):
     """Parse the flags -> the parser, for its error messages, and args with every flag set."""
-    parser = short_errors(argparse.ArgumentParser(
+    parser = Parser(
         description="Train a model on a task and test it against context length.",
-        epilog="Flags marked * take several values and run all combinations of them."))
+        epilog="Flags marked * take several values and run all combinations of them.")
     several = dict(type=int, nargs="+", action="extend", metavar="N")
     add = parser.add_argument_group("the model").add_argument
     add("--model", nargs="+", action="extend", metavar="NAME",

@@ -31,7 +31,6 @@ price of keys and values that share channels. So the head has a table of codes f
 picks the largest of sixteen lines, each above the others where its token's code is.
 """
 
-import argparse
 import math
 import os
 import sys
@@ -44,7 +43,7 @@ import torch.nn.functional as F
 
 from eval import accuracy_by_length
 from hybrid import build_model
-from output import short_errors
+from output import Parser
 
 K = 16                       # tokens
 ON = 30.0                    # SiLU(ON) is ON and SiLU(-ON) is 0, up to 3e-12
@@ -137,7 +136,7 @@ def head(weight, codes):
 
 
 def main(argv=None):
-    parser = short_errors(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="N",
                         help="context lengths, at least 2 (default: 2 to 8,192)")
     parser.add_argument("--sequences", type=int, default=1024, metavar="N",

@@ -11,7 +11,6 @@ Writes rope-interpolated_....json beside each run, for plot.py. All but its name
 beyond L is that of the run; "tested" says where they were measured.
 """
 
-import argparse
 import os
 import sys
 
@@ -23,7 +22,7 @@ import torch
 from attention import Attention
 from eval import evaluate
 from gpu import pick_device
-from output import Progress, short_errors
+from output import Parser, Progress
 from runs import environment, load_run, read_result, run_name, write_json
 
 
@@ -61,7 +60,7 @@ def accuracies_of(model, layers, config, lengths, sequences, device):
 
 def main(argv=None):
     """Test each checkpoint in argv, and write the results -> list of their paths."""
-    parser = short_errors(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoints", nargs="+", metavar="RUN.pt", help="models of train.py")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best one here)")
     args = parser.parse_args(argv)

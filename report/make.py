@@ -9,7 +9,6 @@ Runs go to results/EXPERIMENT/, figures to figures/; --out and --figures name ot
 same command resumes a killed one. Other flags, such as --device, are passed on to train.py.
 """
 
-import argparse
 import fnmatch
 import glob
 import json
@@ -29,9 +28,9 @@ import plot
 import train
 from grid import barrier, make_all
 from hybrid import FAMILY, MODELS
-from output import GREY, rank_and_processes, short_errors
+from output import COLOURS, GREY, Parser, rank_and_processes
 from runs import path_of
-from summary import COLOURS, group
+from summary import group
 
 REACH = {"conv2+attention": 1, "conv+attention": 3, "conv8+attention": 7}   # tokens back: taps - 1
 SIX = " ".join(MODELS)
@@ -234,7 +233,7 @@ def share(paths):
 
 
 def main(argv=None):
-    parser = short_errors(argparse.ArgumentParser(description="Make experiments of the report."))
+    parser = Parser(description="Make experiments of the report.")
     parser.add_argument("names", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
     parser.add_argument("--seed", nargs="+", default=["0"], help="seeds (default: 0)")
     parser.add_argument("--out", default="results", help="folder of the runs (default: results)")

@@ -11,7 +11,6 @@ the model's own answers tell.
 Works for layers whose state has an `h`: Mamba and Mamba-2.
 """
 
-import argparse
 import os
 import sys
 
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from data import recall_batch
-from output import RC_PARAMS, short_errors, text, write_figure
+from output import RC_PARAMS, Parser, text, write_figure
 from runs import load_run
 
 BATCH = 1000        # contexts per call of the model
@@ -101,7 +100,7 @@ def draw(found, title):
 
 def main(argv=None):
     """Print a table for each checkpoint in argv; with --out, draw them -> list of config, rows."""
-    parser = short_errors(argparse.ArgumentParser(description=__doc__.split("\n")[0]))
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoints", nargs="+", metavar="RUN.pt", help="models of train.py")
     parser.add_argument("--sequences", type=int, default=8000, metavar="N",
                         help="contexts per query, on average (default: 8000)")

@@ -46,7 +46,7 @@ def test_title(tmp_path, figures):  # noqa: F811
 
 
 def test_listed_stacks_have_a_place_and_a_colour():
-    assert len(set(summary.ORDER)) == len(summary.ORDER) == len(plot.COLOURS)
+    assert len(set(plot.ORDER)) == len(plot.ORDER) == len(plot.COLOURS)
     order = ["2xlinear-fixed", "2xlinear-decay", "2xgated-deltanet", "2xlinear-rotation"]
     assert sorted(reversed(order), key=summary.sort_key) == order
     assert summary.sort_key("rope") < summary.sort_key("2xrope") < summary.sort_key("2xunknown")
