@@ -63,14 +63,13 @@ def n_answers(task, K):
 
 def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, lengths=None,
                  i=None):
-    """Draw a batch of associative recall (the assignment's Definition 1 and sampling steps).
+    """Draw a batch of associative recall.
 
     The query is uniform over the first M tokens of the vocabulary {0 ... K-1}, and its position is
     uniform over 1 ... L - tau. The value and all other context tokens are uniform over the
-    vocabulary without the query.
-    (The assignment's step 2 draws the value from the whole vocabulary, but its Definition 1 has the
-    query appear exactly twice. L counts the context without the query at the end: with it, the
-    assignment's positions 1 ... L - tau and its shortest length tau + 1 would not fit together.)
+    vocabulary without the query, which so appears exactly twice. (The assignment that this task
+    comes from also lets the value be the query, against its own Definition 1. It counts the query
+    at the end in L, where its positions 1 ... L - tau and shortest length tau + 1 do not fit.)
 
     lengths: None, or (B,) int64, a context length from tau + 1 to L for each sequence. Sequence b
         ends with its query at index lengths[b]; a causal model cannot see the padding after it.
@@ -85,7 +84,7 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
     draw = dict(device=device, generator=generator)
     q = torch.randint(M, (batch_size, 1), **draw)                        # (B, 1)
     others = torch.randint(K - 1, (batch_size, L + 1), **draw)           # (B, L+1)
-    # Checked only on a CPU: asking a GPU for values would break a CUDA graph.
+    # lengths and i are checked on a CPU only: asking a GPU for values would break a CUDA graph.
     if lengths is None:
         lengths = torch.full((batch_size,), L, device=device)
     elif lengths.device.type == "cpu" and not ((lengths > tau) & (lengths <= L)).all():
@@ -109,12 +108,12 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
 # task(batch_size, L, K, M, tau, device, generator, uniform) -> tokens (B, T), labels, at
 #
 # at (B, Q) int64 are the positions to answer at, labels (B, Q) the answers. If there is one answer
-# per sequence, labels are (B,), and at is (B,), or None for the last token. To add a task, write
-# such a function and give it a name in TASKS: train.py and eval.py do the rest. Its limits belong
-# in check_task, shortest and n_answers. `uniform` is for recall alone:
-# another task gets False.
-# On a GPU it is captured in a CUDA graph, so it must draw from `generator` alone and not ask for
-# values (.item()).
+# per sequence, labels are (B,), and at is (B,), or None for the last token. `uniform` is for recall
+# alone: other tasks get False. On a GPU a task is captured in a CUDA graph, so it must draw from
+# `generator` alone and not ask for values (.item()).
+#
+# To add a task, write such a function and give it a name in TASKS: train.py and eval.py do the
+# rest. Its limits belong in check_task, shortest and n_answers.
 
 def recall(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):
     """recall_batch. uniform: each sequence has a random length of its own, from tau + 1 to L.
@@ -201,11 +200,12 @@ def show(tokens, tau):
     marks = {i: "({})", i + tau: "[{}]", last: "({})"}
     shown = [t for t in range(last + 1)
              if last <= WHOLE or min(abs(t - marked) for marked in marks) <= NEAR]
-    words = []
-    for before, t in zip([-1, *shown], shown):
+    words, before = [], -1
+    for t in shown:
         if t > before + 1:
             words.append("...")
         words.append(marks.get(t, " {} ").format(tokens[t]))
+        before = t
     return " ".join(f"{word:>4}" for word in words)
 
 

@@ -9,11 +9,9 @@ chunks, but each needs the last state of the one before. The recurrence is linea
     3. run every chunk again, from its true start                           all at once
 
 Step 2 is the recurrence again, with one step per chunk. With more than 32 chunks it is cut in the
-same way: groups of chunks play the part of the chunks. The backward pass is the same with g instead
-of h (mamba.py derives it), and a chunk hands a_1 g_1 to the chunk before it.
-
-The standard parallel prefix sum (Blelloch 1990) does this with groups of two: 2 log2(L) levels,
-with all L states in memory. Here a chunk's states stay in registers, except for its start.
+same way: groups of chunks play the part of the chunks. The standard parallel prefix sum (Blelloch
+1990) has groups of two: 2 log2(L) levels, with all L states in memory. Here a chunk's states stay
+in registers, except for its start.
 
     symbol      shape            meaning
     c, T                         chunks; steps per chunk
@@ -33,8 +31,7 @@ from torch import Tensor
 
 CHUNK_STEPS = 8     # maximum in a chunk, if L < LONG
 LONG = 1024         # sequences this long get chunks twice as long: fewer states, slower to compile
-ONE_GROUP = 32      # up to this many chunks are one group; more are cut into
-GROUP_CHUNKS = 16   # groups of at most this many
+ONE_GROUP, GROUP_CHUNKS = 32, 16   # up to 32 chunks are one group, more are cut into groups of 16
 _compiled = None    # True or False within compiled_scan; None: parallel_scan decides
 
 
@@ -94,9 +91,10 @@ def _next_state(h, t, x, dt, A, B):
     return _decay(dt[:, :, t], A) * h + u[..., None] * B[:, :, t, None]
 
 
-def _state_gradient(carry, t, A, C, dy):
-    """Every chunk's g_t (b, c, D, N) from a_{t+1} g_{t+1}."""
-    return carry + dy[:, :, t, :, None].to(A.dtype) * C[:, :, t, None]
+def _step_back(carry, t, dt, A, C, dy):
+    """From every chunk's carry a_{t+1} g_{t+1} -> g_t and the next carry a_t g_t: (b, c, D, N)."""
+    g = carry + dy[:, :, t, :, None].to(A.dtype) * C[:, :, t, None]
+    return g, _decay(dt[:, :, t], A) * g
 
 
 def _ends_forward(x, dt, A, B):
@@ -120,7 +118,7 @@ def _ends_backward(dt, A, C, dy):
     """The gradient of every chunk's start, from its own outputs alone, as stored: (b, c, D, N)."""
     carry = 0.0
     for t in reversed(range(dt.shape[2])):
-        carry = _decay(dt[:, :, t], A) * _state_gradient(carry, t, A, C, dy)
+        _, carry = _step_back(carry, t, dt, A, C, dy)
     return carry.to(stored(dy, A))
 
 
@@ -131,8 +129,7 @@ def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carries):
         h_before.append(_next_state(h_before[t], t, x, dt, A, B))
     dx, ddt, dA, carry = [], [], 0.0, carries
     for t in reversed(range(x.shape[2])):
-        g = _state_gradient(carry, t, A, C, dy)                          # (b, c, D, N)
-        carry = _decay(dt[:, :, t], A) * g
+        g, carry = _step_back(carry, t, dt, A, C, dy)                    # (b, c, D, N)
         du = (g * B[:, :, t, None]).sum(-1)                              # (b, c, D)
         d_dtA = carry * h_before[t]                                      # (b, c, D, N)
         dx.append((du * dt[:, :, t]).to(x.dtype))
@@ -147,8 +144,7 @@ def _gradient_B(x, dt, A, B, C, dy, carry):
     u = dt.to(A.dtype) * x
     dB = []
     for t in reversed(range(x.shape[2])):
-        g = _state_gradient(carry, t, A, C, dy)                          # (b, c, D, N)
-        carry = _decay(dt[:, :, t], A) * g
+        g, carry = _step_back(carry, t, dt, A, C, dy)                    # (b, c, D, N)
         dB.append((g * u[:, :, t, :, None]).sum(-2))                     # (b, c, N)
     return torch.stack(dB[::-1], dim=2).to(B.dtype)
 
@@ -168,8 +164,8 @@ def _sum_of_chunks(v, A):    # compiled, up to twice as fast as torch's own, and
 
 # ---- Across chunks -------------------------------------------------------------------------------
 #
-# Backwards, from the last chunk to the first, a chunk's "end" is the gradient of its start, and its
-# "start" is the carry that arrives at its last step.
+# The backward pass is the same with g for h (mamba.py derives it), from last chunk to first:
+# a chunk's "end" is the gradient of its start, its "start" the carry that arrives at its last step.
 
 def _group_starts(span, A, ends, h, dtype, backwards):
     """From the groups' starts h -> every chunk's start (b, c, D, N), every group's last state."""
@@ -204,13 +200,6 @@ def _across(span, A, ends, h, dtype, backwards, compiled):
 
 # ---- Compiled kernels ----------------------------------------------------------------------------
 
-OPTIONS = {
-    "max_fusion_size": 1000,               # all steps of a chunk in one kernel
-    "triton.autotune_pointwise": False,    # True doubled compile time, for a slower choice
-    "triton.max_tiles": 1,                 # 2-d tiles grew too large for the registers
-}
-
-
 def compile_each_shape(function, options):
     """torch.compile, anew for every shape that the function meets, as many as there are."""
     torch._dynamo.config.recompile_limit = 10**4
@@ -220,10 +209,13 @@ def compile_each_shape(function, options):
 
 @functools.cache
 def _kernel(function, compiled, summands=math.inf):
-    """A kernel, if compiled. summands: how many numbers its sums add. The compiler times several
-    block sizes, except for at most 16: there its guess is as fast, after half the compile time."""
-    options = {**OPTIONS, "deterministic": summands <= 16}
-    return compile_each_shape(function, options) if compiled else function
+    """The function, as a kernel if compiled. summands: how many numbers its sums add."""
+    return function if not compiled else compile_each_shape(function, {
+        "max_fusion_size": 1000,               # all steps of a chunk in one kernel
+        "triton.autotune_pointwise": False,    # True doubled compile time, for a slower choice
+        "triton.max_tiles": 1,                 # 2-d tiles grew too large for the registers
+        # Block sizes are guessed, not timed: as fast for so few numbers, and half the compile time.
+        "deterministic": summands <= 16})
 
 
 # ---- The scan ------------------------------------------------------------------------------------
@@ -293,10 +285,8 @@ def compiled_scan(on):
 
 
 def parallel_scan(x, dt, A, B, C, h=None):
-    """mamba.selective_scan_ref: the same arguments and results. A and h at least float32.
-
-    Its kernels are compiled as compiled_scan says, or else on CUDA while gradients are enabled.
-    """
+    """mamba.selective_scan_ref: the same arguments and results, with A and h at least float32. Its
+    kernels are compiled as compiled_scan says, or else on CUDA while gradients are enabled."""
     compiled = _compiled if _compiled is not None else x.is_cuda and torch.is_grad_enabled()
     check_shapes(x, dt, A, B, C, h)
     if x.numel() == 0:

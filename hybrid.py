@@ -5,8 +5,8 @@
     hybrid-a                   a stack that has a name: see MODELS and FAMILY
     mamba                      the model of two Mamba layers; for a single one, write 1xmamba
 
-To add a layer, write a module and give it a word: LAYERS["mean"] = RunningMean. It is built with a
-width d, and with those values of `build_layer` that its constructor names. A layer
+To add a layer, write a module and give it a word: LAYERS["average"] = RunningMean. It is built with
+a width d, and with those values of `build_layer` that its constructor names. A layer
 
   - maps x (B, L, d) and a state, None at the start of a sequence, to y (B, L, d), or (1, L, d) if
     it is the same for all sequences, and the next state;
@@ -17,8 +17,8 @@ width d, and with those values of `build_layer` that its constructor names. A la
 
 Class attributes, False unless a layer sets them, tell the model how to treat it:
 
-    takes_bias        its norm has a bias, because the layer's input projection has none
-    attends           it is attention: then all biases of the model's norms start random, not at 0
+    takes_bias        the norm before it has a bias, because its own input projection has none
+    attends           it is attention: then these biases start random in all layers, not at 0
     skips_norm        no norm comes before it: it needs none, or has its own
     needs_embedding   forward takes embedding=, the embeddings of the same tokens
     answers_last      forward takes last_only=True and then returns y of the last token, (B, 1, d)
@@ -46,6 +46,7 @@ from family.mamba2 import Mamba2
 from family.mamba3 import Mamba3
 from family.zamba import SharedUse
 from mamba import Mamba
+
 
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm, x / sqrt(mean of x^2) times a weight, plus a bias unless `bias_std` is None.
@@ -79,11 +80,9 @@ class Model(nn.Module):
         bias_std = 0.5 if any(getattr(layer, "attends", False) for layer in layers) else 0.0
         self.norms = nn.ModuleList()
         for layer in layers:
-            if getattr(layer, "skips_norm", False):
-                self.norms.append(nn.Identity())
-            else:
-                takes_bias = getattr(layer, "takes_bias", False)
-                self.norms.append(RMSNorm(d, bias_std if takes_bias else None))
+            std = bias_std if getattr(layer, "takes_bias", False) else None
+            skips_norm = getattr(layer, "skips_norm", False)
+            self.norms.append(nn.Identity() if skips_norm else RMSNorm(d, std))
         self.head = nn.Sequential(RMSNorm(d), nn.Linear(d, K, bias=False))
 
     def run_layers(self, tokens, states=None, last_only=False):
@@ -102,12 +101,10 @@ class Model(nn.Module):
             # Only the last layer may leave tokens out: later layers read the others' outputs.
             if last_only and i == len(self.layers) - 1 and getattr(layer, "answers_last", False):
                 options["last_only"] = True
-            y, states[i] = checked(layer, layer(norm(x), states[i], **options))
+            returned = layer(norm(x), states[i], **options)
             if "last_only" in options:
-                x = x[:, -1:]
-            if y.shape[1:] != x.shape[1:]:
-                name = type(layer).__name__
-                raise ValueError(f"{name} returned y {tuple(y.shape)}, not {tuple(x.shape)}")
+                x = x[:, -1:]                                                    # (B, 1, d)
+            y, states[i] = checked(layer, returned, x.shape)
             x = x + y
         return x[:, -1:] if last_only else x, states
 
@@ -134,11 +131,15 @@ class Model(nn.Module):
                 layer.extend_positions(positions)
 
 
-def checked(layer, returned):
-    """What a layer returned, if that is y and its next state. Raises ValueError."""
-    if isinstance(returned, tuple) and len(returned) == 2:
-        return returned
-    raise ValueError(f"{type(layer).__name__} must return y and its next state")
+def checked(layer, returned, shape):
+    """What a layer returned, if that is y of this shape and its next state. Raises ValueError."""
+    name = type(layer).__name__
+    if not (isinstance(returned, tuple) and len(returned) == 2):
+        raise ValueError(f"{name} must return y and its next state")
+    y = returned[0]
+    if y.shape[1:] != shape[1:]:
+        raise ValueError(f"{name} returned y {tuple(y.shape)}, not {tuple(shape)}")
+    return returned
 
 
 # ---- from words to layers ------------------------------------------------------------------------
@@ -219,8 +220,7 @@ MOST_LAYERS = 256
 
 
 def accepts(word, name):
-    """Whether build_layer can choose this argument: the constructor has it, the word leaves it
-    open."""
+    """Whether the layer's constructor has this argument, and the word does not fix it."""
     build = LAYERS[word]
     fixed = getattr(build, "keywords", {})      # of a partial, whose signature still lists them
     return name in inspect.signature(build).parameters and name not in fixed

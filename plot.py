@@ -116,15 +116,15 @@ def draw_curves(ax, runs, kind, styles):
     label_ends(ax, ends)
 
 
-def draw_points(ax, runs, what, styles, x_of):
+def draw_points(ax, runs, measure, styles, x_of):
     """Accuracy against x_of(run), each seed small, their median large."""
     ends = []
     for curve, same in by_curve(runs).items():
         (colour, dashes), columns = styles[curve], group(same, x_of)
         for x, seeds in columns.items():
-            ax.plot([x] * len(seeds), [run[what] for run in seeds], ls="", marker=".", alpha=0.6,
+            ax.plot([x] * len(seeds), [run[measure] for run in seeds], ls="", marker=".", alpha=0.6,
                     color=colour, clip_on=False)
-        line = [(x, median_of(seeds, what)) for x, seeds in columns.items()]
+        line = [(x, median_of(seeds, measure)) for x, seeds in columns.items()]
         ax.plot(*zip(*line), color=colour, ls=dashes, lw=2, marker="o", clip_on=False)
         ends.append((*line[-1], name_of(curve), styles[curve]))
     label_ends(ax, ends)
@@ -133,25 +133,25 @@ def draw_points(ax, runs, what, styles, x_of):
 def draw_against(ax, runs, view, styles, xs):
     """Accuracy against a flag, which has the values xs."""
     place = {x: i for i, x in enumerate(xs)}
-    mark_chance(ax, {place[run["config"][view.x]]: chance(run) for run in runs})
+    mark_chance(ax, {place[run["config"].get(view.x)]: chance(run) for run in runs})
     names = [text(x) for x in xs]                            # upright if they would touch
     ax.set_xticks(range(len(xs)), names, rotation=90 if len(" ".join(names)) > 36 else 0)
     ax.set(xlim=(-0.4, len(xs) - 0.6), xlabel=view.x, ylabel=MEASURES[view.measure])
     apart = min(0.04, 0.7 / len(styles))                     # so that no column reaches the next
     aside = {curve: apart * (i - (len(styles) - 1) / 2) for i, curve in enumerate(styles)}
     draw_points(ax, runs, view.measure, styles,
-                lambda run: place[run["config"][view.x]] + aside[run["curve"]])
+                lambda run: place[run["config"].get(view.x)] + aside[run["curve"]])
 
 
-def draw_state(ax, runs, what, styles, tokens, all_runs):
+def draw_state(ax, runs, measure, styles, tokens, all_runs):
     """Accuracy against bytes of state after so many tokens."""
     mark_chance(ax, {0: chance(runs[0])})
     sizes = [size for run in all_runs for size in run["state"].values()]
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_locator(LogLocator(base=4 if max(sizes) > 64 * min(sizes) else 2))
-    ax.set(xlim=(0.7 * min(sizes), 1.4 * max(sizes)), ylabel=MEASURES[what],
+    ax.set(xlim=(0.7 * min(sizes), 1.4 * max(sizes)), ylabel=MEASURES[measure],
            xlabel=f"bytes of state after {tokens:,} tokens")
-    draw_points(ax, runs, what, styles, lambda run: run["state"][tokens])
+    draw_points(ax, runs, measure, styles, lambda run: run["state"][tokens])
 
 
 def draw_rows(ax, runs, styles):
@@ -263,12 +263,13 @@ def main(argv=None, add_to=lambda fig, runs, view: None):
         report_left_out(parser, True, left_out)
         return []
     known = set().union(*(run["config"] for run in runs)) - IGNORED
-    unknown = set(args.panels) - known | {args.against} - known - {None, "state"}
+    unknown = {*args.panels, *({args.against} - {None, "state"})} - known
     if runs and unknown:
         parser.error(f"{unknown.pop()!r} is no flag of these runs: {', '.join(sorted(known))}"
                      .replace("_", "-"))
-    for run in list(runs) if args.against else []:
-        if np.isnan(run[args.measure]) or (args.against == "state" and not run["state"]):
+    for run in list(runs):
+        untested = args.against and np.isnan(run[args.measure])
+        if untested or (args.against == "state" and not run["state"]):
             left_out.append(f"{run['path']} was not tested at L or to 3L, or has no bytes of state")
             runs.remove(run)
 

@@ -130,7 +130,7 @@ def make_optimizer(model, config, device):
 
 
 def make_training_step(model, optimizer, config, generator):
-    """Returns training_step and the functions it takes, which gpu.Captured may compile."""
+    """-> training_step and the functions to call it with, which gpu.Captured may compile."""
     B, L, K, M, tau = (config[flag] for flag in ("batch_size", "L", "K", "M", "tau"))
     uniform, device = config["train_lengths"] == "uniform", generator.device
 
@@ -176,7 +176,7 @@ def train_one(config, path, title="", runs_left=0):
     next_test = gpu.Captured("test", lambda model: training_accuracy(model, config, test_draws),
                              [model], test_draws, config)
 
-    # Tests are at least 10 steps apart; a run of fewer than 200 steps has 20 to 39 of them.
+    # Tests are at least 10 steps apart; a run under 200 steps has 20 to 39, or one at every step.
     every = max(1, steps // TESTS, min(STEPS_APART, steps // 20))
     last = last_step(curves, config)
     began = saved_at = time.monotonic()

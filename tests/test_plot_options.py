@@ -24,6 +24,13 @@ def test_lowest(tmp_path, figures):  # noqa: F811
     assert title == "0.99 or more from L to 3L: none; in part: rope (1 of 2)"
 
 
+def test_against_a_flag_that_some_runs_lack(tmp_path, figures):  # noqa: F811
+    """As after adding a flag to train.py: older runs do not have it."""
+    paths = [write(tmp_path), write(tmp_path, dropout=0.5)]
+    fig, = figures(*paths, "--against", "dropout").values()
+    assert [label.get_text() for label in fig.axes[0].get_xticklabels()] == ["0.5", "None"]
+
+
 def test_lowest_needs_points(tmp_path, refuses):
     for flags in [], ["--against", "model"]:
         assert "--lowest needs" in refuses(plot.main, [write(tmp_path), "--lowest", *flags])
