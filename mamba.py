@@ -108,6 +108,13 @@ class CausalConv1d(nn.Conv1d):
         return y, x[:, L:].mT.clone()            # the last taps - 1; a view would keep all of x
 
 
+def initial_dt_bias(n):
+    """(n,): its softplus lies between 0.001 and 0.1 (paper, section 3.6), uniform on a log scale as
+    in the official code."""
+    dt = torch.exp(torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1)))
+    return torch.log(torch.expm1(dt))            # the inverse of softplus
+
+
 class MambaState(NamedTuple):
     """All that a Mamba layer keeps of the tokens so far: d_inner (d_conv - 1 + d_state) numbers.
 
@@ -162,13 +169,10 @@ class Mamba(nn.Module):
         self.D = nn.Parameter(torch.ones(d_inner))       # a skip connection, as officially named
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
-        # The bias alone gives a dt between 0.001 and 0.1 (paper, section 3.6), uniform on a log
-        # scale as in the official code; the weights make it vary by token. forward applies
-        # softplus, so the bias is the inverse of softplus at dt, log(exp(dt) - 1).
+        # The bias sets a first dt, the weights make it vary by token.
         nn.init.uniform_(self.dt_proj.weight, -self.dt_rank**-0.5, self.dt_rank**-0.5)
-        dt = torch.exp(torch.empty(d_inner).uniform_(math.log(1e-3), math.log(1e-1)))
         with torch.no_grad():
-            self.dt_proj.bias.copy_(torch.log(torch.expm1(dt)))
+            self.dt_proj.bias.copy_(initial_dt_bias(d_inner))
 
     def low_rank_dt_B_C(self, x):
         """x (b, L, d_inner) -> low_rank_dt (b, L, dt_rank), not yet dt; B, C (b, L, d_state)."""

@@ -41,10 +41,11 @@ class SlidingWindow(Attention):
         q, k, v = self.heads(self.qkv(x))
         k, v = append_to_cache(state, k, v)                              # (B, H, S+L, P)
         length = k.shape[2]
+        S = length - x.shape[1]                      # tokens in the cache
         first = max(0, length - self.window + 1)     # the next query sees window - 1 before itself
         cache = KVCache(k[:, :, first:].clone(), v[:, :, first:].clone())
         if self.position == "rope":
-            q, k = self.rotate(q, length - x.shape[1]), self.rotate(k, 0)
+            q, k = self.rotate(q, S), self.rotate(k, 0)
         if last_only:
             q = q[:, :, -1:]
         y = self.attend(q, k, v, self.mask(q.shape[2], length, x.device))        # (B, H, Q, P)
@@ -57,7 +58,7 @@ class GroupedAttention(Attention):
 
     def __init__(self, d_model, n_heads, kv_heads, position="none"):
         nn.Module.__init__(self)       # not Attention's, which would draw a qkv of another size
-        if n_heads > 0 and d_model % n_heads:
+        if n_heads > 0 and d_model % n_heads:    # check_heads would name --n-heads, not used here
             raise ValueError(f"--d is {d_model}, but grouped attention's {n_heads} heads must "
                              "divide it")
         check_heads(d_model, n_heads, position)
@@ -94,7 +95,7 @@ class RotaryVariant(Attention):
     def __init__(self, d_model, n_heads=1, recency=None, base=10000.0, rotated=1.0):
         super().__init__(d_model, n_heads, "rope", recency)
         self.base = base
-        self.n_rotated = 2 * int(rotated * d_model / n_heads / 2)        # channels of a head
+        self.n_rotated = 2 * int(rotated * (d_model // n_heads) / 2)     # channels of a head
 
     def rotate(self, x, start):
         """As Attention.rotate."""

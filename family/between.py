@@ -66,10 +66,11 @@ class Mamba2Shared(Mamba2):
         z, x, dt = self.in_proj(x).split(sizes, dim=-1)
         x, window = self.conv1d(x, window)
         x = F.silu(x)                                                    # (b, L, d_inner)
-        B, C = self.x_proj(x)[:, :, None].chunk(2, dim=-1)               # (b, L, 1, N)
+        B, C = self.x_proj(x)[:, :, None].chunk(2, dim=-1)               # (b, L, 1, N), one group
         x = x.unflatten(-1, (self.nheads, self.headdim))                 # (b, L, H, P)
         dt = F.softplus(dt + self.dt_bias)                               # (b, L, H), positive
-        y, h = ssd(x, dt, -torch.exp(self.A_log), B, C, h)               # (b, L, H, P)
+        A = -torch.exp(self.A_log)                                       # (H,), negative
+        y, h = ssd(x, dt, A, B, C, h)                                    # (b, L, H, P)
         y = (y + self.D[:, None] * x).flatten(2)                         # (b, L, d_inner)
         return self.out_proj(self.norm(y, z)), Mamba2State(window, h)
 

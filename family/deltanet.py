@@ -28,7 +28,6 @@ which is what associative recall needs. (The layer's beta is a sigmoid, below 1.
 `python -m family.linear_attention` shows the rule overwrite a value.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -39,7 +38,7 @@ from family.chunks import (at_least_float32, clamped_exp, set_nan_aside, show_ag
                            show_steps, widest)
 from family.triangular import UnitTriangularSolve
 from fused_scan import split
-from mamba import CausalConv1d
+from mamba import CausalConv1d, initial_dt_bias
 
 
 def delta_rule_ref(q, k, v, beta, log_a, S=None):
@@ -98,10 +97,9 @@ class GatedDeltaNet(nn.Module):
         if gated:
             self.a_proj = nn.Linear(d_model, n_heads, bias=False)
             self.g_proj = nn.Linear(d_model, channels, bias=False)
-            # As Mamba-2: A in 1 ... 16, dt in 0.001 ... 0.1 through the inverse of softplus.
+            # As in Mamba-2: A in 1 ... 16.
             self.A_log = nn.Parameter(torch.log(torch.empty(n_heads).uniform_(1, 16)))
-            dt = torch.exp(torch.empty(n_heads).uniform_(math.log(1e-3), math.log(1e-1)))
-            self.dt_bias = nn.Parameter(torch.log(torch.expm1(dt)))
+            self.dt_bias = nn.Parameter(initial_dt_bias(n_heads))
         self.o_norm = nn.Parameter(torch.ones(self.headdim))
         self.o_proj = nn.Linear(channels, d_model, bias=False)
 
@@ -119,7 +117,7 @@ class GatedDeltaNet(nn.Module):
         y, S = delta_rule(q / self.d_state**0.5, k, v, beta, log_a, S)   # (b, L, H, P)
         return self.output(y, x), DeltaState(window, S)
 
-    # family/linear_attention.py replaces some of the following steps.
+    # LinearAttention (family/linear_attention.py) replaces log_decay and forward.
 
     def qkv_of(self, x, window):
         """x (b, L, d) -> q, k (b, L, H, N) of length 1, v (b, L, H, P), the next window."""
@@ -158,21 +156,20 @@ def unit(v, eps=1e-6):
 # ---- Chunks --------------------------------------------------------------------------------------
 #
 # Let S_0 be the state before a chunk, and count its steps from 1 to T. Write u_t for the correction
-# at step t, beta_t (v_t - a_t S_{t-1} k_t), and g_t for the sum of log a over steps 1 to t. Then
-# S_t = a_t S_{t-1} + u_t k_t^T is a decayed sum of corrections,
+# at step t, beta_t (v_t - a_t S_{t-1} k_t), and sums_t for the sum of log a over steps 1 to t.
+# Then S_t = a_t S_{t-1} + u_t k_t^T is a decayed sum of corrections,
 #
-#     S_t = exp(g_t) S_0 + sum over s <= t of exp(g_t - g_s) u_s k_s^T
+#     S_t = exp(sums_t) S_0 + sum over s <= t of exp(sums_t - sums_s) u_s k_s^T
 #
 # Insert this sum for S_{t-1} into the definition of u_t. The corrections of a chunk then solve a
 # triangular system:
 #
-#     u_t + sum over s < t of beta_t exp(g_t - g_s) (k_t . k_s) u_s
-#         = beta_t v_t - beta_t exp(g_t) S_0 k_t
+#     u_t + sum over s < t of beta_t exp(sums_t - sums_s) (k_t . k_s) u_s
+#         = beta_t v_t - beta_t exp(sums_t) S_0 k_t
 #
 # It is linear, so u = known - waiting S_0^T, where `known` solves it for beta_t v_t and `waiting`
-# for beta_t exp(g_t) k_t^T. Neither needs S_0: solve for both in all chunks at once. Then only S_0
-# goes from chunk to chunk. Every argument of exp, g_t and g_t - g_s, is at most 0: nothing
-# overflows.
+# for beta_t exp(sums_t) k_t^T. Neither needs S_0: solve for both in all chunks at once. Then only
+# S_0 goes from chunk to chunk. Every argument of exp is at most 0: nothing overflows.
 
 def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     """delta_rule_ref in chunks of at most T steps: same arguments, same results and gradients.
@@ -201,10 +198,10 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     beta = beta[..., None]                                               # (c, b, H, T, 1)
 
     # 1. The decays in a chunk.
-    g = log_a.to(widest(v.device)).cumsum(-1)                            # (c, b, H, T)
-    decay = clamped_exp(g[..., :, None] - g[..., None, :], dtype).tril()  # (c, b, H, T, T)
-    from_start = clamped_exp(g, dtype)[..., None]                        # (c, b, H, T, 1)
-    to_end = clamped_exp(g[..., -1:] - g, dtype)[..., None]              # (c, b, H, T, 1)
+    sums = log_a.to(widest(v.device)).cumsum(-1)                         # (c, b, H, T)
+    decay = clamped_exp(sums[..., :, None] - sums[..., None, :], dtype).tril()  # (c, b, H, T, T)
+    from_start = clamped_exp(sums, dtype)[..., None]                     # (c, b, H, T, 1)
+    to_end = clamped_exp(sums[..., -1:] - sums, dtype)[..., None]        # (c, b, H, T, 1)
     k_to_end = (to_end * k).to(matmul_dtype)                             # (c, b, H, T, N)
 
     # 2. The triangular system. The solver reads what is below the diagonal, and takes that for 1.

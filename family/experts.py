@@ -35,8 +35,12 @@ class MLP(nn.Module):
 
     def forward(self, x, state=None):
         """x (b, L, d) -> y (b, L, d), and None: there is nothing to remember."""
-        gate, up = self.up(x).chunk(2, dim=-1)                           # (b, L, f) each
-        return self.down(F.silu(gate) * up), None
+        return self.second_map(self.up(x)), None
+
+    def second_map(self, hidden):
+        """The output of `up` (b, L, 2 f) -> y (b, L, d)."""
+        gate, up = hidden.chunk(2, dim=-1)                               # (b, L, f) each
+        return self.down(F.silu(gate) * up)
 
 
 def mixture_ref(layer, x):

@@ -137,6 +137,7 @@ class LTI(nn.Module):
         product = torch.fft.rfft(x.mT, 2 * L) * torch.fft.rfft(K, 2 * L)     # (b, d, L+1)
         y = torch.fft.irfft(product, 2 * L)[..., :L]                     # (b, d, L)
         y = y + torch.einsum("dn,dnl,bdn->bdl", C, powers[..., 1:], h)   # the decayed first state
+        # What step s writes decays L - 1 - s times: the powers backwards.
         written = torch.einsum("dn,dnl,bld->bdn", Bbar, powers[..., :L].flip(-1), x)
         h = powers[..., L] * h + written                                 # (b, d, N)
         return y.mT + nan.cumsum(1)[..., None], h + nan.sum(1)[:, None, None]
@@ -185,13 +186,18 @@ class Retention(nn.Module):
         if x.shape[1] == 0:
             return x, state
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)     # (b, L, H, P) each
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        heads = torch.arange(self.n_heads, device=x.device, dtype=dtype)
-        log_gamma = torch.log1p(-2.0 ** (-5 - heads))                    # (H,)
         steps = torch.ones_like(v[..., 0])                               # (b, L, H)
-        y, S = ssd(v, steps, log_gamma, k / k.shape[-1]**0.5, q, state)
+        y, S = ssd(v, steps, log_gamma(self.n_heads, x), k / k.shape[-1]**0.5, q, state)
         y = F.rms_norm(y, y.shape[-1:], eps=1e-5).flatten(2)             # (b, L, d)
         return self.out_proj(F.silu(self.gate(x)) * y), S
+
+
+def log_gamma(n_heads, x):
+    """(H,): the logarithms of RetNet's decays, 1 - 2^-5, 1 - 2^-6, ... (equation 8), on the device
+    of x, in its dtype or float32 if that is wider."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    heads = torch.arange(n_heads, device=x.device, dtype=dtype)
+    return torch.log1p(-2.0 ** (-5 - heads))
 
 
 def retention_ref(layer, x):
@@ -221,9 +227,9 @@ class RGLRU(nn.Module):
     dt.
 
     Differs from the paper: as wide as the residual stream, not 4/3 of it; the gates' maps are full,
-    not block-diagonal. Differs from the released code: here a^8 starts in 0.9 to 0.999 (as in the
-    paper), there a does, so that ours remembers eight times longer at first; there GELU is the tanh
-    form, the gates' biases start at 0, and the first token comes in without the root.
+    not block-diagonal. Differs from the released code, where a starts in 0.9 to 0.999, not a^8 (so
+    it forgets eight times faster at first), GELU is the tanh form, the gates' biases start at 0,
+    and the first token comes in without the root.
     """
 
     POWER = 8.0

@@ -33,6 +33,7 @@ import torch.nn as nn
 
 from family.chunks import show_steps, widest
 from family.deltanet import GatedDeltaNet, delta_rule
+from family.ladder import log_gamma
 from family.mamba2 import ssd
 from family.mamba3 import rotate
 
@@ -70,9 +71,20 @@ class LinearAttention(GatedDeltaNet):
         """x (b, L, d) -> log a (b, L, H)."""
         if not self.fixed:
             return super().log_decay(x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        heads = torch.arange(self.n_heads, device=x.device, dtype=dtype)
-        return torch.log1p(-2.0 ** (-5 - heads)).expand(*x.shape[:2], -1)
+        return log_gamma(self.n_heads, x).expand(*x.shape[:2], -1)
+
+    def rotated(self, q, k, x, start):
+        """q and k (b, L, H, N), rotated by the sum of all angles up to each token, and the last sum
+        (b, H, N / 2). start: the sum before the first token, None for 0.
+
+        As in Mamba-3: per token, a pair turns by at most pi dt, and dt starts small. Here each head
+        has rates of its own.
+        """
+        rate = math.pi * torch.tanh(self.angle_proj(x)).unflatten(-1, (self.n_heads, -1))
+        turn = (rate * self.step_size(x)[..., None]).to(widest(x.device))
+        angles = turn.cumsum(1) if start is None else turn.cumsum(1) + start[:, None]
+        angles = angles.remainder(2 * math.pi)                           # (b, L, H, N / 2)
+        return rotate(q, angles.to(q.dtype)), rotate(k, angles.to(k.dtype)), angles[:, -1].clone()
 
     def forward(self, x, state=None):
         """As GatedDeltaNet.forward, with a RungState."""
@@ -80,17 +92,9 @@ class LinearAttention(GatedDeltaNet):
             return x, state
         window, S, start = (None, None, None) if state is None else state
         q, k, v, window = self.qkv_of(x, window)
-        if self.angle_proj is None:
-            angle = x.new_zeros(len(x), self.n_heads, 0)
-        else:
-            # As in Mamba-3: per token, a pair turns by at most pi dt, and dt starts small. Here
-            # each head has rates of its own.
-            rate = math.pi * torch.tanh(self.angle_proj(x)).unflatten(-1, (self.n_heads, -1))
-            turn = (rate * self.step_size(x)[..., None]).to(widest(x.device))
-            angles = turn.cumsum(1) if start is None else turn.cumsum(1) + start[:, None]
-            angles = angles.remainder(2 * math.pi)                       # (b, L, H, N / 2)
-            angle = angles[:, -1].clone()
-            q, k = rotate(q, angles.to(q.dtype)), rotate(k, angles.to(k.dtype))
+        angle = x.new_zeros(len(x), self.n_heads, 0)
+        if self.angle_proj is not None:
+            q, k, angle = self.rotated(q, k, x, start)
         beta = torch.sigmoid(self.b_proj(x))                             # (b, L, H)
         recurrence = delta_rule if self.delta else additive_rule
         y, S = recurrence(q / self.d_state**0.5, k, v, beta, self.log_decay(x), S)

@@ -35,7 +35,6 @@ GPU does most of the work in matmuls:
 `python -m family.mamba2` shows that they agree, and their times.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -46,7 +45,7 @@ from torch.utils.checkpoint import checkpoint
 from family.chunks import (AcrossChunks, clamped_exp, difference, set_nan_aside,
                            show_agreement, show_steps, widest)
 from fused_scan import split
-from mamba import CausalConv1d
+from mamba import CausalConv1d, initial_dt_bias
 
 
 def ssd_ref(x, dt, A, B, C, h=None):
@@ -104,10 +103,7 @@ class Mamba2(nn.Module):
         channels = d_inner + 2 * ngroups * d_state                       # x, B and C
         self.in_proj = nn.Linear(d_model, d_inner + channels + self.nheads, bias=False)
         self.conv1d = CausalConv1d(channels, d_conv)
-        # dt starts between 0.001 and 0.1, uniform on a log scale; the bias is the inverse of
-        # softplus.
-        dt = torch.exp(torch.empty(self.nheads).uniform_(math.log(1e-3), math.log(1e-1)))
-        self.dt_bias = nn.Parameter(torch.log(torch.expm1(dt)))
+        self.dt_bias = nn.Parameter(initial_dt_bias(self.nheads))
         self.A_log = nn.Parameter(torch.log(torch.empty(self.nheads).uniform_(1, 16)))
         self.D = nn.Parameter(torch.ones(self.nheads))
         self.norm = GatedNorm(d_inner, ngroups)
@@ -150,11 +146,11 @@ class GatedNorm(nn.Module):
 
 # ---- Chunks --------------------------------------------------------------------------------------
 #
-# Let h_0 be the state before a chunk, and count its steps from 1 to T. Write g_t for the sum of
-# dt A over steps 1 to t (`sums`). Unrolled inside the chunk,
+# Let h_0 be the state before a chunk, and count its steps from 1 to T. Write sums_t for the sum of
+# dt A over steps 1 to t. Unrolled inside the chunk,
 #
-#     h_t = exp(g_t) h_0 + sum over s <= t of exp(g_t - g_s) u_s B_s
-#     y_t = exp(g_t) C_t h_0 + sum over s <= t of (C_t . B_s) exp(g_t - g_s) u_s
+#     h_t = exp(sums_t) h_0 + sum over s <= t of exp(sums_t - sums_s) u_s B_s
+#     y_t = exp(sums_t) C_t h_0 + sum over s <= t of (C_t . B_s) exp(sums_t - sums_s) u_s
 #
 # Neither sum needs h_0, so all chunks are computed at once: the sum in y_t by attention (step 1),
 # the sum in h_T by one more matmul (step 2). Then h_0 goes from chunk to chunk (step 3), and adds
@@ -166,9 +162,9 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     """ssd_ref in chunks of at most T steps: same arguments, same results and gradients.
 
     States and sums are at least float32; y has the dtype of x. Inputs of matmuls are bfloat16 if x
-    is, otherwise at least float32: float16 ends at 65,504. T: None for 16 on a CPU,
-    where longer chunks cost more arithmetic; on a GPU for 128 if L <= 128 or P N >= 4,096,
-    otherwise 64. The four steps are those of the paper's listing 1.
+    is, otherwise at least float32, because float16 ends at 65,504. T: None for 16 on a CPU, where
+    longer chunks cost more arithmetic; on a GPU for 128 if L <= 128 or P N >= 4,096, otherwise 64.
+    The four steps are those of the paper's listing 1.
     """
     x_dtype = x.dtype
     dtype = torch.promote_types(x_dtype, torch.float32)
@@ -181,7 +177,7 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     if T is None:
         T = 16
         if x.is_cuda:
-            T = 128 if L <= 128 or P * N >= 64 * 64 else 64
+            T = 128 if L <= 128 or P * N >= 4096 else 64
     grouped = (G, H // G)                                                # groups, heads in each
     dt = dt.to(dtype)
     # Numbers that are not finite would reach earlier outputs.
@@ -205,15 +201,15 @@ def ssd(x, dt, A, B, C, h=None, T=None):
 
     # 3. The recurrence from chunk to chunk.
     decay = clamped_exp(sums[..., -1], dtype)[..., None, None]           # (b, c, G, H/G, 1, 1)
-    from_zero = h is None
-    if from_zero:
+    one_from_zero = sums.shape[1] == 1 and h is None
+    if h is None:
         h = torch.zeros_like(ends[:, 0], dtype=dtype)
     else:
         h = h.to(dtype).unflatten(1, grouped)                              # (b, G, H/G, P, N)
     starts, h = AcrossChunks.apply(decay, ends.to(dtype), h)             # (b, c, G, H/G, P, N)
 
     # 4. The contribution of each chunk's first state to its outputs; one chunk from zero has none.
-    if sums.shape[1] > 1 or not from_zero:
+    if not one_from_zero:
         from_start = clamped_exp(sums, dtype).movedim(-1, 2)[..., None]  # (b, c, T, G, H/G, 1)
         starts = starts.to(matmul_dtype)
         y = y + from_start * torch.einsum("bctgn, bcghpn -> bctghp", C, starts)

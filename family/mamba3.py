@@ -16,10 +16,10 @@ The differential equation is that of Mamba-2, h' = A h + B x, y = C h. Three thi
     y_t = C_t h_t               before_t = (1 - lambda_t) dt_t          now_t = lambda_t dt_t
 
 where Q_t rotates pairs of states back by the token's angles. Rotations of one pair add up. Let
-Phi_t rotate by the sum of all angles up to t: Phi_t h_t obeys the recurrence without Q_t, with
-Phi_t B_t for B_t, and C_t . h_t = (Phi_t C_t) . (Phi_t h_t). So `forward` rotates B_t and C_t
-instead of the state (the paper's "RoPE trick"; in attention.rotary the angles do not depend on the
-token).
+Phi_t rotate by the sum of all angles up to t, so that Phi_t Q_t = Phi_{t-1}. Then Phi_t h_t obeys
+the recurrence without Q_t, with Phi_t B_t for B_t, and C_t . h_t = (Phi_t C_t) . (Phi_t h_t). So
+`forward` rotates B_t and C_t instead of the state (the paper's "RoPE trick"; in attention.rotary
+the angles do not depend on the token).
 
     symbol   meaning
     x        inputs (b, L, R, H, P)
@@ -50,6 +50,7 @@ import torch.nn.functional as F
 from family.chunks import (AcrossChunks, at_least_float32, clamped_exp, set_nan_aside,
                            show_agreement, show_steps, widest)
 from fused_scan import split
+from mamba import initial_dt_bias
 
 
 def trapezoid_ref(x, log_a, before, now, B, C, h=None, last=None):
@@ -133,10 +134,7 @@ class Mamba3(nn.Module):
         H, RN = self.nheads, self.rank * d_state
         self.sizes = [self.d_inner, self.d_inner, RN, RN, H, H, H, self.n_angles]
         self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=False)
-        # dt starts between 0.001 and 0.1, uniform on a log scale; the bias is the inverse of
-        # softplus.
-        dt = torch.exp(torch.empty(H).uniform_(math.log(1e-3), math.log(1e-1)))
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.dt_bias = nn.Parameter(initial_dt_bias(H))
         self.B_bias = nn.Parameter(torch.ones(H, self.rank, d_state))
         self.C_bias = nn.Parameter(torch.ones(H, self.rank, d_state))
         self.B_norm = nn.RMSNorm(d_state, eps=1e-5)
@@ -224,21 +222,17 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     b, L, R, H, P = x.shape
     N = B.shape[-1]
     x, log_a, before, now, B, C = (at_least_float32(v) for v in (x, log_a, before, now, B, C))
+    h = x.new_zeros(b, H, P, N) if h is None else h.to(x.dtype)
+    last = None if last is None else [v.to(x.dtype) for v in last]
     if L == 1:                                                           # there is nothing to cut
-        h = None if h is None else h.to(x.dtype)
-        last = None if last is None else [v.to(x.dtype) for v in last]
-        y, h = trapezoid_ref(x, log_a.to(x.dtype), before, now, B, C, h, last)
+        y, h = trapezoid_ref(x, log_a, before, now, B, C, h, last)
         return y.to(x_dtype), h
     (x, log_a, before, now, B), nan = set_nan_aside(x, log_a, before, now, B)    # nan (b, L)
     if T is None:
         T = max(1, (64 if x.is_cuda else 16) // R)
-    if h is None:
-        h = x.new_zeros(b, H, P, N)
-    h = h.to(x.dtype)
     if last is not None:
         B_last, x_last = last
-        written = outer(x_last.to(x.dtype), B_last.to(x.dtype))          # (b, H, P, N)
-        h = h + before[:, 0, :, None, None] * written
+        h = h + before[:, 0, :, None, None] * outer(x_last, B_last)      # (b, H, P, N)
     before_next = F.pad(before[:, 1:], (0, 0, 0, 1))                     # (b, L, H), before_{t+1}
 
     log_a, now, before_next = (split(v, T).transpose(2, 3) for v in (log_a, now, before_next))

@@ -26,7 +26,6 @@ SwiGLU of hidden width 8/3 of 2d (there a gated GELU of 4d); Mamba layers have o
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from attention import Attention
 from family.chunks import show_steps
@@ -56,8 +55,7 @@ class SharedBlock(nn.Module):
         hidden = self.mlp.up(u)                                          # (b, L, 2 f)
         if lora is not None:
             hidden = hidden + lora(u)
-        gate, up = hidden.chunk(2, dim=-1)                               # (b, L, f) each
-        return x + self.mlp.down(F.silu(gate) * up), state
+        return x + self.mlp.second_map(hidden), state
 
 
 class SharedUse(nn.Module):
