@@ -183,7 +183,8 @@ GPU = [
 ]
 
 LINEAR_ATTENTION = [
-    ("2.0 ** (-5 - heads)", "2.0 ** (-4 - heads)"),
+    ("log_gamma(self.n_heads, x)", "-log_gamma(self.n_heads, x)"),
+    ("rotate(q, angles.to(q.dtype)), rotate(k, angles.to(k.dtype))", "q, k"),
     ("self.delta, self.fixed = delta", "self.delta, self.fixed = True"),
     ("math.pi * torch.tanh", "torch.tanh"),
     ("rate * self.step_size(x)[..., None]", "rate"),
@@ -197,7 +198,7 @@ DELTANET = [
     ("matmul_dtype = y_dtype if y_dtype == torch.bfloat16 else dtype", "matmul_dtype = dtype"),
     ("beta * decay * kk", "decay * kk"),
     ("known_i - waiting_i @ starts[-1].mT", "known_i"),
-    ("exp(g[..., -1:] - g, dtype)", "exp(g, dtype)"),
+    ("exp(sums[..., -1:] - sums, dtype)", "exp(sums, dtype)"),
     ("from_start * (q @", "(q @"),
     ("c == 1 and S is None:", "c == 1:"),
     ("d_corrections[i] + keys[i]", "keys[i]"),
@@ -232,13 +233,14 @@ MAMBA = [
     ("torch.arange(1.0, d_state + 1)", "torch.ones(d_state)"),
     ("uniform_(math.log(1e-3), math.log(1e-1))", "uniform_(math.log(1e-4), math.log(1e-1))"),
     ("MambaState(window, h)", "MambaState(window, h * 1.001)"),
-    ("self.dt_proj.bias.copy_(torch.log(torch.expm1(dt)))", "self.dt_proj.bias.copy_(dt)"),
+    ("self.dt_proj.bias.copy_(initial_dt_bias(d_inner))", "pass"),
+    ("return torch.log(torch.expm1(dt))", "return dt"),
 ]
 
 MAMBA2 = [
     ("uniform_(1, 16)", "uniform_(1, 2)"),
     ("dtype).tril() ", "dtype) "),
-    ("if sums.shape[1] > 1 or not from_zero:", "if sums.shape[1] > 1:"),
+    ("sums.shape[1] == 1 and h is None", "sums.shape[1] == 1"),
 ]
 
 LADDER = [
@@ -250,7 +252,7 @@ LADDER = [
 
 ZAMBA = [
     ("torch.cat([x, embedding], dim=-1)", "torch.cat([x, x], dim=-1)"),
-    ("return x + self.mlp.down(", "return self.mlp.down("),
+    ("return x + self.mlp.second_map(", "return self.mlp.second_map("),
 ]
 
 EXPERTS = [("round(8 * d_model / 3)", "round(4 * d_model)")]
@@ -380,7 +382,7 @@ INTERPOLATE = [
 VARIANTS = [
     ("triu(length - Q - self.window + 1)", "triu(length - Q - self.window)"),
     ("first = max(0, length - self.window + 1)", "first = max(0, length - self.window + 2)"),
-    ("2 * int(rotated * d_model / n_heads / 2)", "d_model // n_heads"),
+    ("2 * int(rotated * (d_model // n_heads) / 2)", "d_model // n_heads"),
     ("rotary(rotated, start, self.base, self.scale)", "rotary(rotated, start, self.base)"),
     ("rotary(rotated, start, self.base, self.scale)", "rotary(rotated, start, scale=self.scale)"),
     ("k = k.repeat_interleave(self.n_heads // self.kv_heads, dim=1)",
