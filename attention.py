@@ -43,8 +43,8 @@ class Attention(nn.Module):
 
     d_model: width of x and y; n_heads must divide it, and rope needs heads of even size.
     recency: with rope, the initial value of the biases of q and k, None for torch's own. Equal
-        biases add a term that depends on distance alone: highest at 0, lower far away on average.
-        But it oscillates: with P = 8, a key 6 tokens back scores above the previous one.
+        biases add a term that depends on distance alone. It is highest at 0, lower far away on
+        average, and oscillates: with P = 8, a key 6 tokens back scores above the previous one.
 
     The maps to q, k and v have a bias, which is the same for every token. At d = 8, recall needs
     it: a head that looks at the previous token, whatever it is, needs queries and keys that do not
@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
     attends = True       # biases of norms start random: see hybrid.py
     answers_last = True  # forward takes last_only
-    scale = 1.0          # of positions: report/interpolate.py makes it smaller in long contexts
+    scale = 1.0          # of positions; report/interpolate.py lowers it in long contexts
 
     def __init__(self, d_model, n_heads=1, position="none", recency=None):
         super().__init__()
@@ -87,7 +87,7 @@ class Attention(nn.Module):
             return x, state
         q, k, v = self.heads(self.qkv(x))
         S = 0 if state is None else state.k.shape[2]
-        if self.position == "rope":      # both at once: apart, training is a little slower
+        if self.position == "rope":      # q and k in one call: fewer operations
             both = self.rotate(torch.cat([q, k], dim=1), S)              # (B, 2 H, L, P)
             q, k = both.split([q.shape[1], k.shape[1]], dim=1)
         cache = append_to_cache(state, k, v)

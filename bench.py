@@ -165,7 +165,7 @@ def time_forms(title, shape, forms, inputs, dtype):
             if name in ("ours", "delta rule"):
                 raise
             print(f"(without {name}: {error})")
-            del forms[name]                                  # not tried at other shapes
+            del forms[name]                                  # the caller tries it no more
             continue
         ten_calls = captured(lambda: [call() for _ in range(10)], device)
         ms = timed(ten_calls, device, in_a_row=1) / 10
@@ -234,7 +234,7 @@ def draw_lengths(path, out):
         with open(path) as f:
             result = json.load(f)
         machine, curves = result["env"]["device"], {cost: {} for cost in COSTS}
-        for row, cost in itertools.product(result["length"], COSTS):
+        for row, cost in itertools.product(result["length"] or [{}], COSTS):     # {}: a KeyError
             curves[cost].setdefault(row["model"], []).append((row["length"], row[cost]))
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"--draw is {path!r}, but that is no file of --tables length") from None

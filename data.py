@@ -67,9 +67,9 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
 
     The query is uniform over the first M tokens of the vocabulary {0 ... K-1}, and its position is
     uniform over 1 ... L - tau. The value and all other context tokens are uniform over the
-    vocabulary without the query, which so appears exactly twice. (The assignment that this task
-    comes from also lets the value be the query, against its own Definition 1. It counts the query
-    at the end in L, where its positions 1 ... L - tau and shortest length tau + 1 do not fit.)
+    vocabulary without the query, so the query appears exactly twice. (In the assignment that this
+    task comes from, the value can also be the query, against its own Definition 1. And if L counted
+    the query at the end, its positions 1 ... L - tau and shortest length tau + 1 would not fit.)
 
     lengths: None, or (B,) int64, a context length from tau + 1 to L for each sequence. Sequence b
         ends with its query at index lengths[b]; a causal model cannot see the padding after it.

@@ -4,8 +4,8 @@
     python eval.py results/X.pt --lengths 64 1024 65536
 
 The numbers are printed and saved in results/X.json, where they replace those from as many sequences
-or fewer. A repeated command draws the same sequences. For another model they can differ: batches
-depend on its width and, beyond 64 d tokens, on whether it has attention.
+or fewer. Repeated on the same device, a command draws the same sequences. Another model can get
+others: batches depend on its width and, beyond 64 d tokens, on whether it has attention.
 `evaluate` picks a method: accuracy_by_length for recall, accuracy_one_by_one for other tasks.
 """
 

@@ -70,7 +70,7 @@ def groups(v):
 
 
 def stored(x, A):
-    """The dtype of starts and carries in memory: for x in bfloat16, rounded; otherwise A's."""
+    """The dtype of starts and carries in memory: bfloat16 if x is, otherwise A's."""
     return x.dtype if x.dtype == torch.bfloat16 else A.dtype
 
 
@@ -115,7 +115,7 @@ def _outputs(x, dt, A, B, C, h):
 
 
 def _ends_backward(dt, A, C, dy):
-    """The gradient of every chunk's start, from its own outputs alone, as stored: (b, c, D, N)."""
+    """The gradient of every chunk's start, from its own outputs alone: (b, c, D, N), as stored."""
     carry = 0.0
     for t in reversed(range(dt.shape[2])):
         _, carry = _step_back(carry, t, dt, A, C, dy)
@@ -168,7 +168,7 @@ def _sum_of_chunks(v, A):    # compiled, up to twice as fast as torch's own, and
 # a chunk's "end" is the gradient of its start, its "start" the carry that arrives at its last step.
 
 def _group_starts(span, A, ends, h, dtype, backwards):
-    """From the groups' starts h -> every chunk's start (b, c, D, N), every group's last state."""
+    """From the groups' starts h -> every chunk's start, in dtype, and every group's last state."""
     c = span.shape[1]
     span, ends = groups(span), groups(ends)                              # (b, groups, chunks, ...)
     h = torch.zeros_like(ends[:, :, 0], dtype=A.dtype) if h is None else h
@@ -292,7 +292,7 @@ def parallel_scan(x, dt, A, B, C, h=None):
     if x.numel() == 0:
         return x.clone(), A.new_zeros(x.shape[0], *A.shape) if h is None else h
     # Cut outside the scan's kernels: padding inside them made their loads twice as slow.
-    # Uncompiled, each step launches kernels. So chunks are shorter, as long as there are few.
+    # Uncompiled, each step launches kernels. So chunks are shorter, up to GROUP_CHUNKS of them.
     steps = CHUNK_STEPS if x.shape[1] < LONG else 2 * CHUNK_STEPS
     steps = steps if compiled else min(steps, -(-x.shape[1] // GROUP_CHUNKS))
     x_k, dt_k, B_k, C_k = (split(v, steps) for v in (x, dt, B, C))       # (b, c, T, D or N)

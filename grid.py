@@ -95,15 +95,15 @@ def make_all(configs, train_one, show=None):
                 if other is not run and not os.path.exists(other.path + ".json")]
         return len(left) // sharing
 
-    if rank == 0:                                # before any process begins
-        for run in grid:
-            forget(run)
-            if is_finished(run.path):
-                say(f"{run.title}{run.path}.json is finished; --overwrite repeats it")
-                if show:
-                    show(read_result(run.path + ".json"))
-    barrier()
     with keyboard_interrupts():
+        if rank == 0:                            # before any process begins
+            for run in grid:
+                forget(run)
+                if is_finished(run.path):
+                    say(f"{run.title}{run.path}.json is finished; --overwrite repeats it")
+                    if show:
+                        show(read_result(run.path + ".json"))
+        barrier()
         waiting, said = [run for runs in of_shape.values() for run in runs], False
         while waiting:
             busy = []                                        # runs that other processes are making
@@ -171,7 +171,7 @@ def make_if_free(run, train_one, count_left):
         return True
     try:
         with locked(run.path) as mine:
-            # Again: another process may have ended the run just before it freed the lock.
+            # Ask again: another process may have finished the run before this one got the lock.
             if mine and not is_finished(run.path) and not os.path.exists(failure_of(run)):
                 make(run, train_one, count_left(run))
             return mine

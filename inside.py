@@ -3,8 +3,8 @@
     python inside.py results/X.pt             draws figures/inside_X.png
     python inside.py report/checkpoints/*.pt --out figures
 
-Hooks record the output of every linear map, and the rest is recomputed from one in each layer. The
-model is not changed.
+Hooks record the outputs of all linear maps. The rest is recomputed from those of one map in each
+attention or Mamba layer. The model is not changed.
 """
 
 import os
@@ -29,8 +29,8 @@ from runs import load_run
 
 CONTEXT = 24                               # tokens before the query: few enough to see each of them
 MARKS = {"q": "#D55E00", "v": "#009E73"}   # the query and its value in a sequence
-# A channel can hold v for a million tokens if dt exceeds WRITES near v and its mean elsewhere is
-# below IDLE: then a million steps sum to less than 1, and a state with A = -1 keeps over 1/e.
+# A channel can hold v for a million tokens if dt exceeds WRITES near v and the mean of dt elsewhere
+# is below IDLE: then a million steps sum to less than 1, and a state with A = -1 keeps over 1/e.
 WRITES, IDLE = 0.1, 1e-6
 MAP_INCHES, MAMBA_INCHES = 5.2, 8.6        # heights: of an attention map, of all images of a Mamba
 

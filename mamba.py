@@ -109,8 +109,8 @@ class CausalConv1d(nn.Conv1d):
 
 
 def initial_dt_bias(n):
-    """(n,): its softplus lies between 0.001 and 0.1 (paper, section 3.6), uniform on a log scale as
-    in the official code."""
+    """(n,): a bias whose softplus is between 0.001 and 0.1 (paper, section 3.6), uniform on a log
+    scale as in the official code."""
     dt = torch.exp(torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1)))
     return torch.log(torch.expm1(dt))            # the inverse of softplus
 
@@ -169,7 +169,7 @@ class Mamba(nn.Module):
         self.D = nn.Parameter(torch.ones(d_inner))       # a skip connection, as officially named
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
-        # The bias sets a first dt, the weights make it vary by token.
+        # The bias sets the initial dt; the weights make it vary by token.
         nn.init.uniform_(self.dt_proj.weight, -self.dt_rank**-0.5, self.dt_rank**-0.5)
         with torch.no_grad():
             self.dt_proj.bias.copy_(initial_dt_bias(d_inner))
@@ -363,7 +363,8 @@ def chunked_scan(x, dt, A, B, C, h=None):
 def selective_scan(x, dt, A, B, C, h=None):
     """The fastest form for the device: arguments and results of selective_scan_ref, up to rounding.
 
-    States and sums have the dtype of A, or float32 if that is wider; y has the dtype of x.
+    States and sums have the dtype of A, or float32 if that is wider; y has the dtype of x. If x is
+    bfloat16, so are the states that parallel_scan stores between chunks.
     """
     dtype = torch.promote_types(A.dtype, torch.float32)
     A = A.to(dtype)

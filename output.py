@@ -1,6 +1,6 @@
 """Printing, drawing and writing: short error messages, a progress bar, colours, atomic files.
 
-Imports no torch, which takes a second or two: plot.py does not need it.
+Imports no torch, which takes a second or two and which plot.py rarely needs.
 """
 
 import argparse
@@ -147,7 +147,7 @@ class Progress(tqdm):
 
 
 def spread(heights, low, high):
-    """Move labels apart, so that they do not touch -> their heights, between low and high.
+    """The heights of labels, moved apart so that they do not touch, between low and high.
 
     heights: those wanted, the highest first.
     """
@@ -195,7 +195,7 @@ def write_file(path, data):
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(f.name, 0o644)                  # a temporary file is its owner's alone
+        os.chmod(f.name, 0o644)                  # a temporary file is private
         os.replace(f.name, path)                 # after closing: Windows renames no open file
     except BaseException:
         with contextlib.suppress(FileNotFoundError):         # Ctrl-C after the file was renamed

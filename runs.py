@@ -102,8 +102,8 @@ def check_model(config):
     """Raise a ValueError if the model cannot be built, because of its layers, heads or options, or
     if a run certainly needs more memory than there is."""
     available = memory(config.get("device"))
-    # At least: the embedding table in float64, which numpy makes even for a model on "meta", and
-    # eight float32 activations per token, channel and layer.
+    # A lower bound: the embedding table in float64, which numpy makes even for a model on "meta",
+    # and eight float32 activations per token, channel and layer.
     activations = 32 * config["batch_size"] * config["L"] * config["d"]
     needed = 8 * config["K"] * config["d"] + activations
     # Tensors on "meta" take no memory, but computing with them imports torch's compiler, which
@@ -249,7 +249,7 @@ def set_states(kept, states):
         elif isinstance(part, torch.optim.Optimizer):
             groups = part.param_groups
             part.load_state_dict(states[name])
-            part.param_groups = groups       # its own options: lr is a tensor that train_one holds
+            part.param_groups = groups       # with its options: train_one holds the tensor lr
         else:
             part.load_state_dict(states[name])
 

@@ -1,4 +1,4 @@
-"""The flags' defaults; and results of train.py: read from JSON, grouped by setting, put into words.
+"""The flags' defaults, and results of train.py: read from JSON, grouped by setting, put into words.
 
 plot.py draws them. Only `chance` may import torch.
 """
@@ -107,12 +107,12 @@ def group(runs, key):
 
 
 def different(runs, flag):
-    """The values of a flag in these runs, each once, sorted."""
+    """The values of a flag in these runs, each once, sorted; None for runs without it."""
     return [value for value, in group(runs, [flag])]
 
 
 def by_curve(runs):
-    """{curve: its runs}, sorted. name_curves comes first."""
+    """{curve: its runs}, sorted. The runs have their "curve" from name_curves."""
     return group(runs, lambda run: run["curve"])
 
 

@@ -176,7 +176,7 @@ def train_one(config, path, title="", runs_left=0):
     next_test = gpu.Captured("test", lambda model: training_accuracy(model, config, test_draws),
                              [model], test_draws, config)
 
-    # Tests are at least 10 steps apart; a run under 200 steps has 20 to 39, or one at every step.
+    # Tests are 10 steps apart or more; runs of 20 to 199 steps have 20 to 39 of them.
     every = max(1, steps // TESTS, min(STEPS_APART, steps // 20))
     last = last_step(curves, config)
     began = saved_at = time.monotonic()

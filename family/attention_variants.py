@@ -58,7 +58,7 @@ class GroupedAttention(Attention):
 
     def __init__(self, d_model, n_heads, kv_heads, position="none"):
         nn.Module.__init__(self)       # not Attention's, which would draw a qkv of another size
-        if n_heads > 0 and d_model % n_heads:    # check_heads would name --n-heads, not used here
+        if n_heads > 0 and d_model % n_heads:    # check_heads would blame --n-heads
             raise ValueError(f"--d is {d_model}, but grouped attention's {n_heads} heads must "
                              "divide it")
         check_heads(d_model, n_heads, position)

@@ -137,7 +137,7 @@ class LTI(nn.Module):
         product = torch.fft.rfft(x.mT, 2 * L) * torch.fft.rfft(K, 2 * L)     # (b, d, L+1)
         y = torch.fft.irfft(product, 2 * L)[..., :L]                     # (b, d, L)
         y = y + torch.einsum("dn,dnl,bdn->bdl", C, powers[..., 1:], h)   # the decayed first state
-        # What step s writes decays L - 1 - s times: the powers backwards.
+        # What step s = 0, 1, ... writes decays L - 1 - s times: the powers backwards.
         written = torch.einsum("dn,dnl,bld->bdn", Bbar, powers[..., :L].flip(-1), x)
         h = powers[..., L] * h + written                                 # (b, d, N)
         return y.mT + nan.cumsum(1)[..., None], h + nan.sum(1)[:, None, None]
@@ -227,9 +227,9 @@ class RGLRU(nn.Module):
     dt.
 
     Differs from the paper: as wide as the residual stream, not 4/3 of it; the gates' maps are full,
-    not block-diagonal. Differs from the released code, where a starts in 0.9 to 0.999, not a^8 (so
-    it forgets eight times faster at first), GELU is the tanh form, the gates' biases start at 0,
-    and the first token comes in without the root.
+    not block-diagonal. Differs from the released code: there a starts in 0.9 to 0.999, here a^8
+    does, as in the paper, so ours forgets eight times more slowly at first. There, GELU is the tanh
+    form, the gates' biases start at 0, and the first token comes in without the root.
     """
 
     POWER = 8.0

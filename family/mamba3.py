@@ -225,7 +225,7 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     h = x.new_zeros(b, H, P, N) if h is None else h.to(x.dtype)
     last = None if last is None else [v.to(x.dtype) for v in last]
     if L == 1:                                                           # there is nothing to cut
-        y, h = trapezoid_ref(x, log_a, before, now, B, C, h, last)
+        y, h = trapezoid_ref(x, log_a.to(x.dtype), before, now, B, C, h, last)
         return y.to(x_dtype), h
     (x, log_a, before, now, B), nan = set_nan_aside(x, log_a, before, now, B)    # nan (b, L)
     if T is None:
