@@ -234,9 +234,7 @@ def views_of(args):
 
 def main(argv=None, add_to=lambda fig, runs, view: None):
     """Draw what argv asks for -> paths of the figures. SystemExit 2 if there is nothing to draw.
-
-    add_to(fig, runs, view) is called before a figure is written.
-    """
+    add_to(fig, runs, view) is called before a figure is written."""
     parser = Parser("plot.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -255,6 +253,8 @@ def main(argv=None, add_to=lambda fig, runs, view: None):
         parser.error("--lowest needs --against state or --against FLAG")
     if args.table is not None and args.against:
         parser.error("--table prints a table and draws nothing, so it takes no --against")
+    for folder in filter(os.path.isdir, args.results):
+        parser.error(f"{folder} is a folder; name the .json files in it")
     runs, left_out = read(args.results)
     if args.table is not None and runs:
         say(table(runs, args.table))

@@ -46,6 +46,11 @@ def test_files_come_before_flags_of_several_values(tmp_path, refuses):
     assert "RUN.json; they come before flags that take several values" in error
 
 
+def test_a_folder_is_not_a_result(tmp_path, refuses):
+    error = refuses(plot.main, [write(tmp_path), str(tmp_path)])
+    assert f"{tmp_path} is a folder; name the .json files in it" in error
+
+
 def test_title(tmp_path, figures):  # noqa: F811
     drawn = figures(write(tmp_path), "--name", "x", "--title", "What was found")
     assert drawn["x.png"].get_suptitle() == "What was found"
