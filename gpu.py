@@ -125,8 +125,9 @@ class Captured:
         self.compiled = False
         self.restart()
         self.may_compile = self.on_cuda and config["compile"] == "auto" and has_compiler()
+        must_compile = self.on_cuda and config["compile"] == "on"
         known = self.key in measured_seconds                         # its kernels exist already
-        if self.on_cuda and config["compile"] == "on" or (self.may_compile and known):
+        if must_compile or (self.may_compile and known):
             self.compile()
 
     def restart(self):
