@@ -8,10 +8,10 @@ chunks, but each needs the last state of the one before. The recurrence is linea
     2. start of the next chunk = exp(A sum of dt) start + end               one after another
     3. run every chunk again, from its true start                           all at once
 
-Step 2 is the recurrence again, with one step per chunk. With more than 32 chunks it is cut in the
-same way: groups of chunks play the part of the chunks. The standard parallel prefix sum (Blelloch
-1990) has groups of two: 2 log2(L) levels, with all L states in memory. Here a chunk's states stay
-in registers, except for its start.
+Step 2 is the recurrence again, with one step per chunk, and it alone is serial. With more than 32
+chunks it is cut in the same way: groups of chunks play the part of the chunks. The standard
+parallel prefix sum (Blelloch 1990) has groups of two: 2 log2(L) levels, with all L states in
+memory. Here a chunk's states stay in registers, except for its start and its end.
 
     symbol      shape            meaning
     c, T                         chunks; steps per chunk
@@ -70,15 +70,15 @@ def groups(v):
 
 
 def stored(x, A):
-    """The dtype of starts and carries in memory: bfloat16 if x is, otherwise A's."""
+    """The dtype of starts, carries and parts of dA in memory: bfloat16 if x is, otherwise A's."""
     return x.dtype if x.dtype == torch.bfloat16 else A.dtype
 
 
 # ---- Inside a chunk ------------------------------------------------------------------------------
 #
 # Each function becomes one kernel, its loop over steps unrolled, or two if it also sums dt. A
-# kernel sums over states (dx, ddt) or channels (dB, dC); dB needs g, dC needs h. So the gradient
-# takes three, which recompute h or g. Rounding dB, dC in the loop made it write states to memory.
+# kernel sums over states (dx, ddt) or over channels (dB, dC), so step 3 of the gradient takes
+# three, which recompute h, g or both. Rounding dB, dC in the loop made it write states to memory.
 
 def _decay(dt, A):
     """exp(dt A) for one step's dt (b, c, D): (b, c, D, N)."""
@@ -164,8 +164,8 @@ def _sum_of_chunks(v, A):    # compiled, up to twice as fast as torch's own, and
 
 # ---- Across chunks -------------------------------------------------------------------------------
 #
-# The backward pass is the same with g for h (mamba.py derives it), from last chunk to first:
-# a chunk's "end" is the gradient of its start, its "start" the carry that arrives at its last step.
+# The backward pass goes from last chunk to first, with the carry a_t g_t for h_t (see mamba.py): a
+# chunk's "end" is the gradient of its start, its "start" the carry that arrives at its last step.
 
 def _group_starts(span, A, ends, h, dtype, backwards):
     """From the groups' starts h -> every chunk's start, in dtype, and every group's last state."""
@@ -292,7 +292,7 @@ def parallel_scan(x, dt, A, B, C, h=None):
     if x.numel() == 0:
         return x.clone(), A.new_zeros(x.shape[0], *A.shape) if h is None else h
     # Cut outside the scan's kernels: padding inside them made their loads twice as slow.
-    # Uncompiled, each step launches kernels. So chunks are shorter, up to GROUP_CHUNKS of them.
+    # Uncompiled, each step launches kernels. So chunks are shorter, if that makes at most 16.
     steps = CHUNK_STEPS if x.shape[1] < LONG else 2 * CHUNK_STEPS
     steps = steps if compiled else min(steps, -(-x.shape[1] // GROUP_CHUNKS))
     x_k, dt_k, B_k, C_k = (split(v, steps) for v in (x, dt, B, C))       # (b, c, T, D or N)

@@ -57,6 +57,13 @@ from fused_scan import check_shapes, parallel_scan
 #     h_t[d,n] = exp(dt_t[d] A[d,n]) h_{t-1}[d,n] + dt_t[d] B_t[n] x_t[d]
 #     y_t[d]   = sum over n of C_t[n] h_t[d,n]
 #
+# Unrolled, this is attention without a softmax. y_t[d] is the sum over s <= t of dt_s[d] x_s[d],
+# each times
+#
+#     sum over n of C_t[n] B_s[n] exp(A[d,n] (dt_{s+1}[d] + ... + dt_t[d]))
+#
+# So dt x is a value, B a key, C a query, and what was written fades with time.
+#
 # With dt near 0 a token leaves the state alone: nothing decays, nothing is written. With a large dt
 # the past is erased, and h becomes dt B x of this token alone. How much is kept depends on dt |A|:
 # at dt = 0.1, a state with A = -1 keeps exp(-0.1) = 0.90, one with A = -16 keeps 0.20.
@@ -116,7 +123,8 @@ def initial_dt_bias(n):
 
 
 class MambaState(NamedTuple):
-    """All that a Mamba layer keeps of the tokens so far: d_inner (d_conv - 1 + d_state) numbers.
+    """All that a Mamba layer keeps of the tokens so far: d_inner (d_conv - 1 + d_state) numbers for
+    each sequence, where attention keeps all keys and values.
 
     The recurrence looks back through h alone, the convolution at its last inputs alone, and all
     else in the layer sees one token.
@@ -140,12 +148,13 @@ class Mamba(nn.Module):
     token to its dt, None for ceil(d_model / 16). Parameters have the names, shapes and initial
     distributions of mamba_ssm.Mamba with its default arguments; state dicts fit both.
 
-    in_proj has no bias, so that state dicts fit. That hurts recall (data.py): below attention, the
-    layer must say which token came before, through the gate z of any token. In the first layer, z
-    is linear in the token's embedding, up to a positive factor from the norm. At d_model = 8 a sum
-    of our 16 embeddings, with suitable positive weights, is zero; so is that of their z. So each
-    channel has z <= 0 at some token, where it says little: SiLU(z) lies between -0.28 and 0. We
-    take this as the reason why Mamba followed by attention learned 16 queries in 0 of 12 runs
+    in_proj has no bias, so that state dicts fit. That hurts recall (data.py). Below attention, the
+    layer has to tell each token which one came before, and what it tells is multiplied by SiLU(z),
+    where z depends on the token itself. Where z <= 0, SiLU(z) lies between -0.28 and 0 and lets
+    little through. In the first layer, that happens at some token in every channel: z is linear in
+    the token's embedding, up to a positive factor from the norm, and at d_model = 8 some sum of our
+    16 embeddings with positive weights is zero. So is that of their z, and not all can be positive.
+    We take this as the reason why Mamba followed by attention learned 16 queries in 0 of 12 runs
     without a bias in its norm, and in 3 of 3 with one (report/README.md, appendix on defaults).
     `takes_bias` asks hybrid.Model for that bias, which gives x and z a constant part.
     """
@@ -163,8 +172,8 @@ class Mamba(nn.Module):
         self.dt_proj = nn.Linear(self.dt_rank, d_inner)
         # At first, A = -1, ..., -N in each channel (S4D-Real, Gu et al. 2022, arXiv 2206.11893).
         # State n fades to 1/e in 1 / (n dt) steps: with the dt below, state 1 in 10 to 1,000, state
-        # 16 in 0.6 to 60. So a channel's memories differ N-fold in length. The logarithm is
-        # trained, so that A stays negative and no state can grow by itself.
+        # 16 in 0.6 to 60. So a channel has memories of N lengths. The logarithm is trained,
+        # so that A stays negative and no state can grow by itself.
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))       # a skip connection, as officially named
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
@@ -201,10 +210,10 @@ class Mamba(nn.Module):
 # ---- 3. Chunks of steps --------------------------------------------------------------------------
 #
 # The loop of selective_scan_ref is slow: it makes a dozen small calls per step, and autograd stores
-# each step's decay and state. But only h_t = a_t h_{t-1} + u_t B_t has to run step by step, and it
-# is one call. The decays a = exp(dt A), the inputs u = dt x and the sums over states can be
-# computed for a chunk of T steps at once; a small chunk fits in the CPU's cache. To save memory,
-# only the state before each chunk is stored.
+# each step's decay and state. With the decays a = exp(dt A) and the inputs u = dt x, only
+# h_t = a_t h_{t-1} + u_t B_t has to run step by step, and it is one call. All else is computed for
+# a chunk of T steps at once; a small chunk fits in the CPU's cache. To save memory, only the state
+# before each chunk is stored.
 #
 # The gradient. dx is the gradient of the loss with respect to x, and so on; that of h is called g.
 # Indices are left out: C_t dy_t is C_t[n] dy_t[d], for every state n and channel d. Nothing is
@@ -254,7 +263,8 @@ def _recur(a, w, h):
 
 
 class ChunkedScan(torch.autograd.Function):
-    """Both passes of chunked_scan, for arguments with time first, in chunks of T steps."""
+    """Both passes of chunked_scan, in chunks of T steps, with time first: x, dt (L, b, D);
+    A (D, N); B, C (L, b, N); h (N, b, D)."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, h, T):
@@ -273,11 +283,11 @@ class ChunkedScan(torch.autograd.Function):
             starts.append(h)
             steps = len(dt_k)                                            # T, or fewer in the last
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
-            # For v between -104 and -87, exp(v) is a denormal float32, below 1.2e-38, and takes a
-            # CPU 10 to 50 times as long. So both passes clamp dt A at -80, which dt = 5 and A = -16
-            # reach: a decay of 2e-35 is effectively 0, and so is d(dt A), a multiple of it. The
-            # margin to -87 keeps the product a h normal unless h is below 1e-3. A trained model
-            # runs up to twice as fast. selective_scan_ref and parallel_scan do not clamp.
+            # For dt A between -104 and -87, say dt = 6 and A = -16, its exp is a denormal float32,
+            # below 1.2e-38, and takes a CPU 10 to 50 times as long. So both passes clamp at -80: a
+            # decay of 2e-35 is effectively 0, and so is d(dt A), a multiple of it. The margin to
+            # -87 keeps the product a h normal unless h is below 1e-3. A trained model runs up to
+            # twice as fast. selective_scan_ref and parallel_scan do not clamp.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)         # h_k is u_t B_t, and after _recur h_t
             h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs
@@ -350,12 +360,12 @@ def chunked_scan(x, dt, A, B, C, h=None):
 # The first row that applies:
 #
 #     torch.func, forward AD    selective_scan_ref: a fast form may raise an error there
-#     one step or none          selective_scan_ref
+#     one step or none          selective_scan_ref: there is nothing to cut into chunks
 #     torch.compile             parallel_scan, on any device, as one operator; the compiler would
 #                               unroll the loops of the other forms
 #     CUDA                      parallel_scan (fused_scan.py): all chunks at once from zero, which
 #                               gives the state before each; then all at once from that
-#     CPU, MPS                  chunked_scan
+#     CPU, MPS                  chunked_scan: each chunk once, small enough for the CPU's cache
 #
 # The fast forms have no second derivative: backward with create_graph=True raises a RuntimeError.
 # Call selective_scan_ref, or for Mamba layers, set mamba.selective_scan = mamba.selective_scan_ref.
@@ -364,7 +374,8 @@ def selective_scan(x, dt, A, B, C, h=None):
     """The fastest form for the device: arguments and results of selective_scan_ref, up to rounding.
 
     States and sums have the dtype of A, or float32 if that is wider; y has the dtype of x. If x is
-    bfloat16, so are the states that parallel_scan stores between chunks.
+    bfloat16, parallel_scan rounds what it stores per chunk: its first state, the arriving gradient,
+    its part of dA. Errors do not build up along L; dA is off by 2e-3, as y and other gradients are.
     """
     dtype = torch.promote_types(A.dtype, torch.float32)
     A = A.to(dtype)

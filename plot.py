@@ -253,8 +253,6 @@ def main(argv=None, add_to=lambda fig, runs, view: None):
         parser.error("--lowest needs --against state or --against FLAG")
     if args.table is not None and args.against:
         parser.error("--table prints a table and draws nothing, so it takes no --against")
-    for folder in filter(os.path.isdir, args.results):
-        parser.error(f"{folder} is a folder; name the .json files in it")
     runs, left_out = read(args.results)
     if args.table is not None and runs:
         say(table(runs, args.table))

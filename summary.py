@@ -54,7 +54,8 @@ def load(path):
                 "state": sizes and {n: sizes[str(n)] for n in (64, 4096)},
                 "sequences": np.ravel(result["eval"]["sequences"])}
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        reason = "name the .json files in it" if os.path.isdir(path) else error.strerror
+        raise ValueError(f"{path} cannot be read: {reason}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         hint = f"; its result is {path[:-3]}.json" if path.endswith(".pt") else ""
         raise ValueError(f"{path} is no result of train.py{hint}") from None
@@ -116,8 +117,7 @@ def by_curve(runs):
     return group(runs, lambda run: run["curve"])
 
 
-def median_of(seeds, what):
-    """The median of a number of each run, such as "at" or "steps"."""
+def median_of(seeds, what):          # what: a number that each run has, "at" or "steps"
     return np.median([run[what] for run in seeds])
 
 
@@ -256,8 +256,8 @@ def caption(runs, view):
     else:
         tests = numbered(np.concatenate([run["sequences"] for run in runs]).tolist())
         notes.append(f"test sequences per length: {tests}")
-    tasks = text(", ".join(different(runs, "task")))
-    return f"task {tasks}: {', '.join(settings)}", "; ".join(notes)
+    tasks, settings = text(", ".join(different(runs, "task"))), ", ".join(settings)
+    return f"task {tasks}: {settings}", "; ".join(notes)
 
 
 def file_name(runs, view, args):

@@ -47,8 +47,8 @@ def test_files_come_before_flags_of_several_values(tmp_path, refuses):
 
 
 def test_a_folder_is_not_a_result(tmp_path, refuses):
-    error = refuses(plot.main, [write(tmp_path), str(tmp_path)])
-    assert f"{tmp_path} is a folder; name the .json files in it" in error
+    error = refuses(plot.main, [str(tmp_path)])
+    assert f"{tmp_path} cannot be read: name the .json files in it" in error
 
 
 def test_title(tmp_path, figures):  # noqa: F811
