@@ -375,7 +375,7 @@ def selective_scan(x, dt, A, B, C, h=None):
 
     States and sums have the dtype of A, or float32 if that is wider; y has the dtype of x. If x is
     bfloat16, parallel_scan rounds what it stores per chunk: its first state, the arriving gradient,
-    its part of dA. Errors do not build up along L; dA is off by 2e-3, as y and other gradients are.
+    its part of dA. Errors do not build up along L; y and all gradients are off by a few 1e-3.
     """
     dtype = torch.promote_types(A.dtype, torch.float32)
     A = A.to(dtype)
