@@ -4,8 +4,7 @@
     python eval.py results/X.pt --lengths 64 1024 65536
 
 The numbers are printed and saved in results/X.json, where they replace those from as many sequences
-or fewer. Repeated on the same device, a command draws the same sequences. Another model can get
-others: batches depend on its width and, beyond 64 d tokens, on whether it has attention.
+or fewer. Repeated on one device, a command draws the same sequences; other models can get others.
 `evaluate` picks a method: accuracy_by_length for recall, accuracy_one_by_one for other tasks.
 """
 
@@ -71,8 +70,7 @@ def per_call(model, length, most=SEGMENT):
     """Limits of a call of the model, so that it fits into memory -> rows, segment.
 
     rows: contexts of this length to process together, a power of two: then a test of 512 has parts
-    of one shape, compiled once. segment: how many of their tokens at a time, at most `most`.
-    """
+    of one shape, compiled once. segment: how many of their tokens at a time, at most `most`."""
     factor = CUDA_FACTOR if model.embedding.weight.is_cuda else 1
     floats = model.embedding.embedding_dim                               # per token
     if any(getattr(layer, "attends", False) for layer in model.layers):
@@ -136,9 +134,8 @@ def groups(lengths, tau):
 
 
 def n_contexts(group, tau, sequences):
-    """How many contexts to draw, so that at least `sequences` are complete at the shortest length.
-    Rounded up to a multiple of the positions, if that adds at most a quarter: then every position
-    is drawn equally often."""
+    """How many contexts to draw, so that at least `sequences` are complete at the shortest length;
+    a multiple of the positions, each drawn equally often, if that adds at most a quarter."""
     positions = group[-1] - tau
     n = math.ceil(sequences * positions / (group[0] - tau))
     return math.ceil(n / positions) * positions if n > 4 * positions else n
@@ -222,13 +219,19 @@ def merged(old, lengths, accuracies, sequences):
             "sequences": counts[0] if len(set(counts)) == 1 else list(counts)}
 
 
+def result_of(stem, digest):
+    """The result in stem.json, if it is of the model with this SHA-256; otherwise None."""
+    result = read_result(stem + ".json")
+    return result if result and result.get("checkpoint") == digest else None
+
+
 def save(path, digest, lengths, accuracies, sequences):
     """Add the numbers of a checkpoint, which had this SHA-256, to the JSON of the same model."""
     stem = os.path.splitext(path)[0]
-    if os.path.exists(stem + ".json"):
+    if result_of(stem, digest):
         with locked(stem, wait=True):                # two processes must not overwrite each other
-            result = read_result(stem + ".json")
-            if result and result.get("checkpoint") == digest:
+            result = result_of(stem, digest)
+            if result:
                 result["eval"] = merged(result["eval"], lengths, accuracies, sequences)
                 write_json(stem + ".json", result)
                 return
