@@ -64,12 +64,12 @@ def split(v, most):
     return v.unflatten(1, (chunks, -1))
 
 
-def groups(v):
+def _groups(v):
     """(b, c, ...) -> (b, groups, chunks, ...)."""
     return split(v, ONE_GROUP if v.shape[1] <= ONE_GROUP else GROUP_CHUNKS)
 
 
-def stored(x, A):
+def _stored(x, A):
     """The dtype of starts, carries and parts of dA in memory: bfloat16 if x is, otherwise A's."""
     return x.dtype if x.dtype == torch.bfloat16 else A.dtype
 
@@ -119,7 +119,7 @@ def _ends_backward(dt, A, C, dy):
     carry = 0.0
     for t in reversed(range(dt.shape[2])):
         _, carry = _step_back(carry, t, dt, A, C, dy)
-    return carry.to(stored(dy, A))
+    return carry.to(_stored(dy, A))
 
 
 def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carries):
@@ -170,7 +170,7 @@ def _sum_of_chunks(v, A):    # compiled, up to twice as fast as torch's own, and
 def _group_starts(span, A, ends, h, dtype, backwards):
     """From the groups' starts h -> every chunk's start, in dtype, and every group's last state."""
     c = span.shape[1]
-    span, ends = groups(span), groups(ends)                              # (b, groups, chunks, ...)
+    span, ends = _groups(span), _groups(ends)                            # (b, groups, chunks, ...)
     h = torch.zeros_like(ends[:, :, 0], dtype=A.dtype) if h is None else h
     order = range(span.shape[2])
     starts = [None] * len(order)
@@ -183,7 +183,7 @@ def _group_starts(span, A, ends, h, dtype, backwards):
 def _group_ends(span, A, ends, backwards):
     """Every group's last state from zero (b, groups, D, N), and its span (b, groups, D)."""
     _, h = _group_starts(span, A, ends, None, A.dtype, backwards)
-    return h, groups(span).sum(2)
+    return h, _groups(span).sum(2)
 
 
 def _across(span, A, ends, h, dtype, backwards, compiled):
@@ -225,7 +225,7 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor | No
           compiled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> y, the last state (b, D, N), and for the gradient every chunk's start and span."""
     ends, span = _kernel(_ends_forward, compiled)(x, dt, A, B)
-    starts, last = _across(span, A, ends, h, stored(x, A), backwards=False, compiled=compiled)
+    starts, last = _across(span, A, ends, h, _stored(x, A), backwards=False, compiled=compiled)
     return _kernel(_outputs, compiled, A.shape[1])(x, dt, A, B, C, starts), last, starts, span
 
 
@@ -247,7 +247,7 @@ def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start
 def _(x, dt, A, B, C, h, compiled):
     b, c = x.shape[:2]
     # Cut from whole groups, as the real ones are: the strides must agree.
-    starts = groups(A.new_empty(b, c, *A.shape, dtype=stored(x, A))).flatten(1, 2)[:, :c]
+    starts = _groups(A.new_empty(b, c, *A.shape, dtype=_stored(x, A))).flatten(1, 2)[:, :c]
     return x.new_empty(x.shape), A.new_empty(b, *A.shape), starts, A.new_empty(starts.shape[:3])
 
 

@@ -57,8 +57,8 @@ from fused_scan import check_shapes, parallel_scan
 #     h_t[d,n] = exp(dt_t[d] A[d,n]) h_{t-1}[d,n] + dt_t[d] B_t[n] x_t[d]
 #     y_t[d]   = sum over n of C_t[n] h_t[d,n]
 #
-# Unrolled, this is attention without a softmax. y_t[d] is the sum over s <= t of dt_s[d] x_s[d],
-# each times
+# Unrolled from a zero state, this is attention without a softmax: y_t[d] is the sum over s <= t of
+# dt_s[d] x_s[d], each times
 #
 #     sum over n of C_t[n] B_s[n] exp(A[d,n] (dt_{s+1}[d] + ... + dt_t[d]))
 #

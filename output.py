@@ -1,6 +1,6 @@
 """Printing, drawing and writing: short error messages, a progress bar, colours, atomic files.
 
-Imports no torch, which takes a second or two and which plot.py rarely needs.
+Works without torch, whose import is slow: plot.py rarely needs it.
 """
 
 import argparse

@@ -92,8 +92,9 @@ class LinearAttention(GatedDeltaNet):
             return x, state
         window, S, start = (None, None, None) if state is None else state
         q, k, v, window = self.qkv_of(x, window)
-        angle = x.new_zeros(len(x), self.n_heads, 0)
-        if self.angle_proj is not None:
+        if self.angle_proj is None:
+            angle = x.new_zeros(len(x), self.n_heads, 0)
+        else:
             q, k, angle = self.rotated(q, k, x, start)
         beta = torch.sigmoid(self.b_proj(x))                             # (b, L, H)
         recurrence = delta_rule if self.delta else additive_rule

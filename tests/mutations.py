@@ -331,13 +331,13 @@ FUSED = [
     ("(d_dtA * A).sum(-1) + du * x[:, :, t]", "(d_dtA * A).sum(-1)"),
     ("v.sum((0, 1), dtype=A.dtype)", "v.mean((0, 1), dtype=A.dtype)"),
     ("starts[k] = h.to(dtype)", "starts[k] = 0 * h.to(dtype)"),
-    ("groups(span).sum(2)", "groups(span)[:, :, -1]"),
+    ("_groups(span).sum(2)", "_groups(span)[:, :, -1]"),
     ("v.shape[1] <= ONE_GROUP else", "v.shape[1] < 0 else"),
     ("if x.dtype == torch.bfloat16 else", "if x.dtype.itemsize == 2 else"),
     ("if x.dtype == torch.bfloat16 else A.dtype", "if False else A.dtype"),
-    ("h, stored(x, A), backwards", "h, A.dtype, backwards"),
-    ("carry.to(stored(dy, A))", "carry"),
-    ("    return h, dt.sum(2", "    return h.to(stored(x, A)), dt.sum(2"),
+    ("h, _stored(x, A), backwards", "h, A.dtype, backwards"),
+    ("carry.to(_stored(dy, A))", "carry"),
+    ("    return h, dt.sum(2", "    return h.to(_stored(x, A)), dt.sum(2"),
 ]
 INSIDE = [
     ("masked_fill(~seen", "masked_fill(seen"),
