@@ -8,10 +8,9 @@ chunks, but each needs the last state of the one before. The recurrence is linea
     2. start of the next chunk = exp(A sum of dt) start + end               one after another
     3. run every chunk again, from its true start                           all at once
 
-Step 2 is the recurrence again, with one step per chunk, and it alone is serial. With more than 32
-chunks it is cut in the same way: groups of chunks play the part of the chunks. The standard
-parallel prefix sum (Blelloch 1990) has groups of two: 2 log2(L) levels, with all L states in
-memory. Here a chunk's states stay in registers, except for its start and its end.
+Step 2 is the recurrence again, with one step per chunk, and it alone is serial. More than 32 chunks
+are cut in the same way, into groups. The standard parallel prefix sum (Blelloch 1990) has groups of
+two: 2 log2(L) levels, all L states in memory. Here only starts and ends of chunks leave registers.
 
     symbol      shape            meaning
     c, T                         chunks; steps per chunk
@@ -64,24 +63,20 @@ def split(v, most):
     return v.unflatten(1, (chunks, -1))
 
 
-def _groups(v):
-    """(b, c, ...) -> (b, groups, chunks, ...)."""
+def _groups(v):        # (b, c, ...) -> (b, groups, chunks, ...)
     return split(v, ONE_GROUP if v.shape[1] <= ONE_GROUP else GROUP_CHUNKS)
 
 
-def _stored(x, A):
-    """The dtype of starts, carries and parts of dA in memory: bfloat16 if x is, otherwise A's."""
+def _stored(x, A):     # the dtype of starts, carries and parts of dA in memory
     return x.dtype if x.dtype == torch.bfloat16 else A.dtype
 
 
 # ---- Inside a chunk ------------------------------------------------------------------------------
-#
-# Each function becomes one kernel, its loop over steps unrolled, or two if it also sums dt. A
-# kernel sums over states (dx, ddt) or over channels (dB, dC), so step 3 of the gradient takes
-# three, which recompute h, g or both. Rounding dB, dC in the loop made it write states to memory.
+# Each function becomes a kernel, its loop over steps unrolled. A kernel sums over states (dx, ddt)
+# or over channels (dB, dC), so step 3 of the gradient takes three, which recompute h, g or both.
+# Rules 1 to 5 are those of mamba.py, section 3.
 
-def _decay(dt, A):
-    """exp(dt A) for one step's dt (b, c, D): (b, c, D, N)."""
+def _decay(dt, A):     # exp(dt A) for one step's dt (b, c, D): (b, c, D, N)
     return torch.exp2(dt[..., None] * (A * math.log2(math.e)))     # with exp, a fifth slower
 
 
@@ -93,16 +88,20 @@ def _next_state(h, t, x, dt, A, B):
 
 def _step_back(carry, t, dt, A, C, dy):
     """From every chunk's carry a_{t+1} g_{t+1} -> g_t and the next carry a_t g_t: (b, c, D, N)."""
-    g = carry + dy[:, :, t, :, None].to(A.dtype) * C[:, :, t, None]
+    g = carry + dy[:, :, t, :, None].to(A.dtype) * C[:, :, t, None]      # rule 1
     return g, _decay(dt[:, :, t], A) * g
 
 
+def _spans(dt, A):     # (b, c, D); the kernel of dt.sum(2) takes four times as long
+    return sum(dt_t.to(A.dtype) for dt_t in dt.unbind(2))
+
+
 def _ends_forward(x, dt, A, B):
-    """Every chunk's last state from zero (b, c, D, N), and its span (b, c, D)."""
+    """Every chunk's last state from zero (b, c, D, N)."""
     h = 0.0
     for t in range(x.shape[2]):
         h = _next_state(h, t, x, dt, A, B)
-    return h, dt.sum(2, dtype=A.dtype)
+    return h
 
 
 def _outputs(x, dt, A, B, C, h):
@@ -130,9 +129,9 @@ def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carries):
     dx, ddt, dA, carry = [], [], 0.0, carries
     for t in reversed(range(x.shape[2])):
         g, carry = _step_back(carry, t, dt, A, C, dy)                    # (b, c, D, N)
-        du = (g * B[:, :, t, None]).sum(-1)                              # (b, c, D)
-        d_dtA = carry * h_before[t]                                      # (b, c, D, N)
-        dx.append((du * dt[:, :, t]).to(x.dtype))
+        du = (g * B[:, :, t, None]).sum(-1)                              # (b, c, D), rule 2
+        d_dtA = carry * h_before[t]                                      # (b, c, D, N), rule 3
+        dx.append((du * dt[:, :, t]).to(x.dtype))                        # rule 5, and below
         ddt.append(((d_dtA * A).sum(-1) + du * x[:, :, t]).to(dt.dtype))
         dA = dA + d_dtA * dt[:, :, t, :, None]
     carries.copy_(dA)
@@ -141,12 +140,11 @@ def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carries):
 
 def _gradient_B(x, dt, A, B, C, dy, carry):
     """A sum over channels, (b, c, T, N), in the dtype of B."""
-    u = dt.to(A.dtype) * x
-    dB = []
+    u, dB = dt.to(A.dtype) * x, []
     for t in reversed(range(x.shape[2])):
         g, carry = _step_back(carry, t, dt, A, C, dy)                    # (b, c, D, N)
-        dB.append((g * u[:, :, t, :, None]).sum(-2))                     # (b, c, N)
-    return torch.stack(dB[::-1], dim=2).to(B.dtype)
+        dB.append((g * u[:, :, t, :, None]).sum(-2))                     # (b, c, N), rule 2
+    return torch.stack(dB[::-1], dim=2).to(B.dtype)    # in the loop, it stored states
 
 
 def _gradient_C(x, dt, A, B, C, dy, h):
@@ -154,7 +152,7 @@ def _gradient_C(x, dt, A, B, C, dy, h):
     dC = []
     for t in range(x.shape[2]):
         h = _next_state(h, t, x, dt, A, B)
-        dC.append((h * dy[:, :, t, :, None]).sum(-2))                    # (b, c, N)
+        dC.append((h * dy[:, :, t, :, None]).sum(-2))                    # (b, c, N), rule 4
     return torch.stack(dC, dim=2).to(C.dtype)
 
 
@@ -163,111 +161,113 @@ def _sum_of_chunks(v, A):    # compiled, up to twice as fast as torch's own, and
 
 
 # ---- Across chunks -------------------------------------------------------------------------------
-#
 # The backward pass goes from last chunk to first, with the carry a_t g_t for h_t (see mamba.py): a
 # chunk's "end" is the gradient of its start, its "start" the carry that arrives at its last step.
 
-def _group_starts(span, A, ends, h, dtype, backwards):
-    """From the groups' starts h -> every chunk's start, in dtype, and every group's last state."""
+def _chunk_starts(span, A, ends, h, dtype, backwards):
+    """From the groups' starts h (b, groups, D, N), None for zero -> every chunk's start, in dtype,
+    and every group's last state."""
     c = span.shape[1]
     span, ends = _groups(span), _groups(ends)                            # (b, groups, chunks, ...)
-    h = torch.zeros_like(ends[:, :, 0], dtype=A.dtype) if h is None else h
-    order = range(span.shape[2])
-    starts = [None] * len(order)
-    for k in reversed(order) if backwards else order:
+    if h is None:      # zeros: never true, but as constants they would be stored by another kernel
+        h = (ends[:, :, 0] > math.inf).to(A.dtype)
+    n = span.shape[2]
+    starts = [None] * n
+    for k in reversed(range(n)) if backwards else range(n):
         starts[k] = h.to(dtype)                                          # (b, groups, D, N)
         h = _decay(span[:, :, k], A) * h + ends[:, :, k]
-    return torch.stack(starts, dim=2).flatten(1, 2)[:, :c], h
+    if n == 8 and dtype != A.dtype:      # torch 2.11 rounds 9 starts in this kernel, 8 in another
+        starts.append(h.to(dtype))
+    return torch.stack(starts, dim=2)[:, :, :n].flatten(1, 2)[:, :c], h
 
 
 def _group_ends(span, A, ends, backwards):
     """Every group's last state from zero (b, groups, D, N), and its span (b, groups, D)."""
-    _, h = _group_starts(span, A, ends, None, A.dtype, backwards)
-    return h, _groups(span).sum(2)
+    _, h = _chunk_starts(span, A, ends, None, A.dtype, backwards)
+    return h, _spans(_groups(span), A)
 
 
 def _across(span, A, ends, h, dtype, backwards, compiled):
     """Step 2, from h (b, D, N) or None -> every chunk's start in dtype, and the last state."""
-    group_starts = _kernel(_group_starts, compiled)
+    chunk_starts = _kernel(_chunk_starts, compiled)
     if span.shape[1] <= ONE_GROUP:
         h = None if h is None else h[:, None]                            # (b, 1, D, N)
-        starts, last = group_starts(span, A, ends, h, dtype, backwards)
+        starts, last = chunk_starts(span, A, ends, h, dtype, backwards)
         return starts, last[:, 0]
     group_ends, group_span = _kernel(_group_ends, compiled)(span, A, ends, backwards)
-    starts_of_groups, last = _across(group_span, A, group_ends, h, A.dtype, backwards, compiled)
-    return group_starts(span, A, ends, starts_of_groups, dtype, backwards)[0], last
+    group_starts, last = _across(group_span, A, group_ends, h, A.dtype, backwards, compiled)
+    return chunk_starts(span, A, ends, group_starts, dtype, backwards)[0], last
 
 
 # ---- Compiled kernels ----------------------------------------------------------------------------
 
 def compile_each_shape(function, options):
     """torch.compile, anew for every shape that the function meets, as many as there are."""
-    torch._dynamo.config.recompile_limit = 10**4
-    torch._dynamo.config.accumulated_recompile_limit = 10**4
+    config = torch._dynamo.config
+    config.recompile_limit = config.accumulated_recompile_limit = 10**4
     return torch.compile(function, dynamic=False, options=options)
 
 
 @functools.cache
 def _kernel(function, compiled, summands=math.inf):
-    """The function, as a kernel if compiled. summands: how many numbers its sums add."""
+    """The function, as a kernel if compiled. summands: how many numbers each of its sums adds."""
     return function if not compiled else compile_each_shape(function, {
         "max_fusion_size": 1000,               # all steps of a chunk in one kernel
         "triton.autotune_pointwise": False,    # True doubled compile time, for a slower choice
         "triton.max_tiles": 1,                 # 2-d tiles grew too large for the registers
-        # Block sizes are guessed, not timed: as fast for so few numbers, and half the compile time.
-        "deterministic": summands <= 16})
+        "deterministic": summands <= 16})      # guess block sizes: as fast, in half the time
 
 
 # ---- The scan ------------------------------------------------------------------------------------
 # torch.compile of a model does not look into a custom operator; register_fake gives it the shapes.
 @torch.library.custom_op("mamba::scan", mutates_args=())
 def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor | None,
-          compiled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> y, the last state (b, D, N), and for the gradient every chunk's start and span."""
-    ends, span = _kernel(_ends_forward, compiled)(x, dt, A, B)
+          compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """-> y, the last state (b, D, N), and for the gradient every chunk's start."""
+    ends, span = _kernel(_ends_forward, compiled)(x, dt, A, B), _kernel(_spans, compiled)(dt, A)
     starts, last = _across(span, A, ends, h, _stored(x, A), backwards=False, compiled=compiled)
-    return _kernel(_outputs, compiled, A.shape[1])(x, dt, A, B, C, starts), last, starts, span
+    return _kernel(_outputs, compiled, A.shape[1])(x, dt, A, B, C, starts), last, starts
 
 
 @torch.library.custom_op("mamba::scan_backward", mutates_args=())
 def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor,
-                   span: Tensor, dy: Tensor, dh: Tensor | None, compiled: bool) -> list[Tensor]:
-    """-> the gradients of x, dt, A, B, C and h."""
-    ends = _kernel(_ends_backward, compiled)(dt, A, C, dy)
-    carries, dh = _across(span, A, ends, dh, ends.dtype, backwards=True, compiled=compiled)
-    del ends                                               # as large as carries, or as starts
+                   dy: Tensor, dh: Tensor | None, compiled: bool) -> list[Tensor]:
+    """-> the gradients of x, dt, A, B, C and h. The order, and each `del`, saves memory."""
+    ends, span = _kernel(_ends_backward, compiled)(dt, A, C, dy), _kernel(_spans, compiled)(dt, A)
+    carries, dh0 = _across(span, A, ends, dh, ends.dtype, backwards=True, compiled=compiled)
+    del ends, span
     dB = _kernel(_gradient_B, compiled, A.shape[0])(x, dt, A, B, C, dy, carries)
-    dC = _kernel(_gradient_C, compiled, A.shape[0])(x, dt, A, B, C, dy, starts)
     dx, ddt = _kernel(_gradients_x_dt_A, compiled, A.shape[1])(x, dt, A, B, C, dy, starts, carries)
     dA = _kernel(_sum_of_chunks, compiled)(carries, A)     # carries have become the parts of dA
-    return [dx, ddt, dA, dB, dC, dh]
+    del carries
+    dC = _kernel(_gradient_C, compiled, A.shape[0])(x, dt, A, B, C, dy, starts)
+    return [dx, ddt, dA, dB, dC, dh0]
 
 
 @_scan.register_fake
 def _(x, dt, A, B, C, h, compiled):
-    b, c = x.shape[:2]
-    # Cut from whole groups, as the real ones are: the strides must agree.
-    starts = _groups(A.new_empty(b, c, *A.shape, dtype=_stored(x, A))).flatten(1, 2)[:, :c]
-    return x.new_empty(x.shape), A.new_empty(b, *A.shape), starts, A.new_empty(starts.shape[:3])
+    ends = A.new_empty(*x.shape[:2], *A.shape)       # (b, c, D, N); the strides of starts vary
+    starts, _ = _chunk_starts(ends[..., 0], A, ends, None, _stored(x, A), backwards=False)
+    return x.new_empty(x.shape), A.new_empty(len(x), *A.shape), starts
 
 
 @_scan_backward.register_fake
-def _(x, dt, A, B, C, starts, span, dy, dh, compiled):
+def _(x, dt, A, B, C, starts, dy, dh, compiled):
     return [v.new_empty(v.shape) for v in (x, dt, A, B, C)] + [A.new_empty(x.shape[0], *A.shape)]
 
 
 def _save(ctx, inputs, output):
     *arguments, _, ctx.compiled = inputs
     ctx.set_materialize_grads(False)       # no zeros for results that have no gradient
-    ctx.save_for_backward(*arguments, *output[2:])
+    ctx.save_for_backward(*arguments, output[2])
 
 
-def _gradients(ctx, dy, dh, d_starts, d_span):
+def _gradients(ctx, dy, dh, d_starts):
     if torch.is_grad_enabled():            # create_graph
         raise RuntimeError("the fused scan has no second derivative; selective_scan_ref has one")
     dy = torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy
-    *gradients, dh = _scan_backward(*ctx.saved_tensors, dy, dh, ctx.compiled)
-    return *gradients, dh if ctx.needs_input_grad[5] else None, None
+    *gradients, dh0 = _scan_backward(*ctx.saved_tensors, dy, dh, ctx.compiled)
+    return *gradients, (dh0 if ctx.needs_input_grad[5] else None), None
 
 
 _scan.register_autograd(_gradients, setup_context=_save)
@@ -296,5 +296,5 @@ def parallel_scan(x, dt, A, B, C, h=None):
     steps = CHUNK_STEPS if x.shape[1] < LONG else 2 * CHUNK_STEPS
     steps = steps if compiled else min(steps, -(-x.shape[1] // GROUP_CHUNKS))
     x_k, dt_k, B_k, C_k = (split(v, steps) for v in (x, dt, B, C))       # (b, c, T, D or N)
-    y, h, _, _ = _scan(x_k, dt_k, A.contiguous(), B_k, C_k, h, compiled)
+    y, h, _ = _scan(x_k, dt_k, A.contiguous(), B_k, C_k, h, compiled)
     return y.flatten(1, 2)[:, :x.shape[1]], h

@@ -28,9 +28,9 @@ all_forms = pytest.mark.parametrize(
 def small_chunks(monkeypatch):
     monkeypatch.setattr("mamba.CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(fused_scan, "CHUNK_STEPS", CHUNK)
-    monkeypatch.setattr(fused_scan, "ONE_GROUP", 6)
+    monkeypatch.setattr(fused_scan, "ONE_GROUP", 8)
     monkeypatch.setattr(fused_scan, "GROUP_CHUNKS", 4)
-    monkeypatch.setattr(fused_scan, "LONG", CHUNK * CHUNK)
+    monkeypatch.setattr(fused_scan, "LONG", 16 * CHUNK)
 
 
 def operands(L, b=2, D=3, N=4, h=True, dtype=torch.float64, seed=0):
@@ -159,6 +159,18 @@ def test_strong_and_weak_decay(scan, low, high, small_chunks):
     assert_close(everything(scan, inputs, torch.float32), everything(selective_scan_ref, inputs))
 
 
+@all_forms
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("t", [CHUNK - 1, CHUNK + 1, 10 * CHUNK])
+def test_what_is_not_finite_reaches_only_later_outputs(scan, bad, t, small_chunks):
+    x, *others = operands(12 * CHUNK, h=False)
+    expected, _ = scan(x, *others)
+    x[0, t] = bad
+    y, last = scan(x, *others)
+    assert torch.allclose(y[0, :t], expected[0, :t]) and torch.allclose(y[1], expected[1])
+    assert not y[0, t:].isfinite().any() and not last[0].isfinite().any()
+
+
 @pytest.fixture(scope="module")
 def long_run():
     inputs = operands(2**16, b=1, D=2, N=2)
@@ -174,8 +186,9 @@ def test_long(scan, long_run):
 
 
 @pytest.mark.parametrize("scan", [selective_scan, parallel_scan], ids=["chosen", "parallel"])
-def test_bfloat16_inputs_and_float32_state(scan, small_chunks):
-    x, dt, A, B, C, h = (v.float() for v in operands(2 * CHUNK))
+@pytest.mark.parametrize("chunks", [2, 8])
+def test_bfloat16_inputs_and_float32_state(scan, chunks, small_chunks):
+    x, dt, A, B, C, h = (v.float() for v in operands(chunks * CHUNK))
     inputs = [x.bfloat16(), dt.bfloat16(), A, B.bfloat16(), C.bfloat16(), h]
     found = everything(scan, inputs)
     exact = everything(selective_scan_ref, [v.double() for v in inputs])
@@ -356,4 +369,4 @@ def test_block_sizes_are_timed_for_long_sums_alone(D, channels_guessed, monkeypa
     fused_scan._kernel.cache_clear()
     assert guessed.pop("_gradient_B") == guessed.pop("_gradient_C") == channels_guessed
     assert {name for name, guess in guessed.items() if guess} == {"_outputs", "_gradients_x_dt_A"}
-    assert {"_ends_forward", "_ends_backward", "_group_starts", "_sum_of_chunks"} <= set(guessed)
+    assert {"_ends_forward", "_ends_backward", "_chunk_starts", "_sum_of_chunks"} <= set(guessed)

@@ -235,10 +235,16 @@ def test_vmap_and_forward_mode():
         assert torch.allclose(forward_ad.unpack_dual(y).tangent, tangent)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("b, L, transposed", [
-    (1, 1, False), (2, CHUNK, True), (1, CHUNK * CHUNK + 1, False), (2, 37, True)])
-def test_operators_are_what_they_are_declared_to_be(b, L, transposed, small_chunks):  # noqa: F811
+    (1, 1, False), (2, CHUNK, True), (1, CHUNK * CHUNK + 1, False), (2, 37, True),
+    (2, 8 * CHUNK, False)])
+def test_operators_are_what_they_are_declared_to_be(b, L, transposed, dtype, monkeypatch):
+    monkeypatch.setattr(fused_scan, "ONE_GROUP", 8)
+    monkeypatch.setattr(fused_scan, "GROUP_CHUNKS", 4)
     x, dt, A, B, C, h = operands(L, b=b)
+    x, dt, B, C = (v.to(dtype) for v in (x, dt, B, C))
+    A, h = (v.to(torch.promote_types(dtype, torch.float32)) for v in (A, h))
     if transposed:
         x, h = x.mT.contiguous().mT, h.mT.contiguous().mT
     x_k, dt_k, B_k, C_k = (fused_scan.split(v, CHUNK) for v in (x, dt, B, C))
@@ -254,7 +260,7 @@ def test_kernels_are_compiled_only_for_training_on_cuda(monkeypatch):
 
     def scan(x, dt, A, B, C, h, compiled):
         asked.append(compiled)
-        return x, h, None, None
+        return x, h, None
     monkeypatch.setattr(fused_scan, "_scan", scan)
     inputs = operands(5)
     fused_scan.parallel_scan(*inputs)
