@@ -43,7 +43,7 @@ def load(path):
         config, L = {**defaults, **flags}, flags["L"]
         changed = {flag: value for flag, value in config.items()
                    if flag not in {"task", *GRID, *IGNORED} and value != defaults.get(flag, False)}
-        hash(tuple(config.values()))                         # a TypeError if one is a list
+        hash(tuple(config.values()))                         # a TypeError, if one is a list
         x, y = points(result["eval"], "length")
         step, test = points(result["train"], "step")
         sizes = result.get("state_bytes")
@@ -109,7 +109,7 @@ def group(runs, key):
 
 def different(runs, flag):
     """The values of a flag in these runs, each once, sorted; None for runs without it."""
-    return [value for value, in group(runs, [flag])]
+    return sorted({run["config"].get(flag) for run in runs}, key=sort_key)
 
 
 def by_curve(runs):
@@ -135,8 +135,8 @@ def median_curve(seeds, kind):
     x = np.unique(np.concatenate([run[kind][0] for run in seeds]))
     if kind == "length":
         x = x[[all(n in run[kind][0] for run in seeds) for n in x]]
-    else:
-        x = x[x >= max(run[kind][0][0] for run in seeds)]    # interp repeats an ended run's last
+    else:                                        # np.interp holds the last value of an ended run
+        x = x[x >= max(run[kind][0][0] for run in seeds)]
     return x, np.median([np.interp(x, *run[kind]) for run in seeds], axis=0)
 
 
@@ -157,10 +157,10 @@ class View(NamedTuple):
 
 
 def name_curves(runs, view):
-    """Give each run of a figure its "curve": ((flag, value), ...).
+    """Give each run its "curve": ((flag, value), ...), which says how it differs from the others.
 
-    First the flags of view.curves, without those after the first that do not vary; then the flags
-    in which any two runs that are equal there differ, unless at their default.
+    The first flag of view.curves is always there, its others if they vary. Then come flags off
+    their default in which runs differ that would otherwise share a curve.
     """
     flags = [flag for flag in view.curves
              if flag == view.curves[0] or len(different(runs, flag)) > 1]
@@ -193,16 +193,16 @@ def finding(runs, view):
     for (model, curve, _), seeds in settings_of(runs, view).items():
         name = name_of((("model", model), *curve[1:]))
         verdicts.setdefault(name, []).append(does_well(seeds, view))
-    verdicts = {name: found for name, found in verdicts.items() if None not in found}
-    if not verdicts:
+    verdicts = {name: passed for name, passed in verdicts.items() if None not in passed}
+    if not verdicts:                                         # not tested: no claim
         return ""
     alike = len(set(map(len, verdicts.values()))) == 1       # as many settings for each name
     well, partly, never = [], [], []
-    for name, found in verdicts.items():
-        count = f" ({sum(found)}\u00a0of\u00a0{len(found)})"
-        if all(found):
+    for name, passed in verdicts.items():
+        count = f" ({sum(passed)}\u00a0of\u00a0{len(passed)})"
+        if all(passed):
             well.append(name if alike else name + count)
-        elif any(found):
+        elif any(passed):
             partly.append(name + count)
         else:
             never.append(name)
@@ -247,8 +247,8 @@ def caption(runs, view):
     seeds = numbered(run["config"]["seed"] for run in runs)
     of_model = {model: numbered(run["config"]["seed"] for run in own)
                 for (model,), own in models.items()}
-    fewer = [f"{text(model)}: {found}" for model, found in of_model.items() if found != seeds]
-    notes = [f"seeds: {seeds}" + (f" ({', '.join(fewer)})" if fewer else "")]
+    other = [f"{text(model)}: {found}" for model, found in of_model.items() if found != seeds]
+    notes = [f"seeds: {seeds}" + (f" ({', '.join(other)})" if other else "")]
     if max(map(len, settings_of(runs, view).values())) > 1 or view.kind == "model":
         notes.append(MARKS[view.kind])
     if view.kind == "training":
@@ -274,27 +274,27 @@ def file_name(runs, view, args):
 
 
 def table(runs, lengths=None):
-    """A Markdown table, a row per setting: steps, the accuracy at L, and the lowest from L to 3L;
-    or, with `lengths`, the median accuracy at each of them at which all seeds were tested."""
-    flags = ["model", "d", "M", "tau"]
-    flags += [flag for flag in ("task", "K", "L") if len(different(runs, flag)) > 1]
-    changed = {flag for run in runs for flag in run["changed"]}
-    flags += sorted(flag for flag in changed if len(different(runs, flag)) > 1)
-    titles = [f"median steps to {SOLVED}", "at L: median", "at L: worst",
-              "lowest to 3L: median", "lowest to 3L: worst"]
-    header = [*flags, "seeds", *map(str, lengths or titles)]
-    lines, order = [header, ["---"] * len(header)], ["task", "K", "L", "tau", "M", "model", "d"]
-    for _, seeds in group(runs, order + flags).items():
+    """A Markdown table, a row per setting, and a line of what all rows have in common. lengths: a
+    column for each, the median accuracy where all seeds were tested, instead of steps and so on."""
+    changed = sorted({flag for run in runs for flag in run["changed"]})
+    settings, rows = ["model", "task", "d", "M", "tau", "K", "L", *changed], []
+    for seeds in group(runs, ["task", "K", "L", "tau", "M", "model", "d", *changed]).values():
+        row = dict(zip(settings, map(text, values(seeds[0], settings))), seeds=len(seeds))
+        row["model"] = f"`{row['model']}`"
         if lengths:
-            x, y = median_curve(seeds, "length")
-            cells = [f"{y[x == length][0]:.3f}" if length in x else "" for length in lengths]
+            accuracy = dict(zip(*median_curve(seeds, "length")))
+            row |= {n: f"{accuracy[n]:.3f}" if n in accuracy else "" for n in lengths}
         else:
             steps = median_of(seeds, "steps")
-            cells = [f"{steps:,.0f}" if steps < np.inf else "never"]
-            for what in ("at", "lowest"):
-                found = [run[what] for run in seeds]
-                cells += [f"{np.median(found):.3f}", f"{np.min(found):.3f}"]
-        model, *others = values(seeds[0], flags)
-        lines.append([f"`{text(model)}`", *map(text, others), str(len(seeds)),
-                      *(cell.replace("nan", "") for cell in cells)])
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+            row[f"median steps to {SOLVED}"] = f"{steps:,.0f}" if steps < np.inf else "never"
+            for what, title in ("at", "at L"), ("lowest", "lowest to 3L"):
+                for word, pick in ("median", np.median), ("worst", np.min):
+                    accuracy = pick([run[what] for run in seeds])
+                    row[f"{title}: {word}"] = "" if np.isnan(accuracy) else f"{accuracy:.3f}"
+        rows.append(row)
+    same = [name for name in (*settings[1:], "seeds") if len({row[name] for row in rows}) == 1]
+    columns = [name for name in rows[0] if name not in same]
+    cells = [columns, ["---"] * len(columns), *([row[name] for name in columns] for row in rows)]
+    lines = [" | ".join(str(cell).replace("|", "/") for cell in line) for line in cells]
+    common = ", ".join(f"{name} = {rows[0][name]}" for name in same)
+    return "\n".join([f"| {line} |" for line in lines] + ["", f"All rows: {common}."])
