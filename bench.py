@@ -127,18 +127,19 @@ def scan_rows(device, args):
 
 def ssd_rows(device, args):
     """Mamba-2's scan, with one B and C for all heads and with one for each, and the delta rule."""
-    each = {"ours": lambda *v: ssd(*v)[0],
-            "delta rule": lambda x, dt, A, B, C: delta_rule(C, B, x, dt, dt * A)[0]}
-    shared = {"ours": each["ours"]}
+    per_head = {"ours": lambda *v: ssd(*v)[0],
+                "delta rule": lambda x, dt, A, B, C: delta_rule(C, B, x, dt, dt * A)[0]}
     if device.type == "cuda":
-        plain = {"post_grad_fusion_options": {}}             # the table step sets it globally
-        each = {name: gpu.compile_each_shape(form, plain) for name, form in each.items()}
-        shared = {"ours": each["ours"], "mamba_ssm": official_ssd}
+        options = {"post_grad_fusion_options": {}}           # not gpu.py's, which are set globally
+        per_head = {name: gpu.compile_each_shape(form, options) for name, form in per_head.items()}
+    for_all_heads = {"ours": per_head["ours"]}
+    if device.type == "cuda":
+        for_all_heads["mamba_ssm"] = official_ssd
         torch.set_float32_matmul_precision("high")           # TF32, which mamba_ssm always uses
     for b, L, H, P, N in SSD_SHAPES[device.type]:
         x, dt = torch.randn(b, L, H, P, device=device), torch.rand(b, L, H, device=device)
         A = -torch.rand(H, device=device)
-        for G, forms in ((1, shared), (H, each)):            # one B and C for all heads, or each
+        for G, forms in ((1, for_all_heads), (H, per_head)):
             B, C = unit(torch.randn(2, b, L, G, N, device=device))
             yield from time_forms("b, L, H, P, G, N", (b, L, H, P, G, N), forms,
                                   (x, dt, A, B, C), args.dtype)
@@ -148,10 +149,11 @@ def ssd_rows(device, args):
 def time_forms(title, shape, forms, inputs, dtype):
     """A row for each form, scan(x, dt, A, B, C) -> y, forward and backward; the first is ours."""
     device, ours = inputs[0].device, None
-    for name, scan in list(forms.items()):
+    for name, scan in forms.items():
         x, dt, A, B, C = inputs
         if scan is official_scan:
-            x, dt, B, C = (v.mT.contiguous().mT for v in (x, dt, B, C))  # (b, D, L) in memory
+            # Its own layout, (b, D, L) in memory: otherwise its time would include a copy.
+            x, dt, B, C = (v.mT.contiguous().mT for v in (x, dt, B, C))
         x, dt, B, C = (v.to(getattr(torch, dtype)) for v in (x, dt, B, C))
         operands = [v.detach().requires_grad_() for v in (x, dt, A, B, C)]
         dy = torch.randn_like(x)
@@ -165,7 +167,6 @@ def time_forms(title, shape, forms, inputs, dtype):
             if name in ("ours", "delta rule"):
                 raise
             print(f"(without {name}: {error})")
-            del forms[name]                                  # the caller tries it no more
             continue
         ten_calls = captured(lambda: [call() for _ in range(10)], device)
         ms = timed(ten_calls, device, in_a_row=1) / 10
@@ -250,7 +251,7 @@ def draw_lengths(path, out):
     print(out)
 
 
-TABLES = {  # name: title, rows; the step first, because torch reads some of gpu.py's options once
+TABLES = {  # name: title, rows. The step comes first: torch reads some options of gpu.py only once
     "step": ("A training step, K 16, L 64, batch 64; first s: 5 steps; state: bytes", step_rows),
     "scan": ("Mamba's scan, forward and backward; first s: one call", scan_rows),
     "ssd": ("Mamba-2's scan, and the delta rule with the same operands", ssd_rows),
@@ -277,7 +278,7 @@ def main(argv=None):
             raise ValueError(f"--device is {args.device!r}, but bench.py times cuda and cpu")
         for name in args.model:
             runs.check(config_for(name, d=args.d))
-        open(args.out or os.devnull, "a").close()            # complain now, not after measuring
+        open(args.out or os.devnull, "a").close()            # a wrong path fails before measuring
     except OSError as error:
         flag = "--draw" if args.draw else "--out"
         parser.error(f"{flag} is {args.draw or args.out!r}: {error.strerror}")

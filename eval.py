@@ -27,10 +27,10 @@ from runs import counts_of, digest_of, load_run, read_result, write_json
 
 TEST_SEQUENCES = 512     # of a test during training
 SEGMENT = 4096           # a long context is read in segments of at most this many tokens
-CALL_FLOATS = 2**18      # limit on rows x tokens x d in a call; Mamba needs 1 kB per float
+CALL_FLOATS = 2**18      # limit on rows x tokens x d in a call; Mamba needs 1 kB for each
 HELD_TOKENS = 2**20      # limit on rows x context length drawn together
 CUDA_FACTOR = 16         # a GPU gets this many times both limits
-SCORES_PER_FLOAT = 64    # stored attention scores that take as much memory as one such float
+SCORES_PER_FLOAT = 64    # as many attention scores take as much memory as one of these
 NEIGHBOURS = 8           # neighbouring lengths go into this many different groups
 MOST_LENGTHS = 768       # tested after training,
 MOST_LENGTHS_ALONE = 24  # and for tasks whose lengths cannot share contexts
@@ -58,7 +58,7 @@ def accuracy_one_by_one(model, lengths, K, M, tau, sequences=1024, device="cpu",
 def batch_accuracy(model, tokens, labels, at):
     """Accuracy on a batch, a tensor (). The batch is split, to limit memory."""
     length, correct = tokens.shape[1], []
-    rows, _ = per_call(model, length, most=length)
+    rows, _ = per_call(model, length, most=length)           # in one segment
     for start in range(0, len(tokens), rows):
         part = slice(start, start + rows)
         answers = model(tokens[part], None if at is None else at[part]).argmax(-1)
@@ -94,7 +94,7 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
     3. at each length, count only the contexts that are complete: the value is among their tokens.
     """
     generator, accuracy = stream(seed, "evaluation", device), {}
-    places = stream(seed, "places")          # of the queries, drawn on the CPU for any device
+    places = stream(seed, "places")          # of the queries; on the CPU, the same for any device
     plan = [(group, n_contexts(group, tau, sequences)) for group in groups(lengths, tau)]
     progress = Progress(sum(n * group[-1] for group, n in plan), quiet=not bar, desc="testing")
     for group, n in plan:
@@ -170,9 +170,9 @@ def training_accuracy(model, config, generator):
 def evaluate(model, config, lengths, sequences, device, seed=0, bar=False):
     """Accuracy of a run's model at these lengths, on its own task: a list like `lengths`."""
     K, M, tau, task = (config[flag] for flag in ("K", "M", "tau", "task"))
-    longest, _, _ = TASKS[task](1, max(lengths), K, M, tau, "cpu", None, False)
+    tokens, _, _ = TASKS[task](1, max(lengths), K, M, tau, "cpu", None, False)   # with its queries
     torch.manual_seed(seed)                                  # for rows that extend_positions adds
-    model.extend_positions(longest.shape[1])
+    model.extend_positions(tokens.shape[1])
     if task == "recall":
         return accuracy_by_length(model, lengths, K, M, tau, sequences, device, seed, bar)
     return accuracy_one_by_one(model, lengths, K, M, tau, sequences, device, seed, task, bar)
@@ -228,7 +228,7 @@ def result_of(stem, digest):
 def save(path, digest, lengths, accuracies, sequences):
     """Add the numbers of a checkpoint, which had this SHA-256, to the JSON of the same model."""
     stem = os.path.splitext(path)[0]
-    if result_of(stem, digest):
+    if result_of(stem, digest):                      # else no need to wait for the lock
         with locked(stem, wait=True):                # two processes must not overwrite each other
             result = result_of(stem, digest)
             if result:

@@ -88,32 +88,33 @@ def make_all(configs, train_one, show=None):
         title = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
         grid.append(Run(config, path_of(config), title))
     of_shape = by_shape(grid, rank)
-    sharing = math.ceil(processes / len(of_shape))           # processes per shape
+    sharing = math.ceil(processes / len(of_shape))           # processes per shape, at most
 
-    def count_left(run):
+    def count_left(run):                 # a guess, for gpu.py: will compiling pay?
         left = [other for other in of_shape[shape_of(run.config)]
                 if other is not run and not os.path.exists(other.path + ".json")]
         return len(left) // sharing
 
     with keyboard_interrupts():
-        if rank == 0:                            # before any process begins
+        if rank == 0:
             for run in grid:
-                forget(run)
+                remove_old(run)
                 if is_finished(run.path):
                     say(f"{run.title}{run.path}.json is finished; --overwrite repeats it")
                     if show:
                         show(read_result(run.path + ".json"))
-        barrier()
-        waiting, said = [run for runs in of_shape.values() for run in runs], False
+        barrier()                                # else rank 0 could remove what others just wrote
+        waiting = [run for runs in of_shape.values() for run in runs]
+        said_so = False
         while waiting:
             busy = []                                        # runs that other processes are making
             for run in waiting:
                 if not make_if_free(run, train_one, count_left):
                     busy.append(run)
             if len(busy) == len(waiting):
-                if rank == 0 and not said:
+                if rank == 0 and not said_so:
                     say(f"waiting for runs that other processes are making: {len(busy)} left")
-                said = True
+                said_so = True
                 time.sleep(1)
             waiting = busy
         results = [read_result(run.path + ".json") for run in grid]
@@ -153,7 +154,7 @@ def keyboard_interrupts():
             signal.signal(signal.SIGINT, before)
 
 
-def forget(run):
+def remove_old(run):
     """Remove what an earlier command left of a run: a failure and, with --overwrite, its result."""
     remove(failure_of(run))
     if run.config["overwrite"]:
@@ -174,8 +175,8 @@ def make_if_free(run, train_one, count_left):
             # Ask again: another process may have finished the run before this one got the lock.
             if mine and not is_finished(run.path) and not os.path.exists(failure_of(run)):
                 make(run, train_one, count_left(run))
-            return mine
-    except OSError as error:                     # of the lock
+            return mine                          # not mine: another process is making it
+    except OSError as error:                     # the lock file cannot be made
         say(f"{run.title}{run.path} failed: {error}")
         return True
 

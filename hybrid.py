@@ -11,14 +11,14 @@ a width d, and with those values of `build_layer` that its constructor names. A 
   - maps x (B, L, d) and a state, None at the start of a sequence, to y (B, L, d), or (1, L, d) if
     it is the same for all sequences, and the next state;
   - is causal, and gives the same result for a sequence in segments as for one call;
-  - uses no dropout or other random numbers, or a resumed run would differ;
+  - draws no random numbers, or a resumed run differs (dropout);
   - never asks for values (.item()), so that a GPU can capture it in a CUDA graph;
   - loops over x.unbind(1), not x[:, t], whose backward pass allocates zeros like x at every t.
 
 Class attributes, False unless a layer sets them, tell the model how to treat it:
 
     takes_bias        the norm before it has a bias, because its own input projection has none
-    attends           it is attention: then these biases start random in all layers, not at 0
+    attends           it is attention: in its model, all these biases start random, not at 0
     skips_norm        no norm comes before it: it needs none, or has its own
     needs_embedding   forward takes embedding=, the embeddings of the same tokens
     answers_last      forward takes last_only=True and then returns y of the last token, (B, 1, d)
@@ -118,7 +118,9 @@ class Model(nn.Module):
         if at is None:
             return self.head(x[:, -1])
         rows = torch.arange(len(x), device=x.device)
-        return self.head(x[rows, at] if at.dim() == 1 else x[rows[:, None], at])
+        if at.dim() == 1:
+            return self.head(x[rows, at])                                        # (B, K)
+        return self.head(x[rows[:, None], at])                                   # (B, Q, K)
 
     def n_params(self):
         """The number of trained parameters."""
@@ -136,9 +138,8 @@ def checked(layer, returned, shape):
     name = type(layer).__name__
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise ValueError(f"{name} must return y and its next state")
-    y = returned[0]
-    if y.shape[1:] != shape[1:]:
-        raise ValueError(f"{name} returned y {tuple(y.shape)}, not {tuple(shape)}")
+    if returned[0].shape[1:] != shape[1:]:
+        raise ValueError(f"{name} returned y {tuple(returned[0].shape)}, not {tuple(shape)}")
     return returned
 
 
@@ -221,9 +222,8 @@ MOST_LAYERS = 256
 
 def accepts(word, name):
     """Whether the layer's constructor has this argument, and the word does not fix it."""
-    build = LAYERS[word]
-    fixed = getattr(build, "keywords", {})      # of a partial, whose signature still lists them
-    return name in inspect.signature(build).parameters and name not in fixed
+    fixed = getattr(LAYERS[word], "keywords", {})    # of a partial, whose signature still has them
+    return name in inspect.signature(LAYERS[word]).parameters and name not in fixed
 
 
 def build_layer(word, d, L, n_heads, d_state, earlier):
@@ -231,11 +231,11 @@ def build_layer(word, d, L, n_heads, d_state, earlier):
     values = {
         "n_heads": n_heads,
         "d_state": d_state,
-        "headdim": math.gcd(2 * d, 8),                       # of Mamba-2 and Mamba-3
+        "headdim": math.gcd(2 * d, 8),       # of Mamba-2 and Mamba-3: 8, if it divides 2 d
         "window": max(2, L // 4),
-        "positions": 3 * L + 1,
+        "positions": 3 * L + 1,              # tests go to 3L, and the query comes after
         "recency": None if earlier else RECENCY,
-        "earlier": earlier,                                  # where Zamba finds its shared block
+        "earlier": earlier,                  # where Zamba finds its shared block
     }
     return LAYERS[word](d, **{name: v for name, v in values.items() if accepts(word, name)})
 

@@ -9,7 +9,6 @@ import difflib
 import io
 import os
 import sys
-import tempfile
 import time
 
 from tqdm import tqdm
@@ -52,8 +51,8 @@ def listed(names):
 
 
 def numbered(numbers):
-    """Whole numbers as text: "0, 1, 2", or "first to last" for more than three, or for more than
-    eight if they have gaps."""
+    """Whole numbers as text: "0, 1, 2", or "first to last" for more than three without gaps, or
+    more than eight with."""
     numbers = sorted(set(numbers))
     gaps = numbers[-1] - numbers[0] >= len(numbers)
     words = [f"{n:,}" for n in numbers]
@@ -106,7 +105,7 @@ def report_left_out(parser, written, left_out):
 def say(line):
     """Print a line above the progress bar. A closed or full stdout does not stop the program."""
     try:
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"      # may lack a character
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"      # Windows: lacks characters
         tqdm.write(line.encode(encoding, "replace").decode(encoding), file=sys.stdout)
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):
@@ -187,20 +186,16 @@ def write_figure(path, fig):
 
 def write_file(path, data):
     """Write bytes. Even after a power cut, the path holds the whole old or the whole new file."""
-    folder, name = os.path.split(path)
-    f = tempfile.NamedTemporaryFile(dir=folder or ".", prefix=name + ".", suffix=".tmp",
-                                    delete=False)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    remove(temporary)                            # of a killed process with the same number
     try:
-        with f:
+        with open(temporary, "xb") as f:         # x: never through a link that is there
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(f.name, 0o644)                  # a temporary file is private
-        os.replace(f.name, path)                 # after closing: Windows renames no open file
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):         # Ctrl-C after the file was renamed
-            os.unlink(f.name)
-        raise
+        os.replace(temporary, path)              # after closing: Windows renames no open file
+    finally:
+        remove(temporary)                        # if it could not be renamed
 
 
 def remove(*paths):

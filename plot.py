@@ -25,8 +25,8 @@ from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
 
 from output import (COLOURS, GREY, ORDER, RC_PARAMS, Parser, label_ends, length, report_left_out,
                     say, text, write_figure)
-from summary import (IGNORED, TASK, View, by_curve, caption, chance, file_name, finding, group,
-                     median_curve, median_of, name_curves, name_of, read, sort_key, table)
+from summary import (IGNORED, TASK, View, by_curve, caption, chance, different, file_name, finding,
+                     group, median_curve, median_of, name_curves, name_of, read, table)
 
 MEASURES = {"at": "accuracy at L", "lowest": "lowest accuracy from L to 3L"}
 MORE_COLOURS = ["black", "#E31A1C", "#6A3D9A", "#33A02C", "#B15928", "#1F78B4", "#FF7F00"]
@@ -35,18 +35,19 @@ SMALL = dict(textcoords="offset points", color=GREY, fontsize=9)
 
 
 def curve_styles(curves):
-    """{curve: (colour, dashes)}: a colour for each model, other dashes for its variants."""
-    styles, first = {}, list(dict.fromkeys(curve[0] for curve in curves))
-    others = [pair for pair in first if pair[1] not in COLOURS]
+    """{curve: (colour, dashes)}: a colour for each model, other dashes for its variants. Models
+    after rope, the third of ORDER, begin with other dashes: their curves often coincide."""
+    styles, leading = {}, list(dict.fromkeys(curve[0] for curve in curves))
+    unlisted = [pair for pair in leading if pair[1] not in COLOURS]
     for curve in curves:
         flag, value = curve[0]
         dashes = sum(other[0] == curve[0] for other in styles)
         if flag != "model":
-            colour = matplotlib.colormaps["viridis"](0.9 * first.index(curve[0]) / len(first))
+            colour = matplotlib.colormaps["viridis"](0.9 * leading.index(curve[0]) / len(leading))
         elif value in COLOURS:
             colour, dashes = COLOURS[value], dashes + max(0, ORDER.index(value) - 2)
         else:
-            colour = MORE_COLOURS[others.index(curve[0]) % len(MORE_COLOURS)]
+            colour = MORE_COLOURS[unlisted.index(curve[0]) % len(MORE_COLOURS)]
         styles[curve] = colour, DASHES[dashes % len(DASHES)]
     return styles
 
@@ -102,11 +103,12 @@ def draw_curves(ax, runs, kind, styles):
         curves = sorted(curves, key=lambda item: median_of(item[1], "steps"))
     for curve, seeds in curves:
         colour, dashes = styles[curve]
-        for run in seeds if len(seeds) > 1 else ():          # alone, it would fill the dashes
-            ax.plot(*run[kind], color=colour, lw=0.6, alpha=0.6, clip_on=False, zorder=2)
+        if len(seeds) > 1:                                   # a single one would fill the gaps
+            for run in seeds:
+                ax.plot(*run[kind], color=colour, lw=0.6, alpha=0.6, clip_on=False, zorder=2)
         x, y = median_curve(seeds, kind)
-        few = len(x) < (30 if kind == "length" else 2)       # points: say where they are
-        ax.plot(x, y, color=colour, ls=dashes, lw=2, marker="o" if few else None, ms=5,
+        sparse = len(x) < (30 if kind == "length" else 2)    # then mark the points
+        ax.plot(x, y, color=colour, ls=dashes, lw=2, marker="o" if sparse else None, ms=5,
                 clip_on=False, zorder=3)
         name, steps = name_of(curve), median_of(seeds, "steps")
         if kind == "training":
@@ -159,8 +161,8 @@ def draw_rows(ax, runs, styles):
     rows = {curve: row for row, curve in enumerate(styles)}
     for curve, seeds in by_curve(runs).items():
         colour = styles[curve][0]
-        for what, aside, dot, face in ("at", -0.17, "o", colour), ("lowest", 0.17, "D", "white"):
-            y, style = rows[curve] + aside, dict(ls="", ms=7, color=colour, mfc=face, clip_on=False)
+        for what, shift, dot, face in ("at", -0.17, "o", colour), ("lowest", 0.17, "D", "white"):
+            y, style = rows[curve] + shift, dict(ls="", ms=7, color=colour, mfc=face, clip_on=False)
             ax.plot([run[what] for run in seeds], [y] * len(seeds), marker="|", **style)
             ax.plot(median_of(seeds, what), y, marker=dot, **style)
     ax.axvline(chance(runs[0]), color=GREY, lw=1, ls=":")
@@ -175,9 +177,10 @@ def draw(runs, view, title=None):
     """The figure of these runs. title: instead of `finding`."""
     name_curves(runs, view)
     styles = curve_styles(by_curve(runs))
-    xs = sorted({run["config"].get(view.x) for run in runs}, key=sort_key)
+    xs = different(runs, view.x)
     if view.kind == "against" and len(xs) == 1:
         raise ValueError(f"all runs have {view.x} = {xs[0]}")
+    # A panel for each setting; of state, two: after 64 and after 4,096 tokens.
     places = [(setting, own, tokens) for setting, own in group(runs, view.panels).items()
               for tokens in ((64, 4096) if view.kind == "state" else (None,))]
     if len(places) > 40:
@@ -219,7 +222,7 @@ def draw(runs, view, title=None):
 
 
 def views_of(args):
-    """What the figures show -> a list of views, and the flags that are the same within a figure."""
+    """The views that args ask for, and the flags of which each value gets figures of its own."""
     x, panels = args.against, [flag for flag in args.panels if flag != args.against]
     if x in ("model", "state"):
         curves = ["model", "d"] if x == "model" else ["model"]
@@ -234,7 +237,7 @@ def views_of(args):
 
 def main(argv=None, add_to=lambda fig, runs, view: None):
     """Draw what argv asks for -> paths of the figures. SystemExit 2 if there is nothing to draw.
-    add_to(fig, runs, view) is called before a figure is written."""
+    add_to(fig, runs, view) may add to a figure before it is written; report/make.py does."""
     parser = Parser("plot.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -265,15 +268,15 @@ def main(argv=None, add_to=lambda fig, runs, view: None):
     if runs and unknown:
         parser.error(f"{unknown.pop()!r} is no flag of these runs: {', '.join(sorted(known))}"
                      .replace("_", "-"))
-    for run in list(runs):
-        untested = args.against and np.isnan(run[args.measure])
-        if untested or (args.against == "state" and not run["state"]):
-            left_out.append(f"{run['path']} was not tested at L or to 3L, or has no bytes of state")
-            runs.remove(run)
+    def lacks_number(run):
+        return np.isnan(run[args.measure]) or (args.against == "state" and not run["state"])
+    left_out += [f"{run['path']} was not tested at L or to 3L, or has no bytes of state"
+                 for run in runs if args.against and lacks_number(run)]
+    drawn = [run for run in runs if not (args.against and lacks_number(run))]
 
-    views, fixed = views_of(args)
+    views, split_by = views_of(args)
     written = []
-    for of_figure in group(runs, fixed).values():
+    for of_figure in group(drawn, split_by).values():
         for view in views:
             path = os.path.join(args.out, file_name(of_figure, view, args) + ".png")
             try:

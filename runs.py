@@ -56,7 +56,7 @@ def model_from(config):
 
 
 def shape_of(config):
-    """The settings that compiled kernels depend on: runs with equal ones share them."""
+    """The settings that compiled kernels depend on. Runs that agree in them share kernels."""
     flags = "task model K d L batch_size n_heads d_state train_lengths learn_embedding".split()
     if config["task"] != "recall":                           # there M fixes shapes, too
         flags.append("M")
@@ -180,25 +180,17 @@ def load_run(path, device="cpu"):
     """Read a checkpoint of train.py -> model, config. Raises ValueError if that is impossible."""
     if not os.path.exists(path):
         raise ValueError(f"{path} is not there; train.py writes it when a run is finished")
-    if os.path.isdir(path):
-        raise ValueError(f"{path} is a folder; name the .pt files in it")
-    if path.endswith(".json"):
-        raise ValueError(f"{path} is no checkpoint; name {path[:-len('.json')]}.pt")
-    not_whole = f"{path} is not a whole checkpoint of train.py"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             config, weights = {**DEFAULTS, **checkpoint["config"]}, checkpoint["model"]
-    except Exception:     # a file of another kind can fail in any way
-        raise ValueError(not_whole) from None
-    try:
         check({**config, "device": str(device)})
-    except ValueError as error:
+    except ValueError as error:                              # of check
         reason = str(error).split("; ")[0]                   # without the list of layers
         raise ValueError(f"{path} cannot be loaded: {reason}") from None
-    except (KeyError, TypeError):
-        raise ValueError(not_whole) from None
+    except Exception:     # a file of another kind can fail in any way
+        raise ValueError(f"{path} is not a whole checkpoint of train.py, a .pt file") from None
     model = model_from(config)
     try:
         model.load_state_dict(weights)
@@ -209,7 +201,7 @@ def load_run(path, device="cpu"):
 
 
 def counts_of(evaluation):
-    """The number of sequences at each length: in an eval section, one number may stand for all."""
+    """Sequences at each length of an eval section: a list, or one number if all are the same."""
     counts = evaluation["sequences"]
     return counts if isinstance(counts, list) else [counts] * len(evaluation["length"])
 
@@ -222,11 +214,10 @@ def read_result(path):
         evaluation = result["eval"]
         n, counts = len(evaluation["length"]), counts_of(evaluation)
         whole = n == len(evaluation["accuracy"]) == len(counts) > 0 and min(counts) > 0
-        if whole and isinstance(result["config"], dict) and isinstance(result["seconds"], dict):
-            return result
+        whole = whole and isinstance(result["config"], dict) and isinstance(result["seconds"], dict)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    return None
+        return None
+    return result if whole else None
 
 
 def is_finished(path):
@@ -247,9 +238,9 @@ def set_states(kept, states):
         if isinstance(part, torch.Generator):
             part.set_state(states[name].cpu())
         elif isinstance(part, torch.optim.Optimizer):
-            groups = part.param_groups
+            groups = part.param_groups       # load_state_dict copies them; train_one sets this lr
             part.load_state_dict(states[name])
-            part.param_groups = groups       # with its options: train_one holds the tensor lr
+            part.param_groups = groups
         else:
             part.load_state_dict(states[name])
 

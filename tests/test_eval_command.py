@@ -297,7 +297,7 @@ def test_wrong_flags(flags, sentence, folder, refuses):
 def test_no_checkpoint(refuses):
     assert "RUN.pt" in refuses(evaluation.main, [])
     assert "none.pt is not there" in refuses(evaluation.main, ["none.pt"])
-    assert "is a folder" in refuses(evaluation.main, [os.curdir])
+    assert ". is not a whole checkpoint of train.py, a .pt file" in refuses(evaluation.main, [os.curdir])
 
 
 def test_two_at_once_lose_nothing(train_tiny, tmp_path, monkeypatch):
