@@ -47,20 +47,20 @@ from fused_scan import check_shapes, parallel_scan
 # The two agree for small dt |A|: at 0.1 ours writes 5 % more, at 1.6 (dt = 0.1 and A = -16, about
 # the largest at initialization) twice as much. The exact factor never exceeds 1 / |A|, ours grows
 # with dt: at A = -1 and dt = 10 ours writes 10 B x, the exact rule 1 B x. The simple form also lets
-# one product, dt x, serve all N states. Training can adapt B, though all channels share it. LTI in
-# family/ladder.py, a model whose dt, B and C are constants, has the exact rule.
+# one product, dt x, serve all N states. LTI in family/ladder.py, a model whose dt, B and C are
+# constants, has the exact rule.
 #
 # Mamba runs D such models side by side, one per channel, with an A and a dt of their own; B and C
-# are shared. It computes dt, B and C from x_t (paper, section 3.2, algorithm 2). For channel d and
+# are shared. It computes dt, B and C from x_t (paper, section 3.2, algorithm 2). For channel i and
 # its state n:
 #
-#     h_t[d,n] = exp(dt_t[d] A[d,n]) h_{t-1}[d,n] + dt_t[d] B_t[n] x_t[d]
-#     y_t[d]   = sum over n of C_t[n] h_t[d,n]
+#     h_t[i,n] = exp(dt_t[i] A[i,n]) h_{t-1}[i,n] + dt_t[i] B_t[n] x_t[i]
+#     y_t[i]   = sum over n of C_t[n] h_t[i,n]
 #
-# Unrolled from a zero state, this is attention without a softmax: y_t[d] is the sum over s <= t of
-# dt_s[d] x_s[d], each times
+# Unrolled from a zero state, this is attention without a softmax: y_t[i] is the sum over s <= t of
+# dt_s[i] x_s[i], each times
 #
-#     sum over n of C_t[n] B_s[n] exp(A[d,n] (dt_{s+1}[d] + ... + dt_t[d]))
+#     sum over n of C_t[n] B_s[n] exp(A[i,n] (dt_{s+1}[i] + ... + dt_t[i]))
 #
 # So dt x is a value, B a key, C a query, and what was written fades with time.
 #
@@ -95,7 +95,7 @@ class CausalConv1d(nn.Conv1d):
     """A causal convolution, one filter per channel: a token sees itself and the taps - 1 before it.
 
     Without it, x, dt, B and C would see the layer's input at one token alone. For recall (data.py),
-    a value must be written under its key, tau tokens before it; if tau < taps, this lets B see it.
+    a value must be written under its key, the token tau before it: if tau < taps, B can see both.
     The sum is written as shifted products, which a compiler can fuse with the layer around it.
     """
 
@@ -123,8 +123,8 @@ def initial_dt_bias(n):
 
 
 class MambaState(NamedTuple):
-    """All that a Mamba layer keeps of the tokens so far: d_inner (d_conv - 1 + d_state) numbers for
-    each sequence, where attention keeps all keys and values.
+    """All that a Mamba layer keeps of the tokens so far: d_inner * (d_conv - 1 + d_state) numbers
+    for each sequence, where attention keeps all keys and values.
 
     The recurrence looks back through h alone, the convolution at its last inputs alone, and all
     else in the layer sees one token.
@@ -148,14 +148,14 @@ class Mamba(nn.Module):
     token to its dt, None for ceil(d_model / 16). Parameters have the names, shapes and initial
     distributions of mamba_ssm.Mamba with its default arguments; state dicts fit both.
 
-    in_proj has no bias, so that state dicts fit. That hurts recall (data.py). Below attention, the
-    layer has to tell each token which one came before, and what it tells is multiplied by SiLU(z),
-    where z depends on the token itself. Where z <= 0, SiLU(z) lies between -0.28 and 0 and lets
-    little through. In the first layer, that happens at some token in every channel: z is linear in
-    the token's embedding, up to a positive factor from the norm, and at d_model = 8 some sum of our
-    16 embeddings with positive weights is zero. So is that of their z, and not all can be positive.
-    We take this as the reason why Mamba followed by attention learned 16 queries in 0 of 12 runs
-    without a bias in its norm, and in 3 of 3 with one (report/README.md, appendix on defaults).
+    in_proj has no bias, so that state dicts fit. That hurts recall (data.py). In front of attention
+    the layer has to tell each token which one came before, and what it tells is multiplied by
+    SiLU(z), where z depends on the token itself. Where z <= 0, SiLU(z) lies between -0.28 and 0 and
+    lets little through. In the first layer z is linear in the token's embedding, up to a positive
+    factor from the norm. Our 16 embeddings at d_model = 8 do not lie on one side of any plane
+    through 0, so z <= 0 at some token in every channel: none can carry the message at all tokens.
+    We take this as the reason why Mamba before attention learned 16 queries in 0 of 12 runs without
+    a bias in its norm, and in 3 of 3 with one (report/README.md, appendix on defaults).
     `takes_bias` asks hybrid.Model for that bias, which gives x and z a constant part.
     """
 
@@ -171,9 +171,9 @@ class Mamba(nn.Module):
         self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d_inner)
         # At first, A = -1, ..., -N in each channel (S4D-Real, Gu et al. 2022, arXiv 2206.11893).
-        # State n fades to 1/e in 1 / (n dt) steps: with the dt below, state 1 in 10 to 1,000, state
-        # 16 in 0.6 to 60. So a channel has memories of N lengths. The logarithm is trained,
-        # so that A stays negative and no state can grow by itself.
+        # State n fades to 1/e in 1 / (n dt) steps: with dt from 0.001 to 0.1, state 1 in 10 to
+        # 1,000, state 16 in 0.6 to 60. So a channel has memories of N lengths. The logarithm is
+        # trained, so that A stays negative and no state can grow by itself.
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))       # a skip connection, as officially named
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
@@ -211,13 +211,13 @@ class Mamba(nn.Module):
 #
 # The loop of selective_scan_ref is slow: it makes a dozen small calls per step, and autograd stores
 # each step's decay and state. With the decays a = exp(dt A) and the inputs u = dt x, only
-# h_t = a_t h_{t-1} + u_t B_t has to run step by step, and it is one call. All else is computed for
-# a chunk of T steps at once; a small chunk fits in the CPU's cache. To save memory, only the state
-# before each chunk is stored.
+# h_t = a_t h_{t-1} + u_t B_t has to run step by step, with one call per step. All else is computed
+# for a chunk of T steps at once; a small chunk fits in the CPU's cache. Of all states, only the one
+# before each chunk is stored: N / T times the memory of x.
 #
-# The gradient. dx is the gradient of the loss with respect to x, and so on; that of h is called g.
-# Indices are left out: C_t dy_t is C_t[n] dy_t[d], for every state n and channel d. Nothing is
-# summed unless it says so.
+# The gradient. dx is the gradient of the loss with respect to x, and so on (that of the step size
+# dt is ddt); that of h is called g. Indices are left out: C_t dy_t is C_t[n] dy_t[i], for every
+# state n and channel i. Nothing is summed unless it says so.
 #
 # 1.  h_t is used twice, by y_t and by h_{t+1}. So g obeys the same recurrence, backwards in time:
 #         g_t = C_t dy_t + a_{t+1} g_{t+1}         (dy_t, the gradient of y_t, is given)
@@ -242,7 +242,7 @@ class Mamba(nn.Module):
 # In the code, _k is a chunk and _t a step. Inside both passes time comes first: x, dt, y (L, b, D);
 # B, C (L, b, N). States are (N, b, D), so that torch's innermost loops, over b and D, are long.
 
-CHUNK_ELEMENTS = 2**18   # of a buffer (T, N, b, D): 1 MiB
+CHUNK_ELEMENTS = 2**18   # of a buffer (T, N, b, D), if that allows 8 steps: 1 MiB in float32
 
 
 def _broadcast(x, dt, A, B, C):
@@ -284,10 +284,10 @@ class ChunkedScan(torch.autograd.Function):
             steps = len(dt_k)                                            # T, or fewer in the last
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
             # For dt A between -104 and -87, say dt = 6 and A = -16, its exp is a denormal float32,
-            # below 1.2e-38, and takes a CPU 10 to 50 times as long. So both passes clamp at -80: a
-            # decay of 2e-35 is effectively 0, and so is d(dt A), a multiple of it. The margin to
-            # -87 keeps the product a h normal unless h is below 1e-3. A trained model runs up to
-            # twice as fast. selective_scan_ref and parallel_scan do not clamp.
+            # below 1.2e-38, and takes a CPU 10 to 50 times as long (below -104 it is 0). So both
+            # passes clamp at -80: a decay of 2e-35 is effectively 0, and so is d(dt A), a multiple
+            # of it. The margin to -87 keeps a h and a g normal unless h or g is below 1e-3. A
+            # trained model runs up to twice as fast. The other forms do not clamp.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)         # h_k is u_t B_t, and after _recur h_t
             h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs
@@ -326,7 +326,7 @@ class ChunkedScan(torch.autograd.Function):
             torch.mul(C_k, dy_k, out=g_k)
             g_k[-1] += later
             # Rule 1, from the last step but one to the first: add a_{t+1} g_{t+1} to g_t, so far
-            # C_t dy_t. The lists are reversed; the first decay enters `later` instead.
+            # C_t dy_t. With three steps: g_2 += a_3 g_3, g_1 += a_2 g_2. a_1 enters `later`.
             _recur(a_steps[1:steps][::-1], g_steps[:steps - 1][::-1], g_k[-1])
             later = a_k[0] * g_k[0]
             # The order matters: each product overwrites a buffer that was read for the last time,
@@ -363,8 +363,8 @@ def chunked_scan(x, dt, A, B, C, h=None):
 #     one step or none          selective_scan_ref: there is nothing to cut into chunks
 #     torch.compile             parallel_scan, on any device, as one operator; the compiler would
 #                               unroll the loops of the other forms
-#     CUDA                      parallel_scan (fused_scan.py): all chunks at once from zero, which
-#                               gives the state before each; then all at once from that
+#     CUDA                      parallel_scan (fused_scan.py): all chunks at once, each from zero;
+#                               their last states give each its true start; then all at once again
 #     CPU, MPS                  chunked_scan: each chunk once, small enough for the CPU's cache
 #
 # The fast forms have no second derivative: backward with create_graph=True raises a RuntimeError.
@@ -375,7 +375,8 @@ def selective_scan(x, dt, A, B, C, h=None):
 
     States and sums have the dtype of A, or float32 if that is wider; y has the dtype of x. If x is
     bfloat16, parallel_scan rounds what it stores per chunk: its first state, the arriving gradient,
-    its part of dA. Errors do not build up along L; y and all gradients are off by a few 1e-3.
+    its part of dA. Errors do not build up along L: y and all gradients are off by 1e-3 to 3e-3 of
+    their norm; with float32 states, from rounding the results alone, by 1.7e-3.
     """
     dtype = torch.promote_types(A.dtype, torch.float32)
     A = A.to(dtype)
