@@ -208,6 +208,15 @@ def test_other_files_are_left_alone(train_tiny, tmp_path):
 
 # ---- files ---------------------------------------------------------------------------------------
 
+def test_write_file_replaces_what_a_killed_process_left(tmp_path):
+    """Process numbers come back: the file may be there, or a link that someone put in its place."""
+    path, elsewhere = tmp_path / "x", tmp_path / "elsewhere"
+    for leave in (lambda name: name.write_bytes(b"cut"), lambda name: name.symlink_to(elsewhere)):
+        leave(tmp_path / f"x.{os.getpid()}.tmp")
+        runs.write_file(str(path), b"new")
+        assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["x"]
+
+
 def test_write_file_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
     path, synced, fsync, replace = tmp_path / "file", [], os.fsync, os.replace
     path.write_text("old")
@@ -220,7 +229,9 @@ def test_write_file_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", check)
     runs.write_file(str(path), b"new")
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
-    assert path.stat().st_mode & 0o777 == 0o644
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "it is as readable as others"
+    (tmp_path / "plain").unlink()
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(NO_SPACE))
     with pytest.raises(OSError):
         runs.write_file(str(path), b"newer")
@@ -310,6 +321,11 @@ def test_crafted_checkpoints_are_refused_in_one_sentence(change, checkpoint, ref
 def test_a_number_that_is_not_whole_is_named(flag, value, checkpoint, refuses):
     error = refuses(evaluation.main, [checkpoint(change_config(**{flag: value}))])
     assert f"--{flag} is {value!r}, but it must be a whole number" in error
+
+
+def test_a_missing_checkpoint_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="x.pt is not there"):
+        runs.load_run(str(tmp_path / "x.pt"))
 
 
 def test_a_result_is_no_checkpoint(tmp_path):
