@@ -11,6 +11,7 @@ import torch
 
 import eval as evaluation
 import grid
+import output
 import runs
 import summary
 import train
@@ -215,6 +216,14 @@ def test_write_file_replaces_what_a_killed_process_left(tmp_path):
         leave(tmp_path / f"x.{os.getpid()}.tmp")
         runs.write_file(str(path), b"new")
         assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["x"]
+
+
+def test_write_file_follows_no_link_that_appears_at_the_last_moment(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "remove", lambda *paths: None)
+    (tmp_path / f"x.{os.getpid()}.tmp").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError):
+        runs.write_file(str(tmp_path / "x"), b"new")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_write_file_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
