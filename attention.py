@@ -24,7 +24,6 @@ In the formula, only the mask s <= t depends on the order of tokens. Positions c
 family/attention_variants.py has a sliding window, shared keys and values, and other angles.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -52,7 +51,7 @@ class Attention(nn.Module):
     zero vector.
     """
 
-    attends = True       # biases of norms start random: see hybrid.py
+    attends = True       # hybrid.py starts biases at random, eval.py leaves room for scores
     answers_last = True  # forward takes last_only
     scale = 1.0          # of positions; report/interpolate.py lowers it in long contexts
 
@@ -214,7 +213,7 @@ def main():
     q, k, v = layer.heads(layer.qkv(x))
     y = torch.zeros_like(q)
     for t in range(6):
-        score = q[:, :, t:t + 1] @ k[:, :, :t + 1].mT / math.sqrt(q.shape[-1])
+        score = q[:, :, t:t + 1] @ k[:, :, :t + 1].mT / q.shape[-1]**0.5
         w = torch.softmax(score, dim=-1)
         y[:, :, t:t + 1] = w @ v[:, :, :t + 1]
     y = layer.out_proj(y.transpose(1, 2).flatten(2))

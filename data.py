@@ -6,7 +6,8 @@ tokens, at position i, its value v tau tokens later, and then asks for q again:
     position    1   2  ...  i  ...  i+tau  ...  L  |  L+1
     token       .   .       q         v         .  |   q      -> v
 
-    python data.py          shows sequences of every task
+M is the number of tokens that can be the query, K that of the vocabulary. Positions count from 1 in
+this picture, from 0 in the code. `python data.py` shows sequences of every task.
 """
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from output import say
 
-STREAMS = {"training": 0, "test": 1, "evaluation": 2, "places": 3}
+STREAMS = {"training": 0, "test": 1, "evaluation": 2, "places": 3}       # of queries, in eval.py
 WHOLE = 20               # `show` prints contexts up to this length in full,
 NEAR = 2                 # and of longer ones this many tokens around each mark
 
@@ -29,37 +30,10 @@ def stream(seed, purpose, device="cpu"):
 
 
 # ---- associative recall --------------------------------------------------------------------------
-
-def check_task(L, K=16, M=1, tau=1, task="recall"):
-    """Raise a ValueError of one sentence if no task has these numbers."""
-    if task not in TASKS:
-        raise ValueError(f"--task is {task!r}, but it must be one of {', '.join(TASKS)}")
-    if K < 2:
-        raise ValueError(f"--K is {K}, but the vocabulary needs at least 2 tokens")
-    if M < 1:
-        raise ValueError(f"--M is {M}, but it must be at least 1")
-    if tau < 1:
-        raise ValueError(f"--tau is {tau}, but the value comes at least 1 token after the query")
-    if task == "recall" and M > K:
-        raise ValueError(f"--M is {M}, but the number of possible queries is at most K = {K}")
-    if task == "mqar" and 2 * M > K:
-        raise ValueError(f"--M is {M}, but mqar takes its keys from half of the K = {K} tokens")
-    if task == "copy" and K < 3:
-        raise ValueError(f"--K is {K}, but copy needs a blank, a mark and at least one other token")
-    if L < shortest(M, tau, task):
-        raise ValueError(f"--L is {L}, but {task} with M = {M} and tau = {tau} needs at least "
-                         f"{shortest(M, tau, task)} context tokens")
-
-
-def shortest(M=1, tau=1, task="recall"):
-    """The shortest context of a task, in tokens."""
-    return {"recall": tau + 1, "mqar": 3 * M, "copy": M}.get(task, 1)
-
-
-def n_answers(task, K):
-    """The number of possible answers; chance is about 1 over it."""
-    return {"mqar": K - K // 2, "copy": max(1, K - 2), "parity": 2}.get(task, K)
-
+#
+# In the assignment that this task comes from, the value can also be the query, against its own
+# Definition 1. And if L counted the query at the end, its positions 1 ... L - tau and shortest
+# length tau + 1 would not fit.
 
 def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, lengths=None,
                  i=None):
@@ -67,9 +41,7 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
 
     The query is uniform over the first M tokens of the vocabulary {0 ... K-1}, and its position is
     uniform over 1 ... L - tau. The value and all other context tokens are uniform over the
-    vocabulary without the query, so the query appears exactly twice. (In the assignment that this
-    task comes from, the value can also be the query, against its own Definition 1. And if L counted
-    the query at the end, its positions 1 ... L - tau and shortest length tau + 1 would not fit.)
+    vocabulary without the query, so the query appears exactly twice.
 
     lengths: None, or (B,) int64, a context length from tau + 1 to L for each sequence. Sequence b
         ends with its query at index lengths[b]; a causal model cannot see the padding after it.
@@ -180,6 +152,39 @@ def parity(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, unifor
 TASKS = {"recall": recall, "mqar": mqar, "copy": copy, "parity": parity}
 
 
+# ---- limits of the tasks -------------------------------------------------------------------------
+
+def check_task(L, K=16, M=1, tau=1, task="recall"):
+    """Raise a ValueError of one sentence if no task has these numbers."""
+    if task not in TASKS:
+        raise ValueError(f"--task is {task!r}, but it must be one of {', '.join(TASKS)}")
+    if K < 2:
+        raise ValueError(f"--K is {K}, but the vocabulary needs at least 2 tokens")
+    if M < 1:
+        raise ValueError(f"--M is {M}, but it must be at least 1")
+    if tau < 1:
+        raise ValueError(f"--tau is {tau}, but the value comes at least 1 token after the query")
+    if task == "recall" and M > K:
+        raise ValueError(f"--M is {M}, but the number of possible queries is at most K = {K}")
+    if task == "mqar" and 2 * M > K:
+        raise ValueError(f"--M is {M}, but mqar takes its keys from half of the K = {K} tokens")
+    if task == "copy" and K < 3:
+        raise ValueError(f"--K is {K}, but copy needs a blank, a mark and at least one other token")
+    if L < shortest(M, tau, task):
+        raise ValueError(f"--L is {L}, but {task} with M = {M} and tau = {tau} needs at least "
+                         f"{shortest(M, tau, task)} context tokens")
+
+
+def shortest(M=1, tau=1, task="recall"):
+    """The shortest context of a task, in tokens."""
+    return {"recall": tau + 1, "mqar": 3 * M, "copy": M}.get(task, 1)
+
+
+def n_answers(task, K):
+    """The number of possible answers; chance is about 1 over it."""
+    return {"mqar": K - K // 2, "copy": max(1, K - 2), "parity": 2}.get(task, K)
+
+
 # ---- the embedding, and sequences as text --------------------------------------------------------
 
 def embedding_table(K, d):
@@ -198,14 +203,12 @@ def show(tokens, tau):
     last = len(tokens) - 1
     i = tokens.index(tokens[last])
     marks = {i: "({})", i + tau: "[{}]", last: "({})"}
-    shown = [t for t in range(last + 1)
-             if last <= WHOLE or min(abs(t - marked) for marked in marks) <= NEAR]
-    words, before = [], -1
-    for t in shown:
-        if t > before + 1:
+    words = []
+    for t, token in enumerate(tokens):
+        if last <= WHOLE or min(abs(t - marked) for marked in marks) <= NEAR:
+            words.append(marks.get(t, " {} ").format(token))
+        elif words[-1:] != ["..."]:
             words.append("...")
-        words.append(marks.get(t, " {} ").format(tokens[t]))
-        before = t
     return " ".join(f"{word:>4}" for word in words)
 
 

@@ -3,8 +3,8 @@
     python inside.py results/X.pt             draws figures/inside_X.png
     python inside.py report/checkpoints/*.pt --out figures
 
-Hooks record the outputs of all linear maps. The rest is recomputed from those of one map in each
-attention or Mamba layer. The model is not changed.
+Hooks record q, k and v of attention, and what becomes Mamba's step sizes. The rest follows from
+them. The model is not changed.
 """
 
 import os
@@ -38,7 +38,7 @@ MAP_INCHES, MAMBA_INCHES = 5.2, 8.6        # heights: of an attention map, of al
 # ---- what the layers do --------------------------------------------------------------------------
 
 def attention_maps(layer, qkv):
-    """The attention weights softmax(q k / sqrt(P)), causal, which the layer itself does not return.
+    """The attention weights, softmax over s <= t of q_t . k_s / sqrt(P); layers do not return them.
 
     layer: an Attention; qkv (L, ...): the output of layer.qkv, from position 0 on.
     Returns (H, L, L), the weight of key s (column) for query t (row); rows sum to 1.
@@ -79,8 +79,9 @@ def inspect_layers(model, tokens):
     def record(module, inputs, output):
         outputs[module] = output[0]
 
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    hooks = [module.register_forward_hook(record) for module in linear]
+    watched = [layer.qkv if isinstance(layer, Attention) else layer.dt_proj
+               for layer in model.layers if isinstance(layer, (Attention, Mamba))]
+    hooks = [module.register_forward_hook(record) for module in watched]
     try:
         logits = model(tokens[None])[0]
     finally:
@@ -167,7 +168,7 @@ def panels(layer, found):
     count = count_keepers(dt, q, v, layer["taps"])
     idle = np.format_float_scientific(IDLE, exp_digits=1, trim="-")                     # 1e-6
     holds = (f"\n{count} of {len(dt)} could hold v for a million tokens:\n"
-             f"Δ > {WRITES:g} at v or soon after, Δ < {idle} elsewhere") if count else ""
+             f"Δ > {WRITES:g} at v or soon after, mean Δ < {idle} elsewhere") if count else ""
     return [Panel(f"step size Δ, widest range on top\npale: state kept, dark: overwritten{holds}",
                   dt, "Δ", step),
             Panel("share of each token kept to the end\npale: forgotten, dark: kept",

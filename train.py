@@ -34,8 +34,8 @@ CLIP = 0.2               # maximum norm of the gradient
 TESTS = 200              # in a long run; in a short one, fewer
 STEPS_APART = 10         # minimum between two tests, if --steps is at least 200
 SOLVED_TESTS = 3         # a task is solved when this many tests in a row reach SOLVED
-COOLDOWN_SHARE = 1 / 5   # the learning rate falls over the last fifth of a run, or over 1,000 steps
-COOLDOWN_STEPS = 1000    # if that is more, but never over more than a quarter of the run
+COOLDOWN_SHARE = 1 / 5   # the learning rate falls over this share of a run, or over
+COOLDOWN_STEPS = 1000    # so many steps if that is more, but at most over a quarter of the run
 EVAL_SEQUENCES = 1024    # of each length, after training
 STATE_TOKENS = 64, 4096  # contexts after which the size of the state is reported
 SAVE_SECONDS = 5         # between saves of an unfinished run
@@ -92,7 +92,7 @@ def learning_rate(step, last, highest):
     """A linear rise, a plateau, and a linear fall to zero at the step `last`.
 
     Recall is learned suddenly, at a step that differs from run to run. A plateau suits any such
-    step; a schedule that falls from the start has to guess it. (Runs under 532 steps have none.)
+    step; a schedule that falls from the start has to guess it. (Short runs have none.)
     """
     fall = min(last / 4, max(COOLDOWN_STEPS, COOLDOWN_SHARE * last))
     return highest * min(1, (step + 1) / WARMUP, (last - step) / fall)
@@ -118,7 +118,7 @@ def last_step(curves, config):
 
 
 def make_optimizer(model, config, device):
-    """AdamW. Vectors and A_log get no weight decay; the fixed embedding has no gradient."""
+    """AdamW, with weight decay for all matrices but A_log (a fixed embedding has no gradient)."""
     decayed, others = [], []
     for name, p in model.named_parameters():
         group = decayed if p.dim() > 1 and not name.endswith("A_log") else others
@@ -130,7 +130,7 @@ def make_optimizer(model, config, device):
 
 
 def make_training_step(model, optimizer, config, generator):
-    """-> training_step and the functions to call it with, which gpu.Captured may compile."""
+    """-> training_step, and the functions to call it with: gpu.Captured may compile these three."""
     B, L, K, M, tau = (config[flag] for flag in ("batch_size", "L", "K", "M", "tau"))
     uniform, device = config["train_lengths"] == "uniform", generator.device
 

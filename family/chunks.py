@@ -1,9 +1,12 @@
 """Helpers of the chunked forms of recurrences.
 
-A chunk is computed by matmuls over all pairs of its steps. The decay between two steps is the exp
-of a difference of running sums of log decays. `fused_scan.split` cuts a sequence into equal chunks
-and fills up the last one with zeros, which write nothing and do not decay: the state is kept. Last
-come the checks that the files of family/ print.
+All of them have the same four steps: (1) in each chunk, attention over all pairs of its steps, as
+if the chunk started from zero; (2) the state at its end, had it started from zero; (3) a recurrence
+from chunk to chunk, which gives its true first state; (4) what that state adds to its outputs. (The
+delta rule solves a triangular system first.) The decay between two steps is the exp of a difference
+of running sums of log decays. `fused_scan.split` cuts a sequence into equal chunks and fills up the
+last one with zeros, which write nothing and do not decay: the state is kept. Last come the checks
+that the files of family/ print.
 """
 
 import time
@@ -12,8 +15,8 @@ import torch
 
 
 def set_nan_aside(*inputs):
-    """Returns the inputs (b, L, ...) with 0 where they are not finite, and nan (b, L): 0 where all
-    inputs of a token are finite, otherwise NaN or infinite.
+    """Replace NaN and infinity by 0: inputs (b, L, ...) -> the finite copies, and nan (b, L), which
+    is NaN or infinite at tokens where an input was, otherwise 0.
 
     In a recurrence, a NaN reaches only its own output and later ones. A chunk's matmul multiplies
     later tokens by 0 instead of leaving them out, and 0 times NaN is NaN: earlier outputs would be
@@ -45,9 +48,9 @@ def clamped_exp(exponent, dtype):
     """exp(exponent) for differences of running sums, clamped to -80 ... 0.
 
     Nothing overflows: sum_t - sum_s is positive only for s > t, and tril discards those. The sums
-    are float64: after one strong decay, a float32 sum would lose the digits of the weak ones that
-    follow. exp below -87 gives denormal floats, which CPUs compute 10 to 50 times slower; at -80 it
-    is effectively 0.
+    are float64 where there is one (`widest`): after one strong decay, a float32 sum would lose the
+    digits of the weak ones that follow. exp below -87 gives denormal floats, which CPUs compute 10
+    to 50 times slower; at -80 it is effectively 0, and so is its gradient.
     """
     return exponent.to(dtype).clamp(-80, 0).exp()
 
@@ -75,8 +78,8 @@ class AcrossChunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_starts, dh):
         decay, starts = ctx.saved_tensors
-        # dh is the gradient of the state after a chunk, which is that of end_i, too. The state
-        # before it also has a gradient of its own, d_start, and decay_i multiplies all of it.
+        # dh is the gradient of the state after a chunk, decay_i h + end_i, and so that of end_i.
+        # That of the state h before it is d_start + decay_i dh, that of decay_i a sum of dh h.
         d_ends = []
         for decay_i, d_start in zip(decay.unbind(1)[::-1], d_starts.unbind(1)[::-1]):
             d_ends.append(dh)

@@ -21,6 +21,8 @@ arXiv 2102.11174; in chunks, Yang et al. 2024, arXiv 2406.06484). The gate a_t l
     N, P     size of a key, size of a value
     c, T     chunks, and steps per chunk
 
+In code: S <- a_t S, u_t = beta_t (v_t - S k_t), S <- S + u_t k_t^T, y_t = S q_t.
+
 With beta_t = 1 and |k_t| = 1, S_t k_t = v_t exactly, whatever the decay: the rule overwrites,
 which is what associative recall needs. (The layer's beta is a sigmoid, below 1.)
 
@@ -77,7 +79,8 @@ class GatedDeltaNet(nn.Module):
     d_conv: taps of the convolution, None for no convolution.
 
     Names and initial values follow the published code, except: q, k and v share one map and one
-    convolution, which has a bias; A starts in 1 ... 16, there in 0 ... 16.
+    convolution, which has a bias; A starts in 1 ... 16, there in 0 ... 16; o_norm is the weight of
+    the norm itself.
     """
 
     takes_bias = True
@@ -167,16 +170,17 @@ def unit(v, eps=1e-6):
 #     u_t + sum over s < t of beta_t exp(sums_t - sums_s) (k_t . k_s) u_s
 #         = beta_t v_t - beta_t exp(sums_t) S_0 k_t
 #
-# It is linear, so u = known - waiting S_0^T, where `known` solves it for beta_t v_t and `waiting`
-# for beta_t exp(sums_t) k_t^T. Neither needs S_0: solve for both in all chunks at once. Then only
-# S_0 goes from chunk to chunk. Every argument of exp is at most 0: nothing overflows.
+# It is linear in its right side, so u = known - waiting S_0^T. `known` solves it for beta_t v_t;
+# `waiting`, which waits to be multiplied by S_0, for beta_t exp(sums_t) k_t^T. Neither needs S_0:
+# solve for both in all chunks at once. Then only S_0 goes from chunk to chunk. For s <= t the
+# arguments of exp are at most 0; the others are clamped and then discarded: nothing overflows.
 
 def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     """delta_rule_ref in chunks of at most T steps: same arguments, same results and gradients.
 
-    States and sums have the dtype of v, or float32 if that is wider; y has that of v. Inputs of
-    matmuls are bfloat16 if v is, otherwise at least float32. T: None for 64 on CUDA, 16 elsewhere.
-    There is no second derivative; delta_rule_ref has one.
+    States have the dtype of v, or float32 if that is wider; y has that of v. Inputs of matmuls are
+    bfloat16 if v is, otherwise at least float32. T: None for 64 on CUDA, 16 elsewhere. There is no
+    second derivative; delta_rule_ref has one.
     """
     y_dtype, L = v.dtype, v.shape[1]
     dtype = torch.promote_types(y_dtype, torch.float32)
@@ -204,10 +208,10 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     to_end = clamped_exp(sums[..., -1:] - sums, dtype)[..., None]        # (c, b, H, T, 1)
     k_to_end = (to_end * k).to(matmul_dtype)                             # (c, b, H, T, N)
 
-    # 2. The triangular system. The solver reads what is below the diagonal, and takes that for 1.
+    # 2. The triangular system. The solver reads what is below the diagonal, which counts as 1.
     kk, qk = (torch.cat([k, q], dim=-2) @ k.mT).split(T, dim=-2)         # (c, b, H, T, T) each
     system = beta * decay * kk                                           # (c, b, H, T, T)
-    if c == 1 and S is None:                         # one chunk, from zero: nothing waits
+    if c == 1 and S is None:                         # one chunk, from zero: no need of `waiting`
         corrections = UnitTriangularSolve.apply(system, (beta * v).to(matmul_dtype))
         S = (corrections.mT @ k_to_end)[0].to(dtype)                     # (b, H, P, N)
         y = 0.0                                                          # no S_0 to read
@@ -231,10 +235,14 @@ class DeltaAcrossChunks(torch.autograd.Function):
 
         u = known - waiting S^T          S <- decay S + u^T keys
 
-    Its gradient is a recurrence too, in which only dS goes from chunk to chunk. known (c, b, H, T,
-    P); waiting (c, b, H, T, N); decay of a whole chunk (c, b, H, 1, 1); keys, k_to_end (c, b, H, T,
-    N); S (b, H, P, N), None for zero -> starts (c, b, H, P, N), corrections u (c, b, H, T, P), the
-    last state (b, H, P, N). S has the dtype of decay, starts that of keys.
+    Its gradient is a recurrence, too. With d_end, the gradient of the state after the chunk,
+
+        du = d_correction + keys d_end^T        dS = d_start + decay d_end - du^T waiting
+        d_waiting = -du S                       d_keys = u d_end
+
+    known (c, b, H, T, P); waiting (c, b, H, T, N); decay of a whole chunk (c, b, H, 1, 1); keys,
+    k_to_end (c, b, H, T, N); S (b, H, P, N), None for zero -> starts (c, b, H, P, N), corrections u
+    (c, b, H, T, P), the last state (b, H, P, N). S has the dtype of decay, starts that of keys.
     """
 
     @staticmethod

@@ -1,12 +1,12 @@
 """Linear attention, one idea at a time: fixed decay, decay per token, delta rule, rotation.
 
 The layers of family/ differ in many things at once. These form a ladder: each rung changes one
-thing in the recurrence of the one before, and keeps its projections, its norm and its gate.
+thing in the recurrence of the one before. Projections of q, k and v, norm and gate are the same.
 
     linear-fixed      S_t = gamma S_{t-1} + beta_t v_t k_t^T       a fixed decay
     linear-decay      S_t = a_t S_{t-1} + beta_t v_t k_t^T         a decay that the token sets
     gated-deltanet    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T       it replaces
-    linear-rotation   gated-deltanet, with q_t and k_t rotated by the sum of all angles up to t
+    linear-rotation   the same, but q_t and k_t are rotated by the sum of all angles up to t
 
     symbol   meaning
     q, k     queries and keys (b, L, H, N): k of length 1, q of length 1 / sqrt(N)
@@ -61,7 +61,7 @@ class LinearAttention(GatedDeltaNet):
         if rotation and d_state < 2:
             raise ValueError("--d-state is 1, but rotation turns pairs of states")
         self.delta, self.fixed = delta, fixed_decay
-        if self.fixed:                   # GatedDeltaNet made the maps of a decay per token
+        if self.fixed:                   # it needs no maps for a decay per token
             del self.a_proj, self.A_log, self.dt_bias
         self.angle_proj = None
         if rotation:
@@ -77,14 +77,18 @@ class LinearAttention(GatedDeltaNet):
         """q and k (b, L, H, N), rotated by the sum of all angles up to each token, and the last sum
         (b, H, N / 2). start: the sum before the first token, None for 0.
 
-        As in Mamba-3: per token, a pair turns by at most pi dt, and dt starts small. Here each head
-        has rates of its own.
+        As in Mamba-3, a pair turns by pi tanh(rate) dt per token, and dt is small at first. Unlike
+        there, each head has rates of its own.
         """
         rate = math.pi * torch.tanh(self.angle_proj(x)).unflatten(-1, (self.n_heads, -1))
         turn = (rate * self.step_size(x)[..., None]).to(widest(x.device))
-        angles = turn.cumsum(1) if start is None else turn.cumsum(1) + start[:, None]
-        angles = angles.remainder(2 * math.pi)                           # (b, L, H, N / 2)
-        return rotate(q, angles.to(q.dtype)), rotate(k, angles.to(k.dtype)), angles[:, -1].clone()
+        angles = turn.cumsum(1)                                          # (b, L, H, N / 2)
+        if start is not None:
+            angles = angles + start[:, None]
+        angles = angles.remainder(2 * math.pi)
+        last = angles[:, -1].clone()
+        angles = angles.to(torch.promote_types(q.dtype, torch.float32))  # not bfloat16
+        return rotate(q, angles), rotate(k, angles), last
 
     def forward(self, x, state=None):
         """As GatedDeltaNet.forward, with a RungState."""
@@ -105,8 +109,8 @@ class LinearAttention(GatedDeltaNet):
 def additive_rule(q, k, v, beta, log_a, S=None):
     """S_t = a_t S_{t-1} + beta_t v_t k_t^T, in chunks; arguments and results as of delta_rule.
 
-    It is Mamba-2's scan with x = beta v, B = k and C = q, whose steps of length 1 have the rate
-    log a_t. (In Mamba-2, one dt sets both what is written and what decays.)
+    It is Mamba-2's scan with x = beta v, B = k, C = q, dt = 1, and A = log a_t, one per token. (In
+    Mamba-2 itself, dt sets both what is written and what decays.)
     """
     return ssd(beta[..., None] * v, torch.ones_like(beta), log_a, k, q, S)
 

@@ -20,7 +20,7 @@ step size dt_t. For one channel, whose x_t is a number and whose h_t and B_t hav
     G        groups of heads that share B and C
     c, T     chunks, and steps per chunk
 
-Unrolled, with the decay a_ts = exp(A (dt_{s+1} + ... + dt_t)) between two steps,
+Unrolled from zero, with the decay a_ts = exp(A (dt_{s+1} + ... + dt_t)) between two steps,
 
     y_t = sum over s <= t of (C_t . B_s) a_ts dt_s x_s
 
@@ -61,7 +61,8 @@ def ssd_ref(x, dt, A, B, C, h=None):
     C = C.repeat_interleave(H // C.shape[2], dim=2)
     if h is None:
         h = x.new_zeros(x.shape[0], H, x.shape[3], B.shape[3])           # (b, H, P, N)
-    decay, u = torch.exp(dt * A), dt[..., None] * x                      # (b, L, H), (b, L, H, P)
+    decay = torch.exp(dt * A)                                            # (b, L, H)
+    u = dt[..., None] * x                                                # (b, L, H, P)
     y = []
     for decay_t, u_t, B_t, C_t in zip(*(v.unbind(1) for v in (decay, u, B, C))):
         h = decay_t[..., None, None] * h + u_t[..., None] * B_t[:, :, None]      # (b, H, P, N)
@@ -100,7 +101,8 @@ class Mamba2(nn.Module):
         if self.nheads * headdim != d_inner or self.nheads % ngroups:
             raise ValueError(f"headdim {headdim} must divide {d_inner} channels "
                              f"into a multiple of {ngroups} heads")
-        channels = d_inner + 2 * ngroups * d_state                       # x, B and C
+        channels = d_inner + 2 * ngroups * d_state                       # x, B and C, convolved
+        # z, then x, B and C, then dt
         self.in_proj = nn.Linear(d_model, d_inner + channels + self.nheads, bias=False)
         self.conv1d = CausalConv1d(channels, d_conv)
         self.dt_bias = nn.Parameter(initial_dt_bias(self.nheads))
@@ -154,16 +156,18 @@ class GatedNorm(nn.Module):
 #
 # Neither sum needs h_0, so all chunks are computed at once: the sum in y_t by attention (step 1),
 # the sum in h_T by one more matmul (step 2). Then h_0 goes from chunk to chunk (step 3), and adds
-# the first term of y (step 4). Every argument of exp is at most 0: nothing overflows.
+# the first term of y (step 4). For s <= t the arguments of exp are at most 0; the others are
+# clamped and then discarded: nothing overflows.
 #
-# In the einsums, t and s are steps, g groups, h the heads of a group; p and n are P and N.
+# In the einsums, t and s are steps, g groups, h the heads of a group (not the state); p and n are P
+# and N.
 
 def ssd(x, dt, A, B, C, h=None, T=None):
     """ssd_ref in chunks of at most T steps: same arguments, same results and gradients.
 
     States and sums are at least float32; y has the dtype of x. Inputs of matmuls are bfloat16 if x
-    is, otherwise at least float32, because float16 ends at 65,504. T: None for 16 on a CPU, where
-    longer chunks cost more arithmetic; on a GPU for 128 if L <= 128 or P N >= 4,096, otherwise 64.
+    is, otherwise at least float32, because float16 ends at 65,504. T: None for 16, since more would
+    cost more arithmetic; on CUDA for 128 if L <= 128 or P N >= 4,096, otherwise 64.
     The four steps are those of the paper's listing 1.
     """
     x_dtype = x.dtype
@@ -188,7 +192,7 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     sums = log_decay.to(widest(x.device)).cumsum(-1)                     # (b, c, G, H/G, T)
 
     # 1. In a chunk: attention. Its weights, (T, T) per head, are the largest tensors of all. On a
-    # GPU, where T is large, the backward pass computes them again: a third of the memory less.
+    # GPU, where T is large, the backward pass computes them again, to save a third of the memory.
     within = (sums, C, B, u.to(matmul_dtype), dtype)
     if x.is_cuda and sums.shape[1] > 1:
         y = checkpoint(within_chunks, *within, use_reentrant=False, preserve_rng_state=False)
@@ -201,15 +205,15 @@ def ssd(x, dt, A, B, C, h=None, T=None):
 
     # 3. The recurrence from chunk to chunk.
     decay = clamped_exp(sums[..., -1], dtype)[..., None, None]           # (b, c, G, H/G, 1, 1)
-    one_from_zero = sums.shape[1] == 1 and h is None
+    reads_start = sums.shape[1] > 1 or h is not None         # else: a single chunk, from zero
     if h is None:
         h = torch.zeros_like(ends[:, 0], dtype=dtype)
     else:
         h = h.to(dtype).unflatten(1, grouped)                              # (b, G, H/G, P, N)
     starts, h = AcrossChunks.apply(decay, ends.to(dtype), h)             # (b, c, G, H/G, P, N)
 
-    # 4. The contribution of each chunk's first state to its outputs; one chunk from zero has none.
-    if not one_from_zero:
+    # 4. The contribution of each chunk's first state to its outputs.
+    if reads_start:
         from_start = clamped_exp(sums, dtype).movedim(-1, 2)[..., None]  # (b, c, T, G, H/G, 1)
         starts = starts.to(matmul_dtype)
         y = y + from_start * torch.einsum("bctgn, bcghpn -> bctghp", C, starts)

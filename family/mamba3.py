@@ -1,21 +1,24 @@
 """Mamba-3 (Lahoti et al. 2026, arXiv 2603.15569): a better rule, and a state that rotates.
 
-The differential equation is that of Mamba-2, h' = A h + B x, y = C h. Three things are new:
+The differential equation is that of Mamba-2, h' = A h + B x, y = C h, but the token sets A, too,
+and B and C have a norm and a bias. Three things are new:
 
 1. The trapezoidal rule. Mamba takes B x at the end of a step as its input over the whole step.
    Mamba-3 takes a weighted mean of both ends, with a weight lambda_t in 0 ... 1 for the end, which
-   the token chooses. lambda = 1 is Mamba-2; with 1/2 the error over a sequence is of order dt^2,
-   not dt. As x_{t-1} enters step t too, and B and C have biases, no short convolution is needed.
+   the token chooses. lambda = 1 is Mamba-2's rule; with 1/2 the error over a sequence is of order
+   dt^2, not dt. As x_{t-1} enters step t too, and B and C have biases, the paper finds that no
+   short convolution is needed.
 2. A complex state. Pairs of states turn by angles that the token chooses, of at most pi dt. A state
    that turns by pi for a 1 and stays for a 0 knows the parity of a sequence; one that only decays
    cannot.
 3. More inputs and outputs (MIMO). With rank R, a token writes R outer products and reads R times;
-   B_t x_t below is their sum.
+   B_t x_t below is their sum. Decoding is limited by moving the state through memory, so this
+   arithmetic costs little time.
 
     h_t = exp(dt_t A_t) Q_t (h_{t-1} + before_t B_{t-1} x_{t-1}) + now_t B_t x_t
     y_t = C_t h_t               before_t = (1 - lambda_t) dt_t          now_t = lambda_t dt_t
 
-where Q_t rotates pairs of states back by the token's angles. Rotations of one pair add up. Let
+where Q_t rotates pairs of states back by the token's angles. Rotations of a pair add up. Let
 Phi_t rotate by the sum of all angles up to t, so that Phi_t Q_t = Phi_{t-1}. Then Phi_t h_t obeys
 the recurrence without Q_t, with Phi_t B_t for B_t, and C_t . h_t = (Phi_t C_t) . (Phi_t h_t). So
 `forward` rotates B_t and C_t instead of the state (the paper's "RoPE trick"; in attention.rotary
@@ -31,6 +34,7 @@ the angles do not depend on the token).
     now      the weight of the token itself (b, L, H)
     angle    the sum of all angles up to a token (b, L, H, S)
     h        state (b, H, P, N)
+    y        outputs (b, L, R, H, P)
     b, L     sequences in the batch, steps
     H, P     heads, and channels per head
     N, R     size of the state per channel, rank
@@ -132,6 +136,7 @@ class Mamba3(nn.Module):
             raise ValueError(f"rope_fraction is {rope_fraction}, but it must be at most 1 and make "
                              f"a pair of the {d_state} states rotate")
         H, RN = self.nheads, self.rank * d_state
+        # z, x, B, C, dt, A, lambda and the rates of the angles
         self.sizes = [self.d_inner, self.d_inner, RN, RN, H, H, H, self.n_angles]
         self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=False)
         self.dt_bias = nn.Parameter(initial_dt_bias(H))
@@ -215,8 +220,8 @@ def per_rank(v, weight):
 def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     """trapezoid_ref in chunks of at most T steps: same arguments, same results and gradients.
 
-    States and sums are at least float32; y has the dtype of x. T: None for 64 / R on a GPU, 16 / R
-    on a CPU: a chunk's matrices have T R rows.
+    States and sums are at least float32; y has the dtype of x. T: None for 64 / R on CUDA, 16 / R
+    elsewhere: a chunk's matrices have T R rows.
     """
     x_dtype = x.dtype
     b, L, R, H, P = x.shape

@@ -186,11 +186,11 @@ GPU = [
 
 LINEAR_ATTENTION = [
     ("log_gamma(self.n_heads, x)", "-log_gamma(self.n_heads, x)"),
-    ("rotate(q, angles.to(q.dtype)), rotate(k, angles.to(k.dtype))", "q, k"),
+    ("rotate(q, angles), rotate(k, angles)", "q, k"),
     ("self.delta, self.fixed = delta", "self.delta, self.fixed = True"),
     ("math.pi * torch.tanh", "torch.tanh"),
     ("rate * self.step_size(x)[..., None]", "rate"),
-    ("turn.cumsum(1) + start[:, None]", "turn.cumsum(1)"),
+    ("            angles = angles + start[:, None]", "            pass"),
     ("rotate(k, angles", "rotate(k, 0 * angles"),
     ("ssd(beta[..., None] * v", "ssd(v"),
     ("q / self.d_state**0.5", "q"),
@@ -242,7 +242,7 @@ MAMBA = [
 MAMBA2 = [
     ("uniform_(1, 16)", "uniform_(1, 2)"),
     ("dtype).tril() ", "dtype) "),
-    ("sums.shape[1] == 1 and h is None", "sums.shape[1] == 1"),
+    ("sums.shape[1] > 1 or h is not None", "sums.shape[1] > 1"),
 ]
 
 LADDER = [

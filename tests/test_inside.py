@@ -130,7 +130,7 @@ def test_the_figure_of_mamba_keeps_channels_together():
     for image, expected in zip(shown, (dt, kept, dt * kept)):
         assert np.allclose(image, expected[::-1])
     said = ("1 of 2 could hold v for a million tokens:\n"
-            "Δ > 0.1 at v or soon after, Δ < 1e-6 elsewhere")
+            "Δ > 0.1 at v or soon after, mean Δ < 1e-6 elsewhere")
     assert said in axes[0].get_title()
     assert [ax.get_ylabel() for ax in axes] == ["2 channels"] * 3
     assert axes[-1].get_xlabel() == "token, mixed by the convolution with the 3 before it"
