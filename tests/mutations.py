@@ -187,6 +187,7 @@ GPU = [
 LINEAR_ATTENTION = [
     ("log_gamma(self.n_heads, x)", "-log_gamma(self.n_heads, x)"),
     ("rotate(q, angles), rotate(k, angles)", "q, k"),
+    ("torch.promote_types(q.dtype, torch.float32)", "q.dtype"),
     ("self.delta, self.fixed = delta", "self.delta, self.fixed = True"),
     ("math.pi * torch.tanh", "torch.tanh"),
     ("rate * self.step_size(x)[..., None]", "rate"),

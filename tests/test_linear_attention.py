@@ -99,3 +99,13 @@ def test_a_fixed_decay_is_exact_in_float64():
     layer = LinearAttention(8, n_heads=2, fixed_decay=True).double()
     decay = layer.log_decay(torch.zeros(1, 1, 8).double()).exp()[0, 0]
     assert torch.allclose(decay, 1 - 2.0 ** -torch.tensor([5.0, 6.0]).double(), rtol=1e-15, atol=0)
+
+
+def test_angles_are_not_rounded_to_bfloat16():
+    """Near 2 pi, bfloat16 numbers are 0.03 apart."""
+    torch.manual_seed(0)
+    layer = LinearAttention(8, delta=True, rotation=True)
+    x, q, k = torch.randn(1, 40, 8), torch.randn(1, 40, 1, 16).bfloat16(), torch.randn(1, 40, 1, 16)
+    found, _, _ = layer.rotated(q, k, x, None)
+    exact, _, _ = layer.double().rotated(q.double(), k.double(), x.double(), None)
+    assert (found - exact).abs().max() < 1e-5
