@@ -107,6 +107,9 @@ def capture(function, generator=None):
 class Captured:
     """A function that is called many times: captured in a CUDA graph, and compiled when that pays.
 
+        step = Captured("training step", function, [g, h], generator, config)
+        loss = step()           # what function(g, h) returns
+
     A call does what function(*parts) does, up to rounding, and returns its result, a tensor that
     the next call overwrites. On other devices than CUDA, that is all. The function must do the same
     operations on the same tensors every time, because a replay runs no Python; it must not wait for
@@ -133,15 +136,16 @@ class Captured:
     def restart(self):
         """Forget the graph: the next FIRST_CALLS calls capture a new one."""
         self.calls, self.replay = 0, None
-        self.last_seconds = 0.0       # of the last timed call
-        self.total_seconds = 0.0      # of all timed calls together
+        self.last_seconds = 0.0       # of the last of these: what a replay takes
+        self.total_seconds = 0.0      # of all of these: if compiled, what compiling took
 
     def __call__(self):
         if not self.on_cuda:
             return self.function(*self.parts)
+        # Three calls launch the kernels; the fourth captures and replays; the fifth tells the time.
+        # All later calls are replays.
         if self.calls == FIRST_CALLS:
             return self.replay()
-        # Three calls launch the kernels; the fourth captures and replays; the fifth tells the time.
         self.calls += 1
         torch.cuda.synchronize()
         began = time.monotonic()
