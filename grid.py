@@ -30,7 +30,7 @@ except ImportError:                              # Windows
 from gpu import has_compiler, pick_device
 from output import rank_and_processes, remove, say
 from runs import check, is_finished, path_of, read_result, shape_of
-from summary import DEFAULTS, GRID, IGNORED, default_lr
+from summary import DEFAULTS, GRID, IGNORED, defaults_at
 
 LOCKS = ".locks"      # the folder of lock files, in that of the results
 # These errors end one run, but not the others. Any other is a mistake in the code, and ends all.
@@ -51,7 +51,7 @@ def configs_of(args):
     for values in itertools.product(*(getattr(args, flag) for flag in GRID)):
         config = {**vars(args), **dict(zip(GRID, values)), "device": str(device)}
         if config["lr"] is None:
-            config["lr"] = default_lr(config["d"])
+            config["lr"] = defaults_at(config["d"])["lr"]
         check(config)
         configs.append(config)
     return configs

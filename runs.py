@@ -21,7 +21,7 @@ import torch
 from data import TASKS, check_task, shortest
 from hybrid import build_model
 from output import remove, say, write_file
-from summary import DEFAULTS, GRID, default_lr
+from summary import DEFAULTS, GRID, defaults_at
 
 # The least values of the flags that are whole numbers.
 LEAST = dict(d=1, L=1, K=1, M=1, tau=1, n_heads=1, d_state=1, batch_size=1, steps=1, seed=0)
@@ -32,8 +32,7 @@ def run_name(config):
     task = "" if config["task"] == "recall" else config["task"] + "_"
     shown = [f"{flag}{config[flag]}" for flag in GRID if flag not in ("model", "seed")]
     name = "_".join([task + config["model"], *shown])
-    defaults = {**DEFAULTS, "lr": default_lr(config["d"])}
-    for flag, default in defaults.items():
+    for flag, default in defaults_at(config["d"]).items():
         value, word = config[flag], flag.replace("_", "-")
         if flag == "task" or value == default:
             continue

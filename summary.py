@@ -12,7 +12,7 @@ import numpy as np
 from output import ORDER, listed, numbered, text
 
 GRID = dict(model="rope", M=1, tau=1, K=16, d=8, L=64, seed=0)     # flags that take several values
-DEFAULTS = dict(  # of the other flags that change a run; lr: default_lr
+DEFAULTS = dict(  # of the other flags that change a run; lr: see defaults_at
     task="recall", batch_size=64, steps=20000, lr=None, weight_decay=0.0, n_heads=1, d_state=16,
     train_lengths="fixed", learn_embedding=False, stop_early=True)
 IGNORED = {"device", "compile", "out", "overwrite"}          # change no run
@@ -21,8 +21,8 @@ SOLVED = 0.99                # a task is solved when tests reach this accuracy
 KEPT = 0.95                  # a model that stays above it from L on does not fade
 
 
-def default_lr(d):
-    return min(8e-3, 0.128 / max(1, d))     # with 8e-3 at d = 32, rope failed M = 16 in 5 of 5 runs
+def defaults_at(d):      # with 8e-3 at width 32, rope failed M = 16 in 5 of 5 runs
+    return {**DEFAULTS, "lr": min(8e-3, 0.128 / max(1, d))}
 
 
 def load(path):
@@ -39,7 +39,7 @@ def load(path):
         flags = {**GRID, **result["config"]}
         if any(isinstance(flags[flag], str) != (flag == "model") for flag in GRID):
             raise ValueError
-        defaults = {**DEFAULTS, "lr": default_lr(flags["d"])}
+        defaults = defaults_at(flags["d"])
         config, L = {**defaults, **flags}, flags["L"]
         changed = {flag: value for flag, value in config.items()
                    if flag not in {"task", *GRID, *IGNORED} and value != defaults.get(flag, False)}

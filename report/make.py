@@ -195,7 +195,7 @@ EXPERIMENTS = {
         "draw": {
             "{}/narrow/* {}/problem2/mamba_M16_* {}/state/mamba2_M16_*_d8_* "
             "{}/state/gated-deltanet_M16_*_d8_* --against model --name narrow":
-                "At d = 8, keys with channels of their own help Mamba to learn sixteen queries, "
+                "At d = 8, separate channels for keys help Mamba to learn sixteen queries, "
                 "and Mamba-2 fails without them"}},
     "four": {                                                # the report has seeds 0 to 29
         "train": ["--M 4 --model mamba", "--M 4 --model mamba --train-lengths uniform",

@@ -98,7 +98,7 @@ RUNS = [
     ("and os.path.exists(path + \".pt\")", ""),
     ("if flag == \"task\" or value == default:",
      "if flag in (\"task\", \"lr\") or value == default:"),
-    ("defaults = {**DEFAULTS, \"lr\": default_lr(config[\"d\"])}", "defaults = DEFAULTS"),
+    ("in defaults_at(config[\"d\"]).items()", "in DEFAULTS.items()"),
     ("    except torch.OutOfMemoryError:  ", "    except KeyError:  "),
     ("    check_model(config)\n", "    pass\n"),
     ("type(value) is not int", "not isinstance(value, (int, float))"),
