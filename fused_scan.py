@@ -1,8 +1,7 @@
 """The selective scan for a GPU: all chunks at once, in kernels that torch.compile fuses.
 
-mamba.py has the recurrence, and a scan that takes one chunk after another. A GPU has room for all
-chunks, but each needs the last state of the one before. The recurrence is linear, and that helps:
-`two_chunks` below is the whole idea. For many chunks:
+The scan of mamba.py takes one chunk after another. A GPU has room for all, but each needs the last
+state of the one before. `two_chunks` shows how all can run at once nevertheless. For many chunks:
 
     1. run every chunk from a zero state, which gives its end               all at once
     2. start of the next chunk = exp(A sum of dt) start + end               one after another
@@ -183,8 +182,7 @@ def _chunk_starts(span, A, ends, h, dtype, backwards):
 
 def _group_ends(span, A, ends, backwards):
     """Every group's last state from zero (b, groups, D, N), and its span (b, groups, D)."""
-    _, h = _chunk_starts(span, A, ends, None, A.dtype, backwards)
-    return h, _spans(_groups(span), A)
+    return _chunk_starts(span, A, ends, None, A.dtype, backwards)[1], _spans(_groups(span), A)
 
 
 def _across(span, A, ends, h, dtype, backwards, compiled):
@@ -213,7 +211,9 @@ def _kernel(function, compiled, summands=math.inf):
     """The function, as a kernel if compiled. summands: how many numbers each of its sums adds."""
     return function if not compiled else compile_each_shape(function, {
         "max_fusion_size": 1000,               # all steps of a chunk in one kernel
-        "triton.autotune_pointwise": False,    # True doubled compile time, for a slower choice
+        # Timing several block sizes for kernels without sums doubled compile time. But this kernel,
+        # with the size guessed, ran out of registers at 32 chunks in bfloat16: 98 us, not 8.
+        "triton.autotune_pointwise": function is _chunk_starts,
         "triton.max_tiles": 1,                 # 2-d tiles grew too large for the registers
         "deterministic": summands <= 16})      # guess block sizes: as fast, in half the time
 

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import gpu
 import runs
 import train
-from bench import peak_megabytes
+from bench import peak_megabytes, time_forms
 from conftest import relative
 from data import TASKS, stream
 from eval import training_accuracy
@@ -66,6 +66,17 @@ def test_a_large_batch_costs_what_its_size_says():
         return min(times)
 
     assert milliseconds(64) < 1.5 * 8 * milliseconds(8)
+
+
+def test_bfloat16_is_faster_than_float32():
+    """Once a kernel of the bfloat16 scan ran out of registers with 32 chunks: 98 us, not 8."""
+    b, L, D, N = 64, 256, 128, 16
+    x, dt = torch.randn(b, L, D, device="cuda"), torch.rand(b, L, D, device="cuda")
+    A, (B, C) = -torch.rand(D, N, device="cuda"), torch.randn(2, b, L, N, device="cuda")
+    forms = {"ours": lambda *v: selective_scan(*v)[0]}
+    ms = {dtype: next(time_forms("b, L, D, N", (b, L, D, N), forms, (x, dt, A, B, C), dtype))["ms"]
+          for dtype in ("float32", "bfloat16")}
+    assert ms["bfloat16"] < ms["float32"]
 
 
 @pytest.mark.parametrize("L", [70, 300])                      # one chunk, and five
