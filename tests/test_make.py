@@ -27,7 +27,7 @@ def test_flags_are_those_of_train_eval_and_plot(name):
         _, args = train.parse(line.split())
         seen += [train.runs.run_name(config) for config in grid.configs_of(args)]
     assert len(seen) == len(set(seen)) > 0
-    for line in experiment["draw"]:
+    for line in experiment.get("draw", {}):
         assert f"{{}}/{name}/" in line and " --name " in line
     for _, line in experiment.get("test", ()):
         assert "--lengths" in line
@@ -38,7 +38,7 @@ def test_runs_tests_and_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "EVAL_SEQUENCES", 16)
     tiny = {"train": ["--model nope --M 1 2 --L 8 --steps 2 --batch-size 4"],
             "test": [("*_M1_*", "--lengths 30 --sequences 20")],
-            "draw": {"{}/tiny/*_M1_* {}/other/* --name one": "Told", "{}/tiny/* --name two": None}}
+            "draw": {"{}/tiny/*_M1_* {}/other/* --name one": "Told", "{}/tiny/* --name two": "All"}}
     monkeypatch.setitem(make.EXPERIMENTS, "tiny", tiny)
     out, figures = str(tmp_path / "out"), str(tmp_path / "figures")
     flags = ["tiny", "--out", out, "--figures", figures, "--device", "cpu"]
