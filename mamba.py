@@ -44,15 +44,14 @@ from fused_scan import check_shapes, parallel_scan
 #
 #     h_t = exp(dt A) h_{t-1} + dt B x_t         y_t = C h_t
 #
-# The two agree for small dt |A|: at 0.1 ours writes 5 % more, at 1.6 (dt = 0.1 and A = -16, about
-# the largest at initialization) twice as much. The exact factor never exceeds 1 / |A|, ours grows
-# with dt: at A = -1 and dt = 10 ours writes 10 B x, the exact rule 1 B x. The simple form also lets
-# one product, dt x, serve all N states. LTI in family/ladder.py, a model whose dt, B and C are
-# constants, has the exact rule.
+# The two agree for small dt |A|: at 0.1 ours writes 5 % more, at 1.6 (about the largest at
+# initialization) twice as much. The exact factor never exceeds 1 / |A|, ours grows with dt: at
+# A = -1 and dt = 10 ours writes 10 B x, the exact rule B x. The simple form lets one product, dt x,
+# serve all N states. LTI in family/ladder.py has the exact rule.
 #
-# Mamba runs D such models side by side, one per channel, with an A and a dt of their own; B and C
-# are shared. It computes dt, B and C from x_t (paper, section 3.2, algorithm 2). For channel i and
-# its state n:
+# Mamba runs D such models side by side, one per channel, each with its own A and dt; B and C are
+# shared. It computes dt, B and C from x_t (paper, section 3.2, algorithm 2). For channel i and its
+# state n:
 #
 #     h_t[i,n] = exp(dt_t[i] A[i,n]) h_{t-1}[i,n] + dt_t[i] B_t[n] x_t[i]
 #     y_t[i]   = sum over n of C_t[n] h_t[i,n]
@@ -65,8 +64,7 @@ from fused_scan import check_shapes, parallel_scan
 # So dt x is a value, B a key, C a query, and what was written fades with time.
 #
 # With dt near 0 a token leaves the state alone: nothing decays, nothing is written. With a large dt
-# the past is erased, and h becomes dt B x of this token alone. How much is kept depends on dt |A|:
-# at dt = 0.1, a state with A = -1 keeps exp(-0.1) = 0.90, one with A = -16 keeps 0.20.
+# the past is erased, and h becomes dt B x of this token alone.
 
 def selective_scan_ref(x, dt, A, B, C, h=None):
     """The recurrence of the paper (algorithm 2, lines 5 and 6), B discretized as dt B.
@@ -81,7 +79,7 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
     if h is None:
         h = x.new_zeros(x.shape[0], *A.shape)                            # (b, D, N)
     y = []
-    # Backwards, x[:, t] would allocate a gradient as large as x at every step; unbind does not.
+    # Not x[:, t]: its backward pass would allocate a gradient as large as x at every step.
     for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)):
         decay = torch.exp(dt_t[..., None] * A)                           # (b, D, N)
         h = decay * h + (dt_t * x_t)[..., None] * B_t[:, None]           # (b, D, N)
@@ -94,8 +92,8 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
 class CausalConv1d(nn.Conv1d):
     """A causal convolution, one filter per channel: a token sees itself and the taps - 1 before it.
 
-    Without it, x, dt, B and C would see the layer's input at one token alone. For recall (data.py),
-    a value must be written under its key, the token tau before it: if tau < taps, B can see both.
+    Without it, x, dt, B and C would see the layer's input at one token alone. In recall (data.py) a
+    value is to be written under its key, an earlier token: B must see the key while x is the value.
     The sum is written as shifted products, which a compiler can fuse with the layer around it.
     """
 
@@ -124,11 +122,7 @@ def initial_dt_bias(n):
 
 class MambaState(NamedTuple):
     """All that a Mamba layer keeps of the tokens so far: d_inner * (d_conv - 1 + d_state) numbers
-    for each sequence, where attention keeps all keys and values.
-
-    The recurrence looks back through h alone, the convolution at its last inputs alone, and all
-    else in the layer sees one token.
-    """
+    for each sequence, where attention keeps all keys and values."""
     conv: torch.Tensor   # (b, d_inner, d_conv - 1), the last inputs of the convolution
     h: torch.Tensor      # (b, d_inner, d_state)
 
@@ -140,23 +134,21 @@ class Mamba(nn.Module):
         x -> in_proj -> causal convolution -> SiLU ------------> scan -> + D x -> * -> out_proj
                     \-> z -> SiLU -----------------------------------------------/
 
-    After SiLU, x goes to the scan, to D x (D is a parameter here), and to x_proj, which gives B, C
-    and, through dt_proj and softplus, dt.
+    x_proj gives B, C and, through dt_proj and softplus, dt. D is a parameter here.
 
     d_model: width of the layer's input and output; d_state: N; d_conv: taps of the convolution;
     expand: d_inner = expand * d_model is the number of channels; dt_rank: rank of the map from a
     token to its dt, None for ceil(d_model / 16). Parameters have the names, shapes and initial
     distributions of mamba_ssm.Mamba with its default arguments; state dicts fit both.
 
-    in_proj has no bias, so that state dicts fit. That hurts recall (data.py). In front of attention
-    the layer has to tell each token which one came before, and what it tells is multiplied by
-    SiLU(z), where z depends on the token itself. Where z <= 0, SiLU(z) lies between -0.28 and 0 and
-    lets little through. In the first layer z is linear in the token's embedding, up to a positive
-    factor from the norm. Our 16 embeddings at d_model = 8 do not lie on one side of any plane
-    through 0, so z <= 0 at some token in every channel: none can carry the message at all tokens.
-    We take this as the reason why Mamba before attention learned 16 queries in 0 of 12 runs without
-    a bias in its norm, and in 3 of 3 with one (report/README.md, appendix on defaults).
-    `takes_bias` asks hybrid.Model for that bias, which gives x and z a constant part.
+    in_proj has no bias, so that state dicts fit. In front of attention, that can hurt recall. There
+    the layer tells each token which one came before, and what it tells is multiplied by SiLU(z). In
+    the first layer z is linear in the token's own embedding, up to a positive factor from the norm.
+    Our 16 embeddings at d_model = 8 do not lie on one side of any plane through 0, so every channel
+    has z <= 0 at some tokens, where SiLU(z) is between -0.28 and 0 and lets little through: no
+    single channel can serve all tokens. This may be why Mamba before attention learned 16 queries
+    in 0 of 12 runs, but in 3 of 3 with a bias in the norm before it (report/README.md, appendix on
+    defaults). `takes_bias` asks hybrid.Model for that bias, which gives x and z a constant part.
     """
 
     takes_bias = True
@@ -172,8 +164,8 @@ class Mamba(nn.Module):
         self.dt_proj = nn.Linear(self.dt_rank, d_inner)
         # At first, A = -1, ..., -N in each channel (S4D-Real, Gu et al. 2022, arXiv 2206.11893).
         # State n fades to 1/e in 1 / (n dt) steps: with dt from 0.001 to 0.1, state 1 in 10 to
-        # 1,000, state 16 in 0.6 to 60. So a channel has memories of N lengths. The logarithm is
-        # trained, so that A stays negative and no state can grow by itself.
+        # 1,000, state 16 in 0.6 to 60. So a channel has N time scales. The logarithm is trained,
+        # so that A stays negative and no state can grow by itself.
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))       # a skip connection, as officially named
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
@@ -212,8 +204,8 @@ class Mamba(nn.Module):
 # The loop of selective_scan_ref is slow: it makes a dozen small calls per step, and autograd stores
 # each step's decay and state. With the decays a = exp(dt A) and the inputs u = dt x, only
 # h_t = a_t h_{t-1} + u_t B_t has to run step by step, with one call per step. All else is computed
-# for a chunk of T steps at once; a small chunk fits in the CPU's cache. Of all states, only the one
-# before each chunk is stored: N / T times the memory of x.
+# for a chunk of T steps at once; a small chunk fits in the CPU's cache. The backward pass needs the
+# arguments and the state before each chunk, which is N / T times the memory of x.
 #
 # The gradient. dx is the gradient of the loss with respect to x, and so on (that of the step size
 # dt is ddt); that of h is called g. Indices are left out: C_t dy_t is C_t[n] dy_t[i], for every
@@ -236,8 +228,7 @@ class Mamba(nn.Module):
 #
 # All h_t and a_t would take 2 N times the memory of x. So the backward pass visits the chunks from
 # last to first, recomputes a and h of a chunk from the state before it, then runs backwards to get
-# g. Nothing overflows, however long the sequence: no exp has a positive argument, and nothing is
-# divided by a product of decays.
+# g. Nothing overflows, however long the sequence: no exp has a positive argument.
 #
 # In the code, _k is a chunk and _t a step. Inside both passes time comes first: x, dt, y (L, b, D);
 # B, C (L, b, N). States are (N, b, D), so that torch's innermost loops, over b and D, are long.
@@ -263,8 +254,7 @@ def _recur(a, w, h):
 
 
 class ChunkedScan(torch.autograd.Function):
-    """Both passes of chunked_scan, in chunks of T steps, with time first: x, dt (L, b, D);
-    A (D, N); B, C (L, b, N); h (N, b, D)."""
+    """Both passes of chunked_scan: x, dt (L, b, D); A (D, N); B, C (L, b, N); h (N, b, D)."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, h, T):
@@ -276,18 +266,17 @@ class ChunkedScan(torch.autograd.Function):
         y = torch.empty_like(x[:, 0])
         # All chunks share two buffers: fresh memory for each would cost time in page faults.
         a, hs = x.new_empty(2, T, *A.shape)                              # (T, N, b, D) each
-        # They are cut into single steps once: per chunk, that took up to a third of a short scan.
+        # Cut into single steps once: done for every chunk, it took up to a third of a short scan.
         a_steps, h_steps = a.unbind(), hs.unbind()
         starts = []                                      # the state before each chunk (N, b, D)
         for dt_k, u_k, B_k, C_k, y_k in zip(*(v.split(T) for v in (dt, u, B, C, y))):
             starts.append(h)
             steps = len(dt_k)                                            # T, or fewer in the last
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
-            # For dt A between -104 and -87, say dt = 6 and A = -16, its exp is a denormal float32,
-            # below 1.2e-38, and takes a CPU 10 to 50 times as long (below -104 it is 0). So both
-            # passes clamp at -80: a decay of 2e-35 is effectively 0, and so is d(dt A), a multiple
-            # of it. The margin to -87 keeps a h and a g normal unless h or g is below 1e-3. A
-            # trained model runs up to twice as fast. The other forms do not clamp.
+            # For dt A between -104 and -87, say dt = 6 and A = -16, exp gives denormal floats,
+            # which take a CPU 10 to 50 times as long. So both passes clamp at -80: a decay of 2e-35
+            # is effectively 0, and a h and a g are rarely denormal. A trained model runs up to
+            # twice as fast. The other forms do not clamp.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)         # h_k is u_t B_t, and after _recur h_t
             h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs
@@ -309,7 +298,8 @@ class ChunkedScan(torch.autograd.Function):
         du, ddt = torch.empty_like(x[:, 0]), torch.empty_like(x[:, 0])   # (L, b, D)
         dB, dC = torch.empty_like(B[..., 0]), torch.empty_like(C[..., 0])    # (L, N, b)
         dA = x.new_zeros(T, *A.shape)            # (T, N, b, D), summed over T and b at the end
-        # The gradient from later chunks (N, b, D): at first dh, then a_{t+1} g_{t+1}.
+        # What later chunks add to g at this chunk's last step (N, b, D): at first dh, then the a g
+        # of the next chunk's first step.
         later = torch.zeros_like(starts[0]) if dh is None else dh.contiguous()
         a, g = x.new_empty(2, T, *A.shape)
         hs = x.new_empty(T + 1, *A.shape)                # row 0: the state before the chunk
@@ -326,7 +316,7 @@ class ChunkedScan(torch.autograd.Function):
             torch.mul(C_k, dy_k, out=g_k)
             g_k[-1] += later
             # Rule 1, from the last step but one to the first: add a_{t+1} g_{t+1} to g_t, so far
-            # C_t dy_t. With three steps: g_2 += a_3 g_3, g_1 += a_2 g_2. a_1 enters `later`.
+            # C_t dy_t. With three steps: g_2 += a_3 g_3, g_1 += a_2 g_2.
             _recur(a_steps[1:steps][::-1], g_steps[:steps - 1][::-1], g_k[-1])
             later = a_k[0] * g_k[0]
             # The order matters: each product overwrites a buffer that was read for the last time,
@@ -349,7 +339,7 @@ def chunked_scan(x, dt, A, B, C, h=None):
     h = x.new_zeros(b, D, A.shape[1]) if h is None else h
     if x.numel() == 0:
         return x.clone(), h
-    T = min(L, max(8, CHUNK_ELEMENTS // (b * A.numel())))                # 8 steps at least, or all
+    T = min(L, max(8, CHUNK_ELEMENTS // (b * A.numel())))
     x, dt, B, C = (v.transpose(0, 1).contiguous() for v in (x, dt, B, C))
     y, h = ChunkedScan.apply(x, dt, A, B, C, h.permute(2, 0, 1).contiguous(), T)
     return y.transpose(0, 1).contiguous(), h.permute(1, 2, 0).contiguous()
@@ -361,22 +351,19 @@ def chunked_scan(x, dt, A, B, C, h=None):
 #
 #     torch.func, forward AD    selective_scan_ref: a fast form may raise an error there
 #     one step or none          selective_scan_ref: there is nothing to cut into chunks
-#     torch.compile             parallel_scan, on any device, as one operator; the compiler would
-#                               unroll the loops of the other forms
-#     CUDA                      parallel_scan (fused_scan.py): all chunks at once, each from zero;
-#                               their last states give each its true start; then all at once again
+#     CUDA, torch.compile       parallel_scan (fused_scan.py): all chunks at once. A compiler takes
+#                               it as one operator; it would unroll the loops of the other forms
 #     CPU, MPS                  chunked_scan: each chunk once, small enough for the CPU's cache
 #
 # The fast forms have no second derivative: backward with create_graph=True raises a RuntimeError.
-# Call selective_scan_ref, or for Mamba layers, set mamba.selective_scan = mamba.selective_scan_ref.
+# Call selective_scan_ref or, for Mamba layers, set mamba.selective_scan = mamba.selective_scan_ref.
 
 def selective_scan(x, dt, A, B, C, h=None):
     """The fastest form for the device: arguments and results of selective_scan_ref, up to rounding.
 
     States and sums have the dtype of A, or float32 if that is wider; y has the dtype of x. If x is
-    bfloat16, parallel_scan rounds what it stores per chunk: its first state, the arriving gradient,
-    its part of dA. Errors do not build up along L: y and all gradients are off by 1e-3 to 3e-3 of
-    their norm; with float32 states, from rounding the results alone, by 1.7e-3.
+    bfloat16, parallel_scan also rounds what it stores once per chunk; y and all gradients are off
+    by 1e-3 to 3e-3 of their norm, however long the sequence.
     """
     dtype = torch.promote_types(A.dtype, torch.float32)
     A = A.to(dtype)
