@@ -1,6 +1,6 @@
 """Linear attention, one idea at a time: fixed decay, decay per token, delta rule, rotation.
 
-The layers of family/ differ in many things at once. These form a ladder: each rung changes one
+The layers of family/ differ in many things at once. These four form a ladder: each rung changes one
 thing in the recurrence of the one before. Projections of q, k and v, norm and gate are the same.
 
     linear-fixed      S_t = gamma S_{t-1} + beta_t v_t k_t^T       a fixed decay
@@ -21,8 +21,8 @@ key channel (Yang et al. 2023, arXiv 2312.06635). The third is Gated DeltaNet (a
 the rotation Mamba-3's (arXiv 2603.15569, section 3.2). With the suffix -noconv, a rung has no short
 convolution.
 
-`python -m family.linear_attention` writes twice under one key, shows what three rules then read,
-and that one call and single steps agree.
+`python -m family.linear_attention` writes two values under one key and prints what three rules
+read. Then it checks single steps against one call.
 """
 
 import math
@@ -55,13 +55,13 @@ class LinearAttention(GatedDeltaNet):
 
     def __init__(self, d_model, n_heads=1, d_state=16, expand=2, fixed_decay=False, delta=False,
                  rotation=False, d_conv=4):
-        super().__init__(d_model, n_heads, d_state, expand, gated=True, d_conv=d_conv)
         if fixed_decay and rotation:
             raise ValueError("rotation needs a decay per token, whose step size scales the angles")
         if rotation and d_state < 2:
             raise ValueError("--d-state is 1, but rotation turns pairs of states")
-        self.delta, self.fixed = delta, fixed_decay
-        if self.fixed:                   # it needs no maps for a decay per token
+        super().__init__(d_model, n_heads, d_state, expand, gated=True, d_conv=d_conv)
+        self.delta, self.fixed_decay = delta, fixed_decay
+        if fixed_decay:                  # it needs no maps for a decay per token
             del self.a_proj, self.A_log, self.dt_bias
         self.angle_proj = None
         if rotation:
@@ -69,7 +69,7 @@ class LinearAttention(GatedDeltaNet):
 
     def log_decay(self, x):
         """x (b, L, d) -> log a (b, L, H)."""
-        if not self.fixed:
+        if not self.fixed_decay:
             return super().log_decay(x)
         return log_gamma(self.n_heads, x).expand(*x.shape[:2], -1)
 
@@ -80,14 +80,16 @@ class LinearAttention(GatedDeltaNet):
         As in Mamba-3, a pair turns by pi tanh(rate) dt per token, and dt is small at first. Unlike
         there, each head has rates of its own.
         """
-        rate = math.pi * torch.tanh(self.angle_proj(x)).unflatten(-1, (self.n_heads, -1))
-        turn = (rate * self.step_size(x)[..., None]).to(widest(x.device))
-        angles = turn.cumsum(1)                                          # (b, L, H, N / 2)
+        wide = widest(x.device)
+        rate = self.angle_proj(x).unflatten(-1, (self.n_heads, -1)).to(wide)     # (b, L, H, N / 2)
+        dt = self.step_size(x)[..., None].to(wide)                       # (b, L, H, 1)
+        turn = math.pi * torch.tanh(rate) * dt                           # (b, L, H, N / 2)
+        angles = turn.cumsum(1)
         if start is not None:
             angles = angles + start[:, None]
         angles = angles.remainder(2 * math.pi)
         last = angles[:, -1].clone()
-        angles = angles.to(torch.promote_types(q.dtype, torch.float32))  # not bfloat16
+        angles = angles.to(torch.promote_types(q.dtype, torch.float32))  # bfloat16 is too coarse
         return rotate(q, angles), rotate(k, angles), last
 
     def forward(self, x, state=None):
@@ -107,19 +109,20 @@ class LinearAttention(GatedDeltaNet):
 
 
 def additive_rule(q, k, v, beta, log_a, S=None):
-    """S_t = a_t S_{t-1} + beta_t v_t k_t^T, in chunks; arguments and results as of delta_rule.
+    """S_t = a_t S_{t-1} + beta_t v_t k_t^T, in chunks; arguments and results as in delta_rule.
 
     It is Mamba-2's scan with x = beta v, B = k, C = q, dt = 1, and A = log a_t, one per token. (In
-    Mamba-2 itself, dt sets both what is written and what decays.)
+    Mamba-2 itself, dt scales both the write and the decay.)
     """
     return ssd(beta[..., None] * v, torch.ones_like(beta), log_a, k, q, S)
 
 
 @torch.no_grad()
 def main():
-    """Write 3 and then 5 under one key and read later; one call and single steps of each rung."""
+    """Write 3 and then 5 under one key and read S; then one call and single steps of each rung."""
     key, others = torch.eye(4).split([1, 3])                             # orthogonal keys
-    print("3, then 5 written under one key with beta = 1; then read: 8 is a sum, 5 the last\n")
+    print("3, then 5, written under one key with beta = 1, and what is read under it:\n"
+          "8 is their sum, less than 8 a decayed sum, 5 the last value\n")
     print(f"{'more tokens in between':<22}{0:>6}{10:>8}{40:>8}")
     for name, log_a, rule in [("linear-fixed", math.log(1 - 2**-5), additive_rule),
                               ("linear-decay, a = 1", 0.0, additive_rule),
@@ -128,7 +131,8 @@ def main():
         for delay in (0, 10, 40):
             # The other tokens have other keys and the value 0: they only let the state decay.
             L = 2 + delay
-            keys = torch.cat([key, key, others[torch.arange(delay) % 3]])[None, :, None]
+            fillers = others[torch.arange(delay) % 3]                    # (delay, 4)
+            keys = torch.cat([key, key, fillers])[None, :, None]         # (1, L, 1, 4)
             values = torch.tensor([3.0, 5.0] + [0.0] * delay).view(1, L, 1, 1)
             _, S = rule(keys, keys, values, torch.ones(1, L, 1), torch.full((1, L, 1), log_a))
             read.append((S[0, 0, 0] @ key[0]).item())

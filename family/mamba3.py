@@ -1,7 +1,7 @@
 """Mamba-3 (Lahoti et al. 2026, arXiv 2603.15569): a better rule, and a state that rotates.
 
-The differential equation is that of Mamba-2, h' = A h + B x, y = C h, but the token sets A, too,
-and B and C have a norm and a bias. Three things are new:
+The differential equation is that of Mamba-2, h' = A h + B x, y = C h. Two changes are small: the
+token sets A, too, and B and C get a norm and a bias. Three are large:
 
 1. The trapezoidal rule. Mamba takes B x at the end of a step as its input over the whole step.
    Mamba-3 takes a weighted mean of both ends, with a weight lambda_t in 0 ... 1 for the end, which
@@ -9,8 +9,8 @@ and B and C have a norm and a bias. Three things are new:
    dt^2, not dt. As x_{t-1} enters step t too, and B and C have biases, the paper finds that no
    short convolution is needed.
 2. A complex state. Pairs of states turn by angles that the token chooses, of at most pi dt. A state
-   that turns by pi for a 1 and stays for a 0 knows the parity of a sequence; one that only decays
-   cannot.
+   that turns by pi for a 1 (dt has to grow above 1) and stays for a 0 knows the parity of a
+   sequence; one that only decays cannot.
 3. More inputs and outputs (MIMO). With rank R, a token writes R outer products and reads R times;
    B_t x_t below is their sum. Decoding is limited by moving the state through memory, so this
    arithmetic costs little time.
@@ -99,7 +99,7 @@ def rotate(v, angle):
 class Mamba3State(NamedTuple):
     """All that a Mamba-3 layer keeps of the tokens so far, however many there were."""
     h: torch.Tensor      # (b, H, P, N)
-    angle: torch.Tensor  # (b, H, S), the sum of all angles, in 0 ... 2 pi
+    angle: torch.Tensor  # (b, H, S), the sum of all angles modulo 2 pi
     B: torch.Tensor      # (b, R, H, N), of the last token, rotated
     x: torch.Tensor      # (b, H, P), of the last token
 
@@ -169,11 +169,12 @@ class Mamba3(nn.Module):
         A = -F.softplus(at_least_float32(A)).clamp(min=1e-4)             # (b, L, H), negative
         lam = torch.sigmoid(at_least_float32(lam))                       # (b, L, H)
 
-        # The token sets S rates for all heads; in a head, a pair turns by pi tanh(rate) dt. Angles
-        # add up over the whole sequence: float64, and whole turns taken away.
+        # The token sets S rates for all heads; in a head, a pair turns by pi tanh(rate) dt. The sum
+        # over the tokens of a call is float64, and whole turns are taken away.
         wide = widest(x.device)
-        turn = torch.tanh(rate.to(wide))[:, :, None] * math.pi * dt[..., None].to(wide)
-        angle = turn.cumsum(1)                                           # (b, L, H, S)
+        rate = rate[:, :, None].to(wide)                                 # (b, L, 1, S)
+        turn = torch.tanh(rate) * math.pi * dt[..., None].to(wide)       # (b, L, H, S)
+        angle = turn.cumsum(1)
         if state is not None:
             angle = angle + state.angle[:, None]
         angle = angle.remainder(2 * math.pi).to(dt.dtype)
