@@ -22,7 +22,7 @@ from output import say
 from runs import shape_of
 
 WARMUP_CALLS = 3       # launched one kernel at a time: they allocate memory, and may compile
-FIRST_CALLS = WARMUP_CALLS + 2       # one that captures and replays, and one that tells the time
+FIRST_CALLS = WARMUP_CALLS + 2       # then one captures and replays, and one is timed
 GUESSED_SECONDS = {"training step": 25, "test": 15}     # to compile, until this has been measured
 SPEEDUP = 2.5          # a guess; compiled, rope is 2.4 times as fast, mamba 8 times, on an H100
 SMALL_D, SMALL_L = 16, 256     # up to this width and length, launching costs more than computing
@@ -32,12 +32,12 @@ measured_seconds = {}  # (name, shape) -> what this process took to compile it
 def pick_device(name=None):
     """The torch.device of that name, or the best one here. Raises ValueError.
 
-    Under torchrun, local process r gets GPU r modulo their number, whatever index was named.
+    Under torchrun, local process r gets GPU r modulo the number of GPUs, whatever index was named.
     """
-    if name is None:
+    if name is None and torch.cuda.is_available():
+        name = "cuda"
+    elif name is None:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
-        if torch.cuda.is_available():
-            name = "cuda"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -49,14 +49,15 @@ def pick_device(name=None):
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)                        # where graphs and timers are
+        torch.cuda.set_device(device)                # graphs and synchronize() use the current one
     return device
 
 
 def has_compiler():
     """Whether torch.compile can work: it needs Triton, and Triton a C compiler."""
-    found = any(map(shutil.which, [os.environ.get("CC", "cc"), "gcc", "clang"]))
-    return found and importlib.util.find_spec("triton") is not None
+    compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]
+    has_c = any(shutil.which(name) for name in compilers)
+    return has_c and importlib.util.find_spec("triton") is not None
 
 
 def is_small(config):
@@ -68,9 +69,9 @@ def compile_part(function, config):
     """torch.compile for a function that gets the same shapes at every step of a run.
 
     In small models, independent kernels are launched as one, and matmuls are written as sums, which
-    fuse with the operations around them (rope at d = 8: 0.22 instead of 0.27 ms). Models named
-    after Mamba-2 or DeltaNet keep their matmuls, which are many and wide (mamba2: 0.33 instead of
-    0.37 ms).
+    fuse with the operations around them: rope at d = 8 takes a fifth less time. Models named after
+    Mamba-2 or DeltaNet keep their matmuls (mamba2: 0.33 instead of 0.37 ms). Other models that
+    contain these layers, such as zamba2, gain nothing from that (report/LOG.md).
     """
     from torch._inductor import config as inductor       # here, because importing it takes a second
     small = is_small(config)
@@ -136,15 +137,13 @@ class Captured:
     def restart(self):
         """Forget the graph: the next FIRST_CALLS calls capture a new one."""
         self.calls, self.replay = 0, None
-        self.last_seconds = 0.0       # of the last of these: what a replay takes
-        self.total_seconds = 0.0      # of all of these: if compiled, what compiling took
+        self.last_seconds = 0.0       # of the latest call; after FIRST_CALLS, of a replay
+        self.total_seconds = 0.0      # of all FIRST_CALLS: if compiled, mostly compiling
 
     def __call__(self):
         if not self.on_cuda:
             return self.function(*self.parts)
-        # Three calls launch the kernels; the fourth captures and replays; the fifth tells the time.
-        # All later calls are replays.
-        if self.calls == FIRST_CALLS:
+        if self.calls == FIRST_CALLS:            # from now on, only replay
             return self.replay()
         self.calls += 1
         torch.cuda.synchronize()
@@ -160,7 +159,7 @@ class Captured:
         return result
 
     def launch(self):
-        """The function, with its kernels launched one by one."""
+        """Run the function in Python: its kernels are launched one by one, or captured."""
         # Small models use attention's plain formula, which the compiler can fuse; also when
         # uncompiled, so that both forms compute the same.
         small = is_small(self.config)
@@ -189,8 +188,8 @@ class Captured:
 def steps_left(step, last, runs_left):
     """A guess of the steps to go in this run and in the runs of its shape that follow.
 
-    A run ends when its task is solved, so nobody knows. We guess that this run is half over, but
-    ends at the step `last` at the latest, and that the others will take as many steps.
+    A run ends when its task is solved, which nobody can foresee. The guess: this run is half done,
+    it ends by step `last`, and each later run takes as long.
     """
     to_go = min(step, last - step)
     return to_go + runs_left * (step + to_go)

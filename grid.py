@@ -1,10 +1,11 @@
 """The runs of one command: all combinations of its flags, shared between processes.
 
-Each process takes the next free run, so eight processes train eight runs at a time: `torchrun
---nproc-per-node 8 -- train.py ...`, on one machine or on several with the same folder. To take a
-run is to lock the file OUT/.locks/NAME. So separate commands, too, never make the same run at once.
-The system frees the lock of a process that dies: another command, or the same one given again,
-continues its run. Without file locks (Windows, some network folders), use one process.
+Each process takes a free run, of the shape that it compiled last if there is one. So eight
+processes train eight runs at a time: `torchrun --nproc-per-node 8 -- train.py ...`, on one machine
+or on several with the same folder. To take a run is to lock the file OUT/.locks/NAME, so two
+commands never make the same run at once either. The system frees the lock of a process that dies:
+another command, or the same one given again, continues its run. Without file locks (Windows, some
+network folders), use one process.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from output import rank_and_processes, remove, say
 from runs import check, is_finished, path_of, read_result, shape_of
 from summary import DEFAULTS, GRID, IGNORED, defaults_at
 
-LOCKS = ".locks"      # the folder of lock files, in that of the results
+LOCKS = ".locks"      # the folder of lock files, inside the results folder
 # These errors end one run, but not the others. Any other is a mistake in the code, and ends all.
 FAILURES = FloatingPointError, OSError, torch.OutOfMemoryError
 
@@ -77,10 +78,10 @@ class Run(NamedTuple):
 def make_all(configs, train_one, show=None):
     """Make the runs that are not finished -> the results of all.
 
-    train_one(config, path, title, runs_left) makes a run; runs_left: unfinished runs of its shape,
-    divided by the processes that share them. If it raises one of FAILURES, that is reported, the
-    other runs are made, and the program ends with status 1 (130 after Ctrl-C). show(result) is
-    called for runs that were finished before.
+    train_one(config, path, title, runs_left) makes a run; runs_left: a guess of how many more of
+    its shape this process will make. If it raises one of FAILURES, that is reported, the other runs
+    are made, and the program ends with status 1 (130 after Ctrl-C). In the first process,
+    show(result) is called for runs that were finished before.
     """
     rank, processes = rank_and_processes()
     grid = []
@@ -90,7 +91,7 @@ def make_all(configs, train_one, show=None):
     of_shape = by_shape(grid, rank)
     sharing = math.ceil(processes / len(of_shape))           # processes per shape, at most
 
-    def count_left(run):                 # a guess, for gpu.py: will compiling pay?
+    def count_left(run):                 # gpu.py asks whether compiling will pay
         left = [other for other in of_shape[shape_of(run.config)]
                 if other is not run and not os.path.exists(other.path + ".json")]
         return len(left) // sharing
@@ -127,7 +128,7 @@ def make_all(configs, train_one, show=None):
 
 def by_shape(grid, rank):
     """{shape: its runs}. The first run of a shape may have to compile, so a process stays with a
-    shape while there are runs of it, and process r begins with shape r."""
+    shape while there are runs of it; process r begins with shape r modulo their number."""
     found = {}
     for run in grid:
         found.setdefault(shape_of(run.config), []).append(run)
@@ -155,7 +156,7 @@ def keyboard_interrupts():
 
 
 def remove_old(run):
-    """Remove what an earlier command left of a run: a failure and, with --overwrite, its result."""
+    """Remove the mark of an earlier failure and, with --overwrite, the run's result and save."""
     remove(failure_of(run))
     if run.config["overwrite"]:
         with contextlib.suppress(OSError), locked(run.path, wait=True):
@@ -203,14 +204,14 @@ def lock_file(path):
 
 
 def failure_of(run):
-    """This file exists if the run has failed since the command began."""
+    """This file exists if the run has failed since the latest command on its folder began."""
     return lock_file(run.path) + ".failed"
 
 
 @contextlib.contextmanager
 def locked(path, wait=False):
     """`with locked(path) as mine:` tries to lock a run; mine is True if that worked. With `wait`,
-    it waits until it does.
+    it waits until the lock is free.
 
     The file is never removed: otherwise one process could hold a lock on the removed file while
     another creates it anew and locks that.
@@ -231,7 +232,7 @@ def lock(file, wait=False):
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:                              # a file system without locks
+    except OSError:                              # a file system without locks: see the top
         pass
     return True
 
@@ -239,6 +240,6 @@ def lock(file, wait=False):
 def barrier():
     """Wait for all processes that torchrun started together."""
     if rank_and_processes()[1] > 1:
-        if not dist.is_initialized():            # once: a second group would meet stale addresses
+        if not dist.is_initialized():            # 30 days: another command may make a long run
             dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         dist.barrier()
