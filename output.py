@@ -6,8 +6,10 @@ Works without torch, whose import is slow: plot.py rarely needs it.
 import argparse
 import contextlib
 import difflib
+import hashlib
 import io
 import os
+import re
 import sys
 import time
 
@@ -74,6 +76,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *words, **options):
         super().__init__(*words, allow_abbrev=False, **options)
+        self._negative_number_matcher = re.compile(r"-\.?\d")      # -1e-3 is a value, no flag
 
     def error(self, message):
         if message.startswith("unrecognized arguments: --"):
@@ -196,6 +199,15 @@ def write_file(path, data):
         os.replace(temporary, path)              # after closing: Windows renames no open file
     finally:
         remove(temporary)                        # if it could not be renamed
+
+
+def digest_of(path):
+    """The SHA-256 of a file; None if it cannot be read."""
+    try:
+        with open(path, "rb") as f:
+            return hashlib.sha256(f.read()).hexdigest()
+    except OSError:
+        return None
 
 
 def remove(*paths):

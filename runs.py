@@ -7,6 +7,8 @@
 """
 
 import copy
+import functools
+import glob
 import hashlib
 import io
 import json
@@ -20,7 +22,7 @@ import torch
 
 from data import TASKS, check_task, shortest
 from hybrid import build_model
-from output import remove, say, write_file
+from output import digest_of, remove, say, write_file
 from summary import DEFAULTS, GRID, defaults_at
 
 # The least values of the flags that are whole numbers.
@@ -92,7 +94,10 @@ def check(config):
     for length in (shortest(M, tau, task), config["L"], 3 * config["L"]):     # tests go to 3 L
         try:
             tokens, labels, at = TASKS[task](1, length, K, M, tau, "cpu", None, False)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            for v in tokens, labels:
+                if v.dtype != torch.int64 or v.min() < 0 or v.max() >= K:
+                    raise ValueError(f"tokens and labels must be int64, from 0 to {K - 1}")
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"--task {task} fails with {length} context tokens ({error}); what it "
                              "returns, and where its limits go, is said in data.py") from None
 
@@ -151,6 +156,14 @@ def commit():
         return "unknown"
 
 
+@functools.cache     # the code that this process runs, even if a file is edited meanwhile
+def code_digest():
+    """The SHA-256 of the source files of models and training."""
+    folder = glob.escape(os.path.dirname(os.path.abspath(__file__)))
+    paths = sorted(glob.glob(f"{folder}/*.py") + glob.glob(f"{folder}/family/*.py"))
+    return hashlib.sha256(str([digest_of(path) for path in paths]).encode()).hexdigest()
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 def write_json(path, value):
@@ -164,15 +177,6 @@ def write_checkpoint(path, model, config):
     torch.save({"config": config, "model": weights}, buffer)
     write_file(path, buffer.getvalue())
     return hashlib.sha256(buffer.getvalue()).hexdigest()
-
-
-def digest_of(path):
-    """The SHA-256 of a file; None if it cannot be read."""
-    try:
-        with open(path, "rb") as f:
-            return hashlib.sha256(f.read()).hexdigest()
-    except OSError:
-        return None
 
 
 def load_run(path, device="cpu"):
@@ -251,7 +255,8 @@ def save_progress(path, kept, step, curves, seconds):
     """
     buffer = io.BytesIO()
     states = {name: state_of(part) for name, part in kept.items()}
-    torch.save({"step": step, "curves": curves, "seconds": seconds, **states}, buffer)
+    torch.save({"code": code_digest(), "step": step, "curves": curves, "seconds": seconds,
+                **states}, buffer)
     data = buffer.getvalue()
     try:
         write_file(path + ".resume.pt", hashlib.sha256(data).digest() + data)
@@ -265,7 +270,7 @@ def load_progress(path, kept, device, title=""):
     Without a usable save, everything is put back as it was before, and the run is at step 0. Raises
     OSError if the save cannot be read.
     """
-    start = 0, {"step": [], "loss": [], "accuracy": []}, 0.0
+    start, code = (0, {"step": [], "loss": [], "accuracy": []}, 0.0), code_digest()
     try:
         with open(path + ".resume.pt", "rb") as f:
             digest, data = f.read(32), f.read()
@@ -286,5 +291,7 @@ def load_progress(path, kept, device, title=""):
         say(f"{path}.resume.pt is damaged, or of another version or device; the run starts from "
             "the beginning")
         return start
-    say(f"{title}continues at step {progress[0]:,}: {path}")
+    changed = "" if saved.get("code") == code else (
+        "; the code has changed since it was saved, and --overwrite starts from the beginning")
+    say(f"{title}continues at step {progress[0]:,}: {path}{changed}")
     return progress

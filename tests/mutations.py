@@ -84,6 +84,14 @@ EVAL = [
 ]
 
 RUNS = [
+    ("v.dtype != torch.int64 or v.min() < 0", "v.min() < 0"),
+    ("v.min() < 0 or v.max() >= K", "v.max() >= K"),
+    ("v.min() < 0 or v.max() >= K", "v.min() < 0"),
+    (", TypeError, AttributeError)", ", TypeError)"),
+    ("if saved.get(\"code\") == code else", "if True else"),
+    ("if saved.get(\"code\") == code else", "if saved.get(\"code\", code) == code else"),
+    ("{\"code\": code_digest(), ", "{\"code\": \"\", "),
+    (" + glob.glob(f\"{folder}/family/*.py\")", ""),
     ('map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False'),
     ("map_location=device, weights_only=True", "map_location=device, weights_only=False"),
     ("if hashlib.sha256(data).digest() != digest:", "if False:"),
@@ -105,6 +113,7 @@ RUNS = [
 ]
 
 OUTPUT = [
+    ("re.compile(r\"-\\.?\\d\")", "re.compile(r\"^-\\d+$\")"),
     ("os.replace(temporary, path)", "open(path, 'wb').write(data)"),
     ("os.fsync(f.fileno())", "pass"),
     ("        remove(temporary)                        # if", "        pass  # if"),
@@ -188,9 +197,9 @@ LINEAR_ATTENTION = [
     ("log_gamma(self.n_heads, x)", "-log_gamma(self.n_heads, x)"),
     ("rotate(q, angles), rotate(k, angles)", "q, k"),
     ("torch.promote_types(q.dtype, torch.float32)", "q.dtype"),
-    ("self.delta, self.fixed = delta", "self.delta, self.fixed = True"),
+    ("self.delta, self.fixed_decay = delta", "self.delta, self.fixed_decay = True"),
     ("math.pi * torch.tanh", "torch.tanh"),
-    ("rate * self.step_size(x)[..., None]", "rate"),
+    ("torch.tanh(rate) * dt", "torch.tanh(rate)"),
     ("            angles = angles + start[:, None]", "            pass"),
     ("rotate(k, angles", "rotate(k, 0 * angles"),
     ("ssd(beta[..., None] * v", "ssd(v"),
@@ -404,7 +413,7 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "hybrid.py": (HYBRID, "test_hybrid.py"),
     "eval.py": (EVAL, "test_eval.py test_eval_command.py"),
     "runs.py": (RUNS, "test_runs.py test_damage.py test_flags.py test_train.py test_stopped.py"),
-    "output.py": (OUTPUT, "test_runs.py test_stopped.py test_eval_command.py test_inside.py"),
+    "output.py": (OUTPUT, "test_flags.py test_runs.py test_stopped.py test_eval_command.py test_inside.py"),
     "grid.py": (GRID, "test_runs.py test_damage.py test_stopped.py test_train.py"),
     "train.py": (TRAIN, "test_train.py test_damage.py test_runs.py test_stopped.py"),
     "attention.py": (ATTENTION, "test_attention.py test_hybrid.py"),

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+import runs
 import train
 from conftest import names, numbers, stopped_run
 
@@ -104,6 +105,28 @@ def test_an_optimizer_of_another_device_or_version_goes_on(train_tiny, monkeypat
     resumed, = train_tiny()
     whole, = train_tiny(out=tmp_path / "whole")
     assert numbers(resumed) == numbers(whole)
+
+
+def test_a_run_saved_by_other_code_continues_and_says_so(train_tiny, monkeypatch, tmp_path, capsys):
+    for change, told in (lambda saved: None, False), (lambda saved: saved.update(code="x"), True), \
+            (lambda saved: saved.pop("code"), True):
+        stopped_run(train_tiny, monkeypatch, ["--overwrite"], at=8)
+        with_saved(change)(tmp_path / "out" / f"{NAME}.resume.pt")
+        capsys.readouterr()
+        train_tiny()
+        line, = [line for line in capsys.readouterr().out.splitlines() if "continues at" in line]
+        assert ("the code has changed" in line) == told
+
+
+def test_code_digest_changes_with_any_source_file(tmp_path, monkeypatch):
+    (tmp_path / "family").mkdir()
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    seen = set()
+    for name in "runs.py", "mamba.py", "family/ladder.py", "family/ladder.py", "notes.txt":
+        path = tmp_path / name
+        path.write_text(path.read_text() + "x" if path.exists() else "x")
+        seen.add(runs.code_digest.__wrapped__())
+    assert len(seen) == 4                                     # notes.txt is no source
 
 
 def test_planted_links_are_not_followed(train_tiny, monkeypatch, tmp_path):

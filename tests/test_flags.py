@@ -75,7 +75,28 @@ def two_results(batch_size, L, K, M, tau, device, generator, uniform):
     return short_task(batch_size, 8, K, M, tau, device, generator, False)[:2]
 
 
+def token_K(batch_size, L, K, M, tau, device, generator, uniform):
+    return torch.full((batch_size, L + 1), K), torch.zeros(batch_size, dtype=torch.int64), None
+
+
+def float_labels(batch_size, L, K, M, tau, device, generator, uniform):
+    return torch.zeros(batch_size, L + 1, dtype=torch.int64), torch.zeros(batch_size), None
+
+
+def label_below_0(batch_size, L, K, M, tau, device, generator, uniform):
+    tokens = torch.zeros(batch_size, L + 1, dtype=torch.int64)
+    return tokens, tokens[:, 0] - 1, None
+
+
+def a_list(batch_size, L, K, M, tau, device, generator, uniform):
+    return [[0] * (L + 1)] * batch_size, [0] * batch_size, None
+
+
 @pytest.mark.parametrize("task, sentence", [
+    (token_K, "fails with 1 context tokens (tokens and labels must be int64, from 0 to 15"),
+    (float_labels, "fails with 1 context tokens (tokens and labels must be int64"),
+    (label_below_0, "fails with 1 context tokens (tokens and labels must be int64"),
+    (a_list, "fails with 1 context tokens ('list'"),
     (short_task, "fails with 24 context tokens (at most 20"), (no_uniform, "fails with 1 context"),
     (two_results, "fails with 1 context tokens (not enough values")])
 def test_a_task_that_cannot_work_is_refused_before_training(task, sentence, refuses, tmp_path,
@@ -83,6 +104,12 @@ def test_a_task_that_cannot_work_is_refused_before_training(task, sentence, refu
     monkeypatch.setitem(TASKS, "mine", task)
     error = refuses(train.main, tiny("--out", tmp_path / "out", "--task", "mine"))
     assert f"--task mine {sentence}" in error and names(tmp_path) == []
+
+
+@pytest.mark.parametrize("value", ["-1e-3", "-.5", "-0", "-3E-1"])
+def test_a_negative_number_is_a_value_not_a_flag(value, refuses):
+    error = refuses(train.main, ["--model", "rope", "--lr", value])
+    assert f"--lr is {float(value)!r}, but" in error
 
 
 def after_tau(batch_size, L, K, M, tau, device="cpu", generator=None, uniform=False):
