@@ -17,7 +17,7 @@ state grows with the context; that of a state space model has a fixed size.
 
 In the formula, only the mask s <= t depends on the order of tokens. Positions can add to that:
 
-    position="none"     neither: the mask alone
+    position="none"     nothing is added
     position="rope"     the query and the key are rotated by an angle proportional to their position
     LearnedPosition     a layer of its own, which adds a trained vector per absolute position
 
@@ -51,7 +51,7 @@ class Attention(nn.Module):
     zero vector.
     """
 
-    attends = True       # hybrid.py starts biases at random, eval.py leaves room for scores
+    attends = True       # hybrid.py: the norms' biases start random; eval.py: room for scores
     answers_last = True  # forward takes last_only
     scale = 1.0          # of positions; report/interpolate.py lowers it in long contexts
 
@@ -112,7 +112,8 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
     def mask(self, Q, length, device):
-        """(Q, length) bool: the keys that each of the last Q tokens sees. A window overrides it."""
+        """(Q, length) bool: the keys that each of the last Q tokens sees. A window overrides it;
+        inside.py asks for it, too."""
         return causal_mask(Q, length, device)
 
 
@@ -125,7 +126,7 @@ def append_to_cache(state, k, v):
     """The cache with the keys and values of a segment added."""
     if state is not None:
         return KVCache(torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2))
-    # Copies, because a view would keep the whole output of `qkv` in memory.
+    # Copies: k and v can be views of a larger tensor, which would stay in memory.
     return KVCache(k.clone(), v.clone())
 
 
@@ -134,8 +135,8 @@ def rotary(x, start, base=10000.0, scale=1.0):
     3.2.2).
 
     Channels j and j + P/2 are the coordinates of a point; at position t it turns by the angle
-    t base^(-2j/P). The product of a query at t and a key at s then depends on t - s, not on t. The
-    paper pairs channels 2j and 2j + 1, which only reorders the channels.
+    t base^(-2j/P). The product of a query at t and a key at s then depends on position only through
+    t - s. The paper pairs channels 2j and 2j + 1, which only reorders the channels.
     scale: positions are multiplied by it; below 1, a longer context has the angles of a shorter one
     (position interpolation, Chen et al. 2023, arXiv 2306.15595).
 

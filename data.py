@@ -15,7 +15,7 @@ import torch
 
 from output import say
 
-STREAMS = {"training": 0, "test": 1, "evaluation": 2, "places": 3}       # of queries, in eval.py
+STREAMS = {"training": 0, "test": 1, "evaluation": 2, "places": 3}       # places: of queries
 WHOLE = 20               # `show` prints contexts up to this length in full,
 NEAR = 2                 # and of longer ones this many tokens around each mark
 
@@ -31,17 +31,17 @@ def stream(seed, purpose, device="cpu"):
 
 # ---- associative recall --------------------------------------------------------------------------
 #
-# In the assignment that this task comes from, the value can also be the query, against its own
-# Definition 1. And if L counted the query at the end, its positions 1 ... L - tau and shortest
-# length tau + 1 would not fit.
+# The text of the assignment that this task comes from allows v = q, its Definition 1 does not; here
+# v is never q. L does not count the query at the end: otherwise the positions 1 ... L - tau of the
+# assignment, and its shortest length, tau + 1, would not fit.
 
 def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, lengths=None,
                  i=None):
     """Draw a batch of associative recall.
 
-    The query is uniform over the first M tokens of the vocabulary {0 ... K-1}, and its position is
-    uniform over 1 ... L - tau. The value and all other context tokens are uniform over the
-    vocabulary without the query, so the query appears exactly twice.
+    The query is uniform over the first M tokens of the vocabulary {0 ... K-1}, and, unless `i` is
+    given, its position is uniform over those that leave room for the value. The value and all other
+    context tokens are uniform over the vocabulary without the query, so it appears exactly twice.
 
     lengths: None, or (B,) int64, a context length from tau + 1 to L for each sequence. Sequence b
         ends with its query at index lengths[b]; a causal model cannot see the padding after it.
@@ -117,7 +117,8 @@ def mqar(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=
     pairs = torch.stack([keys, values], dim=2).flatten(1)                            # (B, 2M)
     rest = torch.randint(half, K, (batch_size, L - 2 * M), **draw)                   # (B, L - 2M)
     places = torch.rand(batch_size, L - 2 * M, **draw).argsort(1)[:, :M]             # (B, M)
-    return torch.cat([pairs, rest.scatter(1, places, keys)], dim=1), values, places + 2 * M
+    rest = rest.scatter(1, places, keys)
+    return torch.cat([pairs, rest], dim=1), values, places + 2 * M
 
 
 def copy(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):
@@ -181,7 +182,7 @@ def shortest(M=1, tau=1, task="recall"):
 
 
 def n_answers(task, K):
-    """The number of possible answers; chance is about 1 over it."""
+    """Chance is 1 over this, the number of possible answers. In recall K, although v is never q."""
     return {"mqar": K - K // 2, "copy": max(1, K - 2), "parity": 2}.get(task, K)
 
 

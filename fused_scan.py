@@ -7,9 +7,9 @@ state of the one before. `two_chunks` shows how all can run at once nevertheless
     2. start of the next chunk = exp(A sum of dt) start + end               one after another
     3. run every chunk again, from its true start                           all at once
 
-Step 2 is the recurrence again, with one step per chunk, and it alone is serial. More than 32 chunks
-are cut in the same way, into groups. The standard parallel prefix sum (Blelloch 1990) has groups of
-two: 2 log2(L) levels, all L states in memory. Here only starts and ends of chunks leave registers.
+Step 2 is the recurrence again, with one step per chunk; across chunks, it alone is serial. More
+than 32 chunks are cut in the same way, into groups. Blelloch's prefix sum (1990) has groups of two:
+2 log2(L) levels, all L states in memory. Here only starts and ends of chunks leave registers.
 
     symbol      shape            meaning
     c, T                         chunks; steps per chunk
@@ -38,7 +38,7 @@ def two_chunks(scan, x, dt, A, B, C, h):
     (x1, x2), (dt1, dt2), (B1, B2), (C1, C2) = (v.chunk(2, dim=1) for v in (x, dt, B, C))
     _, end1 = scan(x1, dt1, A, B1, C1)                                   # 1. from zero
     start2 = torch.exp(A * dt1.sum(1)[..., None]) * h + end1             # 2. h has only decayed
-    y1, _ = scan(x1, dt1, A, B1, C1, h)                                  # 3. both at once
+    y1, _ = scan(x1, dt1, A, B1, C1, h)                                  # 3. now independent
     y2, last = scan(x2, dt2, A, B2, C2, start2)
     return torch.cat([y1, y2], dim=1), last
 
@@ -71,9 +71,9 @@ def _stored(x, A):     # the dtype of starts, carries and parts of dA in memory
 
 
 # ---- Inside a chunk ------------------------------------------------------------------------------
-# Each function becomes a kernel, its loop over steps unrolled. A kernel sums over states (dx, ddt)
-# or over channels (dB, dC), so step 3 of the gradient takes three, which recompute h, g or both.
-# Rules 1 to 5 are those of mamba.py, section 3.
+# Each function from _spans on becomes a kernel, its loop over steps unrolled. A kernel sums over
+# states (dx, ddt) or channels: backwards for dB, which needs g, forwards for dC, which needs h. So
+# step 3 of the gradient takes three. Rules 1 to 5 are those of mamba.py, section 3.
 
 def _decay(dt, A):     # exp(dt A) for one step's dt (b, c, D): (b, c, D, N)
     return torch.exp2(dt[..., None] * (A * math.log2(math.e)))     # with exp, a fifth slower
@@ -121,7 +121,7 @@ def _ends_backward(dt, A, C, dy):
 
 
 def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carries):
-    """The sums over states, dx and ddt (b, c, T, D). Each chunk's part of dA overwrites carries."""
+    """dx and ddt (b, c, T, D). Each chunk's part of dA overwrites the argument `carries`."""
     h_before = [h]
     for t in range(x.shape[2] - 1):
         h_before.append(_next_state(h_before[t], t, x, dt, A, B))
@@ -130,9 +130,9 @@ def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carries):
         g, carry = _step_back(carry, t, dt, A, C, dy)                    # (b, c, D, N)
         du = (g * B[:, :, t, None]).sum(-1)                              # (b, c, D), rule 2
         d_dtA = carry * h_before[t]                                      # (b, c, D, N), rule 3
-        dx.append((du * dt[:, :, t]).to(x.dtype))                        # rule 5, and below
-        ddt.append(((d_dtA * A).sum(-1) + du * x[:, :, t]).to(dt.dtype))
-        dA = dA + d_dtA * dt[:, :, t, :, None]
+        dx.append((du * dt[:, :, t]).to(x.dtype))                        # rule 5
+        ddt.append(((d_dtA * A).sum(-1) + du * x[:, :, t]).to(dt.dtype))     # rule 5
+        dA = dA + d_dtA * dt[:, :, t, :, None]                           # rule 5
     carries.copy_(dA)
     return torch.stack(dx[::-1], dim=2), torch.stack(ddt[::-1], dim=2)
 
@@ -143,7 +143,7 @@ def _gradient_B(x, dt, A, B, C, dy, carry):
     for t in reversed(range(x.shape[2])):
         g, carry = _step_back(carry, t, dt, A, C, dy)                    # (b, c, D, N)
         dB.append((g * u[:, :, t, :, None]).sum(-2))                     # (b, c, N), rule 2
-    return torch.stack(dB[::-1], dim=2).to(B.dtype)    # in the loop, it stored states
+    return torch.stack(dB[::-1], dim=2).to(B.dtype)    # in the loop: states would be stored
 
 
 def _gradient_C(x, dt, A, B, C, dy, h):
@@ -200,7 +200,7 @@ def _across(span, A, ends, h, dtype, backwards, compiled):
 # ---- Compiled kernels ----------------------------------------------------------------------------
 
 def compile_each_shape(function, options):
-    """torch.compile, anew for every shape that the function meets, as many as there are."""
+    """torch.compile, anew for every shape that the function meets, up to 10^4 of them."""
     config = torch._dynamo.config
     config.recompile_limit = config.accumulated_recompile_limit = 10**4
     return torch.compile(function, dynamic=False, options=options)
@@ -211,11 +211,11 @@ def _kernel(function, compiled, summands=math.inf):
     """The function, as a kernel if compiled. summands: how many numbers each of its sums adds."""
     return function if not compiled else compile_each_shape(function, {
         "max_fusion_size": 1000,               # all steps of a chunk in one kernel
-        # Timing several block sizes for kernels without sums doubled compile time. But this kernel,
-        # with the size guessed, ran out of registers at 32 chunks in bfloat16: 98 us, not 8.
+        # Timing several block sizes for kernels without sums doubled compile time. But with a guess
+        # _chunk_starts ran out of registers at 32 chunks in bfloat16: 98 us, not 8.
         "triton.autotune_pointwise": function is _chunk_starts,
         "triton.max_tiles": 1,                 # 2-d tiles grew too large for the registers
-        "deterministic": summands <= 16})      # guess block sizes: as fast, in half the time
+        "deterministic": summands <= 16})      # if so, guess them: as fast, in half the time
 
 
 # ---- The scan ------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def parallel_scan(x, dt, A, B, C, h=None):
     compiled = _compiled if _compiled is not None else x.is_cuda and torch.is_grad_enabled()
     check_shapes(x, dt, A, B, C, h)
     if x.numel() == 0:
-        return x.clone(), A.new_zeros(x.shape[0], *A.shape) if h is None else h
+        return x.clone(), A.new_zeros(len(x), *A.shape) if h is None else h
     # Cut outside the scan's kernels: padding inside them made their loads twice as slow.
     # Uncompiled, each step launches kernels. So chunks are shorter, if that makes at most 16.
     steps = CHUNK_STEPS if x.shape[1] < LONG else 2 * CHUNK_STEPS
