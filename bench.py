@@ -7,7 +7,7 @@
     python bench.py --draw length.json                            its figure, length.png
 
 Other implementations, if installed, are timed in the same run: mambapy's scan and, on CUDA,
-mamba_ssm's kernels. Times are medians. On CUDA everything but prefill is a replay of a CUDA graph.
+mamba_ssm's kernels. Times are medians; on CUDA, of replays of a CUDA graph, except for prefill.
 """
 
 import gc
@@ -236,7 +236,7 @@ def draw_lengths(path, out):
         with open(path) as f:
             result = json.load(f)
         machine, curves = result["env"]["device"], {cost: {} for cost in COSTS}
-        for row, cost in itertools.product(result["length"] or [{}], COSTS):     # {}: a KeyError
+        for row, cost in itertools.product(result["length"] or [{}], COSTS):     # {} lacks keys
             curves[cost].setdefault(row["model"], []).append((row["length"], row[cost]))
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"--draw is {path!r}, but that is no file of --tables length") from None
@@ -281,8 +281,8 @@ def main(argv=None):
             runs.check(config_for(name, d=args.d))
         open(args.out or os.devnull, "a").close()            # a wrong path fails before measuring
     except OSError as error:
-        flag = "--draw" if args.draw else "--out"
-        parser.error(f"{flag} is {args.draw or args.out!r}: {error.strerror}")
+        parser.error(f"--{'draw' if args.draw else 'out'} is {args.draw or args.out!r}: "
+                     f"{error.strerror}")
     except ValueError as error:
         parser.error(str(error))
     torch.manual_seed(0)

@@ -3,8 +3,8 @@
     python inside.py results/X.pt             draws figures/inside_X.png
     python inside.py report/checkpoints/*.pt --out figures
 
-Hooks record q, k and v of attention, and what becomes Mamba's step sizes. The rest follows from
-them. The model is not changed.
+Hooks record q, k and v of attention, and Mamba's step sizes before the softplus. The rest follows
+from them. The model is not changed.
 """
 
 import os
@@ -127,7 +127,7 @@ def count_keepers(dt, q, v, taps):
     """How many channels could hold v for a million tokens. dt (D, L + 1).
 
     In such a channel, dt exceeds WRITES at a token where the convolution sees v, and its mean over
-    the tokens that do not matter is below IDLE.
+    all other tokens, from q, the last query and the first few aside, is below IDLE.
     """
     idle = np.ones(dt.shape[1], bool)
     idle[:taps - 1] = False                              # here the convolution sees padding
@@ -167,13 +167,13 @@ def panels(layer, found):
     step = dict(norm=LogNorm(1e-3, 3, clip=True))
     count = count_keepers(dt, q, v, layer["taps"])
     idle = np.format_float_scientific(IDLE, exp_digits=1, trim="-")                     # 1e-6
-    holds = (f"\n{count} of {len(dt)} could hold v for a million tokens:\n"
+    holds = (f"\n{count} of {len(dt)} could hold v for a million tokens if A = -1:\n"
              f"Δ > {WRITES:g} at v or soon after, mean Δ < {idle} elsewhere") if count else ""
     return [Panel(f"step size Δ, widest range on top\npale: state kept, dark: overwritten{holds}",
                   dt, "Δ", step),
             Panel("share of each token kept to the end\npale: forgotten, dark: kept",
                   kept, "share kept", share),
-            Panel("weight of each token at the end:\nΔ times the share kept",
+            Panel("weight of each token at the end, without B:\nΔ times the share kept",
                   dt * kept, "weight", step)]
 
 
@@ -193,13 +193,13 @@ def mark(ax, found, rows):
                         va="center", **bold)
 
 
-def draw_layer(part, layer, found, tall):
-    """A column of a figure: the images of a layer. part: a subfigure, `tall` inches high."""
+def draw_layer(part, layer, found, height):
+    """Draw the images of a layer, a column of a figure. part: a subfigure, `height` inches high."""
     attends, shown = "maps" in layer, panels(layer, found)
     tokens = found["tokens"]
     heights = [MAP_INCHES] * len(shown)
-    if attends and tall > sum(heights):            # an empty row, where another layer is taller
-        heights.append(tall - sum(heights))
+    if attends and height > sum(heights):            # an empty row, where another layer is taller
+        heights.append(height - sum(heights))
     axes = part.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax in axes[len(shown):]:
         ax.set_axis_off()
@@ -227,14 +227,14 @@ def draw(found):
     """The figure of what inspect_run found: a column for each layer, tokens from left to right."""
     tokens, config = found["tokens"], found["config"]
     columns = [(depth, layer) for depth, layer in enumerate(found["layers"], 1) if layer]
-    tall = max(MAP_INCHES * len(layer["maps"]) if "maps" in layer else MAMBA_INCHES
+    height = max(MAP_INCHES * len(layer["maps"]) if "maps" in layer else MAMBA_INCHES
                for _, layer in columns)
-    fig = Figure(figsize=(max(7.5, 5 * len(columns)), tall + 1), layout="constrained")
-    parts = np.atleast_1d(fig.subfigures(1, len(columns), wspace=0.02))
+    fig = Figure(figsize=(max(7.5, 5 * len(columns)), height + 1), layout="constrained")
+    parts = fig.subfigures(1, len(columns), squeeze=False, wspace=0.02)[0]
     for (depth, layer), part in zip(columns, parts):
         kind = "attention" if "maps" in layer else "Mamba"
         part.suptitle(f"layer {depth} of {len(found['layers'])}: {kind}")
-        draw_layer(part, layer, found, tall)
+        draw_layer(part, layer, found, height)
     verdict = "right" if found["answer"] == found["label"] else "wrong"
     M, tau, d, L, seed = (config[flag] for flag in ("M", "tau", "d", "L", "seed"))
     fig.suptitle(f"{text(config['model'])}, M = {M}, tau = {tau}, d = {d}, L = {L}, seed {seed}\n"

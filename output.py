@@ -21,7 +21,8 @@ RC_PARAMS = {         # of matplotlib, for all figures
     "font.size": 11, "axes.titlesize": 11, "axes.edgecolor": GREY, "xtick.color": GREY,
     "ytick.color": GREY, "xtick.labelsize": 9, "axes.spines.top": False,
     "axes.spines.right": False, "text.usetex": False}
-COLOURS = {  # in the order of figures; the first six for colour-blind readers (Okabe, Ito)
+COLOURS = {  # in the order of figures; the first six for colour-blind readers (Okabe, Ito). From
+    # conv2+attention on, colours of other figures are used again.
     "nope": "#56B4E9", "learned": "#E69F00", "rope": "#0072B2", "mamba": "#D55E00",
     "hybrid-a": "#009E73", "hybrid-b": "#CC79A7", "rnn": "#999999", "lti": "#666666",
     "retention": "#8C6D31", "griffin": "#5C4A1F", "mamba2": "#A50F15", "samba": "#1B7837",
@@ -53,13 +54,15 @@ def listed(names):
 
 
 def numbered(numbers):
-    """Whole numbers as text: "0, 1, 2", or "first to last" for more than three without gaps, or
-    more than eight with."""
+    """Whole numbers as text: "0, 1, 2"; "0 to 9" for more than three without gaps; "12 between 0
+    and 30" for more than eight with gaps."""
     numbers = sorted(set(numbers))
     gaps = numbers[-1] - numbers[0] >= len(numbers)
     words = [f"{n:,}" for n in numbers]
     if len(words) <= (8 if gaps else 3):
         return ", ".join(words)
+    if gaps:
+        return f"{len(words)} between {words[0]} and {words[-1]}"
     return f"{words[0]} to {words[-1]}"
 
 
@@ -76,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *words, **options):
         super().__init__(*words, allow_abbrev=False, **options)
-        self._negative_number_matcher = re.compile(r"-\.?\d")      # -1e-3 is a value, no flag
+        self._negative_number_matcher = re.compile(r"-\.?\d")      # -1e-3 is a value
 
     def error(self, message):
         if message.startswith("unrecognized arguments: --"):
@@ -108,7 +111,7 @@ def report_left_out(parser, written, left_out):
 def say(line):
     """Print a line above the progress bar. A closed or full stdout does not stop the program."""
     try:
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"      # Windows: lacks characters
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"      # Windows may lack some
         tqdm.write(line.encode(encoding, "replace").decode(encoding), file=sys.stdout)
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):
@@ -121,7 +124,7 @@ def rank_and_processes():
 
 
 class Progress(tqdm):
-    """A progress bar; where there is no terminal, a line now and then instead.
+    """A progress bar; where there is no terminal, a line every SAY_SECONDS instead.
 
     quiet: neither. Under torchrun only the first process shows one, because all would write on the
     same line.
@@ -167,8 +170,9 @@ def spread(heights, low, high):
 def label_ends(ax, ends):
     """Name the curves at the right of the axes. ends: [(x, y, name, (colour, dashes)), ...]."""
     from matplotlib.transforms import ScaledTranslation, blended_transform_factory
-    inches = ax.figure.dpi_scale_trans + ScaledTranslation(1, 0, ax.transAxes)   # from the edge on
-    ends = sorted(ends, key=lambda end: -round(end[1], 2))         # equals stay in their order
+    # x in inches from the right edge
+    inches = ax.figure.dpi_scale_trans + ScaledTranslation(1, 0, ax.transAxes)
+    ends = sorted(ends, key=lambda end: -round(end[1], 2))         # ties keep their order
     heights = spread([y for _, y, _, _ in ends], ax.get_ylim()[0] + 0.04, 1.01)
     for (x, y, name, (colour, dashes)), height in zip(ends, heights):
         beside = dict(color=colour, clip_on=False,
@@ -180,7 +184,7 @@ def label_ends(ax, ends):
 
 
 def write_figure(path, fig):
-    """Write a figure of matplotlib as PNG, in a folder that is made if it is not there."""
+    """Write a figure of matplotlib as PNG. Makes the folder if needed."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     image = io.BytesIO()
     fig.savefig(image, format="png", dpi=150)

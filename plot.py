@@ -36,7 +36,7 @@ SMALL = dict(textcoords="offset points", color=GREY, fontsize=9)
 
 def curve_styles(curves):
     """{curve: (colour, dashes)}: a colour for each model, other dashes for its variants. Models
-    after rope, the third of ORDER, begin with other dashes: their curves often coincide."""
+    after rope, the third of ORDER, cycle through the dashes: their curves often coincide."""
     styles, leading = {}, list(dict.fromkeys(curve[0] for curve in curves))
     unlisted = [pair for pair in leading if pair[1] not in COLOURS]
     for curve in curves:
@@ -55,7 +55,7 @@ def curve_styles(curves):
 # ---- the contents of a panel ---------------------------------------------------------------------
 
 def mark_chance(ax, guesses):
-    """A dotted line. guesses: {x: chance there}."""
+    """Draw chance as a dotted line. guesses: {x: chance there}."""
     lowest = min(guesses.values())
     if lowest == max(guesses.values()):
         ax.axhline(lowest, color=GREY, lw=1, ls=":")
@@ -67,7 +67,7 @@ def mark_chance(ax, guesses):
 
 
 def step_axis(ax, runs):
-    """Training steps, for the runs of all panels."""
+    """A log axis of training steps, the same in all panels."""
     steps = np.concatenate([run["training"][0] for run in runs])
     low, high = min(steps), max(steps)
     ax.set_xscale("log")
@@ -90,7 +90,7 @@ def length_axis(ax, runs, all_runs):
         ax.set_xlim(0, max(lengths))
     ax.set_xlabel("context length")
     ax.axvline(L, color=GREY, lw=1, ls="--")
-    mixed = ("uniform",) in group(runs, ["train_lengths"])
+    mixed = any(run["config"].get("train_lengths") == "uniform" for run in runs)
     ax.annotate(f"trained {'up to' if mixed else 'at'} {L}", (L, 1), (0, 2), **SMALL, ha="center",
                 xycoords=ax.get_xaxis_transform())
 
@@ -177,10 +177,10 @@ def draw(runs, view, title=None):
     """The figure of these runs. title: instead of `finding`."""
     name_curves(runs, view)
     styles = curve_styles(by_curve(runs))
-    xs = different(runs, view.x)
-    if view.kind == "against" and len(xs) == 1:
+    xs = different(runs, view.x) if view.kind == "against" else []
+    if len(xs) == 1:
         raise ValueError(f"all runs have {view.x} = {xs[0]}")
-    # A panel for each setting; of state, two: after 64 and after 4,096 tokens.
+    # One panel per setting; for state two, after 64 and after 4,096 tokens.
     places = [(setting, own, tokens) for setting, own in group(runs, view.panels).items()
               for tokens in ((64, 4096) if view.kind == "state" else (None,))]
     if len(places) > 40:
@@ -247,7 +247,7 @@ def main(argv=None, add_to=lambda fig, runs, view: None):
     add("--against", **flag, help="accuracy against a flag of train.py, model, or state")
     add("--lowest", dest="measure", action="store_const", const="lowest", default="at",
         help="with --against: the lowest accuracy from L to 3L, not that at L")
-    add("--title", type=lambda word: text(word, 999), help="of figures (default: what they show)")
+    add("--title", type=lambda word: text(word, 999), help="not of steps (default: what they show)")
     add("--table", nargs="*", type=length, metavar="LENGTH", help="print a table")
     add("--name", help="name of a figure's file (default: what it shows)")
     add("--out", default="figures", metavar="DIR", help="folder of figures (default: figures)")

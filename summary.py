@@ -15,10 +15,10 @@ GRID = dict(model="rope", M=1, tau=1, K=16, d=8, L=64, seed=0)     # flags that 
 DEFAULTS = dict(  # of the other flags that change a run; lr: see defaults_at
     task="recall", batch_size=64, steps=20000, lr=None, weight_decay=0.0, n_heads=1, d_state=16,
     train_lengths="fixed", learn_embedding=False, stop_early=True)
-IGNORED = {"device", "compile", "out", "overwrite"}          # change no run
+IGNORED = {"device", "compile", "out", "overwrite"}          # in no name of a run
 TASK = ["task", "tau", "K", "d", "L", "M"]                   # the flags that say what is learned
-SOLVED = 0.99                # a task is solved when tests reach this accuracy
-KEPT = 0.95                  # a model that stays above it from L on does not fade
+SOLVED = 0.99                # a task is solved when three tests in a row reach this accuracy
+KEPT = 0.95                  # a model that keeps at least this from L on does not fade
 
 
 def defaults_at(d):      # with 8e-3 at width 32, rope failed M = 16 in 5 of 5 runs
@@ -37,7 +37,7 @@ def load(path):
         with open(path, encoding="utf-8") as f:
             result = json.load(f)
         flags = {**GRID, **result["config"]}
-        if any(isinstance(flags[flag], str) != (flag == "model") for flag in GRID):
+        if [flag for flag in GRID if isinstance(flags[flag], str)] != ["model"]:
             raise ValueError
         defaults = defaults_at(flags["d"])
         config, L = {**defaults, **flags}, flags["L"]
@@ -159,8 +159,8 @@ class View(NamedTuple):
 def name_curves(runs, view):
     """Give each run its "curve": ((flag, value), ...), which says how it differs from the others.
 
-    The first flag of view.curves is always there, its others if they vary. Then come flags off
-    their default in which runs differ that would otherwise share a curve.
+    It has the first flag of view.curves, and the others that vary. If runs with different settings
+    would still share a name, the flags in which they differ are added.
     """
     flags = [flag for flag in view.curves
              if flag == view.curves[0] or len(different(runs, flag)) > 1]
@@ -188,7 +188,7 @@ def settings_of(runs, view):
 
 
 def finding(runs, view):
-    """A title: the models that do well in all settings that the figure shows, in some, in none."""
+    """A title: the models that do well in all settings shown, in some and, mostly, in none."""
     verdicts = {}                                            # name: True or False per setting
     for (model, curve, _), seeds in settings_of(runs, view).items():
         name = name_of((("model", model), *curve[1:]))
@@ -209,7 +209,7 @@ def finding(runs, view):
     lengths = different(runs, "L")
     L = f"{lengths[0]} tokens" if len(lengths) == 1 else "L"
     where = f"at {L}" if view.measure == "at" else "from L to 3L"
-    phrase = {"length": f"Above {KEPT} from {L} on", "model": f"Above {KEPT} from L to 3L",
+    phrase = {"length": f"At least {KEPT} from {L} on", "model": f"At least {KEPT} from L to 3L",
               "training": f"Reached {SOLVED}"}.get(view.kind, f"{SOLVED} or more {where}")
     title = f"{phrase}: {listed(well or ['none'])}"
     if partly:
@@ -225,8 +225,8 @@ def does_well(seeds, view):
         return median_of(seeds, "steps") < np.inf
     if view.kind in ("against", "state"):
         return median_of(seeds, view.measure) >= SOLVED
-    lowest = median_of(seeds, "lowest")
-    if view.kind == "length":                                # as far as the figure goes, not to 3L
+    lowest = median_of(seeds, "lowest")                      # the median of each seed's lowest
+    if view.kind == "length":            # the lowest of their median, as far as the figure goes
         L, (x, y) = seeds[0]["config"]["L"], median_curve(seeds, "length")
         lowest = min(y[x >= L]) if L in x and x[-1] > L else np.nan
     return None if np.isnan(lowest) else lowest >= KEPT

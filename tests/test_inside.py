@@ -129,7 +129,7 @@ def test_the_figure_of_mamba_keeps_channels_together():
     shown = [ax.images[0].get_array() for ax in axes]
     for image, expected in zip(shown, (dt, kept, dt * kept)):
         assert np.allclose(image, expected[::-1])
-    said = ("1 of 2 could hold v for a million tokens:\n"
+    said = ("1 of 2 could hold v for a million tokens if A = -1:\n"
             "Δ > 0.1 at v or soon after, mean Δ < 1e-6 elsewhere")
     assert said in axes[0].get_title()
     assert [ax.get_ylabel() for ax in axes] == ["2 channels"] * 3

@@ -87,7 +87,7 @@ def test_accuracy_against_length(tmp_path, figures):
     assert list(x) == list(range(2, 193)) and y[0] == 0.98 and y[-1] == 0.5
     assert sorted(seed[0] for seed in thin(ax)) == [0.97, 0.98, 1.0]    # every seed, if several
     assert fig.get_suptitle().replace("\n", " ") == (
-        "Above 0.95 from 64 tokens on: mamba; not: rope and hybrid-a")
+        "At least 0.95 from 64 tokens on: mamba; not: rope and hybrid-a")
     words = fig.get_supxlabel().replace("\n", " ")
     assert "task recall: tau = 1, K = 16, d = 8, L = 64, M = 1" in words
     assert "seeds: 0, 1, 2 (mamba: 0, hybrid-a: 0)" in words and "1,024" in words
@@ -119,7 +119,7 @@ def test_long_contexts(tmp_path, figures):
     ax, = fig.axes
     assert ax.get_xscale() == "log" and ax.get_xlim() == (64, 2**20)
     assert any("2^{20}" in t.get_text() for t in ax.get_xticklabels())
-    assert fig.get_suptitle() == "Above 0.95 from 256 tokens on: none"    # beyond 3L
+    assert fig.get_suptitle() == "At least 0.95 from 256 tokens on: none"    # beyond 3L
 
 
 def test_panels(tmp_path, figures, refuses):
@@ -128,12 +128,12 @@ def test_panels(tmp_path, figures, refuses):
     fig = figures(*paths)["length_tau1_K16_d8_L64_M4-8-16.png"]
     assert [ax.get_title() for ax in fig.axes] == ["M = 4", "M = 8", "M = 16"]
     assert fig.get_suptitle().replace("\n", " ").replace("\u00a0", " ") == (
-        "Above 0.95 from 64 tokens on: rope; in part: mamba (1 of 3)")
+        "At least 0.95 from 64 tokens on: rope; in part: mamba (1 of 3)")
     fig = figures(*paths, "--panels", "model")["length_by_model_tau1_K16_d8_L64_M4-8-16.png"]
     assert [ax.get_title() for ax in fig.axes] == ["rope", "mamba"]
     assert texts(fig.axes[1])[2:] == ["M = 4", "M = 8", "M = 16"]
     title = fig.get_suptitle().replace("\u00a0", " ")
-    assert title == "Above 0.95 from 64 tokens on: rope; in part: mamba (1 of 3)"
+    assert title == "At least 0.95 from 64 tokens on: rope; in part: mamba (1 of 3)"
     paths += [write(tmp_path, "rope", M=4, train_lengths="uniform")]
     drawn = figures(*paths, "--panels", "train-lengths", "M")
     fig = drawn["length_by_train_lengths-M_tau1_K16_d8_L64_M4-8-16.png"]

@@ -49,7 +49,7 @@ def test_each_training_length_has_its_own_range(tmp_path, figures):  # noqa: F81
     paths = [write(tmp_path, model, L=L) for L in (8, 16, 128) for model in ("rope", "mamba")]
     fig = drawn(figures(*paths, "--panels", "L")["length_by_L_tau1_K16_d8_L8-16-128_M1.png"])
     assert [ax.get_xlim() for ax in fig.axes] == [(0, 24), (0, 48), (0, 384)]
-    assert fig.get_suptitle() == "Above 0.95 from L on: rope and mamba"
+    assert fig.get_suptitle() == "At least 0.95 from L on: rope and mamba"
     for ax in fig.axes:
         assert ax.get_xscale() == "linear"
         assert_apart(ticks(ax))

@@ -86,9 +86,9 @@ def test_a_title_of_rows_leaves_out_who_fails(tmp_path, figures):  # noqa: F811
     paths += [write(tmp_path, "rope", M=M, beyond=0.5 if M == 4 else None) for M in (1, 4)]
     lost = [write(tmp_path, "nope", M=M, beyond=0.5) for M in (1, 4)]
     fig, = figures(*paths, *lost, "--against", "model").values()
-    assert fig.get_suptitle() == "Above 0.95 from L to 3L: mamba; in part: rope (1\u00a0of\u00a02)"
+    assert fig.get_suptitle() == "At least 0.95 from L to 3L: mamba; in part: rope (1\u00a0of\u00a02)"
     fig, = figures(*lost, "--against", "model").values()
-    assert fig.get_suptitle() == "Above 0.95 from L to 3L: none"
+    assert fig.get_suptitle() == "At least 0.95 from L to 3L: none"
 
 
 def test_no_title_speaks_of_lengths_that_were_not_tested(tmp_path, figures):  # noqa: F811
