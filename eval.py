@@ -1,6 +1,6 @@
 """Accuracy against context length, for recall up to a million tokens.
 
-    python eval.py results/X.pt                         every length to 3L, or some if L > 256
+    python eval.py results/X.pt                         every length to 3L, if not too many
     python eval.py results/X.pt --lengths 64 1024 65536
 
 The numbers are printed and saved in results/X.json, where they replace those from as many sequences
@@ -28,12 +28,12 @@ from runs import counts_of, digest_of, load_run, read_result, write_json
 TEST_SEQUENCES = 512     # of a test during training
 SEGMENT = 4096           # a long context is read in segments of at most this many tokens
 CALL_FLOATS = 2**18      # limit on rows x tokens x d in a call; Mamba needs 1 kB for each
+SCORES_PER_FLOAT = 64    # with attention, length / 64 replaces d in this limit if it is larger
 HELD_TOKENS = 2**20      # limit on rows x context length drawn together
 CUDA_FACTOR = 16         # a GPU gets this many times both limits
-SCORES_PER_FLOAT = 64    # as many attention scores take as much memory as one of these
 NEIGHBOURS = 8           # neighbouring lengths go into this many different groups
-MOST_LENGTHS = 768       # tested after training,
-MOST_LENGTHS_ALONE = 24  # and for tasks whose lengths cannot share contexts
+EVENLY = 768             # evenly spaced lengths after training, at most,
+EVENLY_ALONE = 24        # and for tasks whose lengths cannot share contexts
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def accuracy_one_by_one(model, lengths, K, M, tau, sequences=1024, device="cpu",
 def batch_accuracy(model, tokens, labels, at):
     """Accuracy on a batch, a tensor (). The batch is split, to limit memory."""
     length, correct = tokens.shape[1], []
-    rows, _ = per_call(model, length, most=length)           # in one segment
+    rows, _ = per_call(model, length, most=length)           # a whole context is one segment
     for start in range(0, len(tokens), rows):
         part = slice(start, start + rows)
         answers = model(tokens[part], None if at is None else at[part]).argmax(-1)
@@ -100,8 +100,8 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
     for group, n in plan:
         # 1. Cut the positions into n equal parts, and put a query at a random place in each.
         longest, positions = group[-1], group[-1] - tau
-        part = torch.arange(n) + torch.rand(n, dtype=torch.float64, generator=places)        # (n,)
-        i = (part / n * positions).long().clamp(max=positions - 1).to(device)
+        u = torch.arange(n) + torch.rand(n, dtype=torch.float64, generator=places)           # (n,)
+        i = (u / n * positions).long().clamp(max=positions - 1).to(device)                   # (n,)
         correct, complete = torch.zeros(2, len(group), dtype=torch.int64, device=device)
         rows, segment = per_call(model, longest)
         for i_b in i.split(rows):
@@ -117,7 +117,7 @@ def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", 
 
 
 def groups(lengths, tau):
-    """Split lengths into groups that share their contexts -> lists of lengths, sorted.
+    """Split lengths into groups that share their contexts -> sorted lists, the longest first.
 
     The longest of a group has at most twice as many positions for the query as the shortest, so
     that at least half of the contexts are complete at any length. Lengths of a group share
@@ -134,8 +134,8 @@ def groups(lengths, tau):
 
 
 def n_contexts(group, tau, sequences):
-    """How many contexts to draw, so that at least `sequences` are complete at the shortest length;
-    a multiple of the positions, each drawn equally often, if that adds at most a quarter."""
+    """How many contexts to draw, so that at least `sequences` are complete at the shortest length.
+    If they are over four per position, the next multiple of the positions: each equally often."""
     positions = group[-1] - tau
     n = math.ceil(sequences * positions / (group[0] - tau))
     return math.ceil(n / positions) * positions if n > 4 * positions else n
@@ -161,7 +161,7 @@ def training_accuracy(model, config, generator):
     K, M, tau, L = (config[flag] for flag in ("K", "M", "tau", "L"))
     task = TASKS[config["task"]]
     batch = task(TEST_SEQUENCES, L, K, M, tau, generator.device, generator, False)
-    model.eval()                                             # a layer of yours may have dropout
+    model.eval()                                             # a layer may behave differently then
     accuracy = batch_accuracy(model, *batch)
     model.train()
     return accuracy
@@ -170,7 +170,7 @@ def training_accuracy(model, config, generator):
 def evaluate(model, config, lengths, sequences, device, seed=0, bar=False):
     """Accuracy of a run's model at these lengths, on its own task: a list like `lengths`."""
     K, M, tau, task = (config[flag] for flag in ("K", "M", "tau", "task"))
-    tokens, _, _ = TASKS[task](1, max(lengths), K, M, tau, "cpu", None, False)   # with its queries
+    tokens, _, _ = TASKS[task](1, max(lengths), K, M, tau, "cpu", None, False)   # for its length
     torch.manual_seed(seed)                                  # for rows that extend_positions adds
     model.extend_positions(tokens.shape[1])
     if task == "recall":
@@ -179,9 +179,9 @@ def evaluate(model, config, lengths, sequences, device, seed=0, bar=False):
 
 
 def lengths_to_test(L, M=1, tau=1, task="recall"):
-    """Every length from the shortest to 3L, or evenly spaced ones if those are too many."""
+    """Every length from the shortest to 3L; if too many, evenly spaced ones and `some_lengths`."""
     least = shortest(M, tau, task)
-    most = MOST_LENGTHS if task == "recall" else MOST_LENGTHS_ALONE
+    most = EVENLY if task == "recall" else EVENLY_ALONE
     apart = math.ceil((3 * L + 1 - least) / most)
     return sorted({*range(3 * L, least - 1, -apart), *some_lengths(L, least)})
 

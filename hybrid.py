@@ -13,12 +13,12 @@ a width d, and with those values of `build_layer` that its constructor names. A 
   - is causal, and gives the same result for a sequence in segments as for one call;
   - draws no random numbers, or a resumed run differs (dropout);
   - never asks for values (.item()), so that a GPU can capture it in a CUDA graph;
-  - loops over x.unbind(1), not x[:, t], whose backward pass allocates zeros like x at every t.
+  - if it loops over tokens, uses x.unbind(1): the backward pass of x[:, t] allocates zeros like x.
 
 Class attributes, False unless a layer sets them, tell the model how to treat it:
 
     takes_bias        the norm before it has a bias, because its own input projection has none
-    attends           it is attention: in its model, all these biases start random, not at 0
+    attends           it is attention: the norms' biases in its model start random, not at 0
     skips_norm        no norm comes before it: it needs none, or has its own
     needs_embedding   forward takes embedding=, the embeddings of the same tokens
     answers_last      forward takes last_only=True and then returns y of the last token, (B, 1, d)
@@ -98,13 +98,13 @@ class Model(nn.Module):
             options = {}
             if getattr(layer, "needs_embedding", False):
                 options["embedding"] = embedding
-            # Only the last layer may leave tokens out: later layers read the others' outputs.
+            # Only the last layer may leave tokens out: the outputs of the others are read.
             if last_only and i == len(self.layers) - 1 and getattr(layer, "answers_last", False):
                 options["last_only"] = True
-            returned = layer(norm(x), states[i], **options)
+            normed = norm(x)                                                     # (B, L, d)
             if "last_only" in options:
                 x = x[:, -1:]                                                    # (B, 1, d)
-            y, states[i] = checked(layer, returned, x.shape)
+            y, states[i] = checked(layer, layer(normed, states[i], **options), x.shape)
             x = x + y
         return x[:, -1:] if last_only else x, states
 
@@ -116,7 +116,7 @@ class Model(nn.Module):
         """
         x, _ = self.run_layers(tokens, last_only=at is None)                     # (B, 1 or L, d)
         if at is None:
-            return self.head(x[:, -1])
+            return self.head(x[:, -1])                                           # (B, K)
         rows = torch.arange(len(x), device=x.device)
         if at.dim() == 1:
             return self.head(x[rows, at])                                        # (B, K)
@@ -134,7 +134,7 @@ class Model(nn.Module):
 
 
 def checked(layer, returned, shape):
-    """What a layer returned, if that is y of this shape and its next state. Raises ValueError."""
+    """A layer's y and next state, if y has this shape, except for B. Raises ValueError."""
     name = type(layer).__name__
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise ValueError(f"{name} must return y and its next state")
@@ -153,7 +153,7 @@ MODELS = {
     "hybrid-a": "mamba+attention",
     "hybrid-b": "mamba+attention+mamba",
 }
-FAMILY = {  # published models: the order of their layers, not their size
+FAMILY = {  # published models, much smaller; those written 2x... without their MLPs
     "rnn": "2xrnn",
     "lti": "2xlti",
     "retention": "2xretention",
@@ -222,7 +222,7 @@ MOST_LAYERS = 256
 
 def accepts(word, name):
     """Whether the layer's constructor has this argument, and the word does not fix it."""
-    fixed = getattr(LAYERS[word], "keywords", {})    # of a partial, whose signature still has them
+    fixed = getattr(LAYERS[word], "keywords", {})    # a partial's signature still has them
     return name in inspect.signature(LAYERS[word]).parameters and name not in fixed
 
 
@@ -264,7 +264,7 @@ def layer_words(name):
 def build_model(name, K=16, d=8, L=64, n_heads=1, d_state=16, learn_embedding=False):
     """Build a model from its name or stack. L is the training length.
 
-    Raises ValueError for an unknown name, or an option that a layer cannot take.
+    Raises ValueError for an unknown name, or an option that no layer takes or that one rejects.
     """
     if min(K, d, L, n_heads, d_state) < 1:
         raise ValueError("K, d, L, n_heads and d_state must be at least 1")
@@ -295,6 +295,6 @@ def state_bytes(model, tokens):
 
 
 if __name__ == "__main__":
-    print(f"{'--model':<15}{'parameters':>10}   layers, first layer first (d = 8)")
+    print(f"{'--model, d = 8':<15}{'parameters':>10}   layers, first layer first")
     for name, stack in {**MODELS, **FAMILY}.items():
         print(f"{name:<15}{build_model(name).n_params():>10,}   {stack}")

@@ -25,7 +25,7 @@ from hybrid import build_model
 from output import digest_of, remove, say, write_file
 from summary import DEFAULTS, GRID, defaults_at
 
-# The least values of the flags that are whole numbers.
+# The minimum of each flag that is a whole number.
 LEAST = dict(d=1, L=1, K=1, M=1, tau=1, n_heads=1, d_state=1, batch_size=1, steps=1, seed=0)
 
 
@@ -68,8 +68,9 @@ def is_number(value):
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def check(config):
-    """Raise a ValueError of one sentence if a run with this config cannot work."""
+def check(config, training=True):
+    """Raise a ValueError of one sentence if a run with this config cannot work. training: whether
+    its model will be trained; a test takes less memory."""
     for flag, least in LEAST.items():
         value, word = config[flag], flag.replace("_", "-")
         if type(value) is not int or not least <= value < 2**30:
@@ -89,7 +90,7 @@ def check(config):
     check_task(config["L"], config["K"], config["M"], config["tau"], config["task"])
     if config["task"] != "recall" and config["train_lengths"] != "fixed":
         raise ValueError(f"--train-lengths is uniform, but --task {config['task']} has one length")
-    check_model(config)
+    check_model(config, training)
     K, M, tau, task = (config[flag] for flag in ("K", "M", "tau", "task"))
     for length in (shortest(M, tau, task), config["L"], 3 * config["L"]):     # tests go to 3 L
         try:
@@ -98,17 +99,18 @@ def check(config):
                 if v.dtype != torch.int64 or v.min() < 0 or v.max() >= K:
                     raise ValueError(f"tokens and labels must be int64, from 0 to {K - 1}")
         except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"--task {task} fails with {length} context tokens ({error}); what it "
-                             "returns, and where its limits go, is said in data.py") from None
+            raise ValueError(f"--task {task} fails with {length} context tokens ({error}); data.py "
+                             "says what it must return, and where its limits go") from None
 
 
-def check_model(config):
+def check_model(config, training):
     """Raise a ValueError if the model cannot be built, because of its layers, heads or options, or
     if a run certainly needs more memory than there is."""
     available = memory(config.get("device"))
     # A lower bound: the embedding table in float64, which numpy makes even for a model on "meta",
-    # and eight float32 activations per token, channel and layer.
-    activations = 32 * config["batch_size"] * config["L"] * config["d"]
+    # and about eight float32 activations per token, channel and layer.
+    batch_size = config["batch_size"] if training else 1
+    activations = 32 * batch_size * config["L"] * config["d"]
     needed = 8 * config["K"] * config["d"] + activations
     # Tensors on "meta" take no memory, but computing with them imports torch's compiler, which
     # takes a second. So small models are built for real.
@@ -156,9 +158,9 @@ def commit():
         return "unknown"
 
 
-@functools.cache     # the code that this process runs, even if a file is edited meanwhile
+@functools.cache     # a file that is edited during a run does not count
 def code_digest():
-    """The SHA-256 of the source files of models and training."""
+    """The SHA-256 of all source files, those of family/ too."""
     folder = glob.escape(os.path.dirname(os.path.abspath(__file__)))
     paths = sorted(glob.glob(f"{folder}/*.py") + glob.glob(f"{folder}/family/*.py"))
     return hashlib.sha256(str([digest_of(path) for path in paths]).encode()).hexdigest()
@@ -188,7 +190,7 @@ def load_run(path, device="cpu"):
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             config, weights = {**DEFAULTS, **checkpoint["config"]}, checkpoint["model"]
-        check({**config, "device": str(device)})
+        check({**config, "device": str(device)}, training=False)
     except ValueError as error:                              # of check
         reason = str(error).split("; ")[0]                   # without the list of layers
         raise ValueError(f"{path} cannot be loaded: {reason}") from None
@@ -204,7 +206,7 @@ def load_run(path, device="cpu"):
 
 
 def counts_of(evaluation):
-    """Sequences at each length of an eval section: a list, or one number if all are the same."""
+    """The number of sequences at each length: a list, even if the eval section has one for all."""
     counts = evaluation["sequences"]
     return counts if isinstance(counts, list) else [counts] * len(evaluation["length"])
 
@@ -241,7 +243,8 @@ def set_states(kept, states):
         if isinstance(part, torch.Generator):
             part.set_state(states[name].cpu())
         elif isinstance(part, torch.optim.Optimizer):
-            groups = part.param_groups       # load_state_dict copies them; train_one sets this lr
+            # load_state_dict replaces the tensor lr, which train_one sets and a graph reads.
+            groups = part.param_groups
             part.load_state_dict(states[name])
             part.param_groups = groups
         else:
@@ -249,10 +252,8 @@ def set_states(kept, states):
 
 
 def save_progress(path, kept, step, curves, seconds):
-    """Write what an unfinished run needs to continue, after a checksum. A full disk is no failure.
-
-    kept: {name: model, optimizer or generator}, whose states are saved.
-    """
+    """Save an unfinished run, so that it can continue, after a checksum. If the disk is full, the
+    run goes on. kept: {name: model, optimizer or generator}, whose states are saved."""
     buffer = io.BytesIO()
     states = {name: state_of(part) for name, part in kept.items()}
     torch.save({"code": code_digest(), "step": step, "curves": curves, "seconds": seconds,

@@ -31,14 +31,14 @@ from summary import DEFAULTS, GRID, SOLVED
 WARMUP = 400             # steps in which the learning rate rises
 BETAS = (0.9, 0.98)      # of AdamW
 CLIP = 0.2               # maximum norm of the gradient
-TESTS = 200              # in a long run; in a short one, fewer
-STEPS_APART = 10         # minimum between two tests, if --steps is at least 200
+TESTS = 200              # about so many in a run of 2,000 steps or more,
+STEPS_APART = 10         # in a shorter one a test every 10 steps, or 20 in all if that is more
 SOLVED_TESTS = 3         # a task is solved when this many tests in a row reach SOLVED
 COOLDOWN_SHARE = 1 / 5   # the learning rate falls over this share of a run, or over
 COOLDOWN_STEPS = 1000    # so many steps if that is more, but at most over a quarter of the run
 EVAL_SEQUENCES = 1024    # of each length, after training
 STATE_TOKENS = 64, 4096  # contexts after which the size of the state is reported
-SAVE_SECONDS = 5         # between saves of an unfinished run
+SAVE_SECONDS = 5         # at least, between saves of an unfinished run
 
 
 def parse(argv):
@@ -52,8 +52,8 @@ def parse(argv):
         help=f"* {', '.join([*MODELS, *FAMILY])}; or a stack such as mamba+attention, of "
              f"{', '.join(LAYERS)} (default: rope)")
     add("--d", **several, help="* width (default: 8)")
-    add("--n-heads", type=int, metavar="N", help="heads of an attention layer (default: 1)")
-    add("--d-state", type=int, metavar="N", help="states per channel of Mamba (default: 16)")
+    add("--n-heads", type=int, metavar="N", help="heads, in layers that have them (default: 1)")
+    add("--d-state", type=int, metavar="N", help="size of the state, likewise (default: 16)")
     add("--learn-embedding", action="store_true", help="train the embedding table too")
 
     add = parser.add_argument_group("the task").add_argument
@@ -107,7 +107,8 @@ def solved_at(curves, tests=SOLVED_TESTS):
 
 
 def last_step(curves, config):
-    """Where a run ends: at --steps or, solved at step s, at s + 1,000 or 5/4 s, whichever is later.
+    """Where a run ends: at --steps, but with --stop-early, if it is solved at step s, at s + 1,000
+    or 5/4 s, whichever is later.
 
     So the learning rate falls only after s, unless the fall at the end of --steps has begun.
     """
@@ -118,7 +119,7 @@ def last_step(curves, config):
 
 
 def make_optimizer(model, config, device):
-    """AdamW, with weight decay for all matrices but A_log (a fixed embedding has no gradient)."""
+    """AdamW. Parameters of two or more dimensions decay, except A_log, which sets time scales."""
     decayed, others = [], []
     for name, p in model.named_parameters():
         group = decayed if p.dim() > 1 and not name.endswith("A_log") else others
@@ -130,7 +131,7 @@ def make_optimizer(model, config, device):
 
 
 def make_training_step(model, optimizer, config, generator):
-    """-> training_step, and the functions to call it with: gpu.Captured may compile these three."""
+    """-> training_step and its arguments: three functions, so that gpu.py can compile each."""
     B, L, K, M, tau = (config[flag] for flag in ("batch_size", "L", "K", "M", "tau"))
     uniform, device = config["train_lengths"] == "uniform", generator.device
 
@@ -153,7 +154,7 @@ def make_training_step(model, optimizer, config, generator):
 def train_one(config, path, title="", runs_left=0):
     """Train one model, test it, and write path.pt and path.json.
 
-    title: prefix of every printed line; runs_left: how many runs with its shapes follow. Raises
+    title: prefix of its lines of progress; runs_left: how many runs with its shapes follow. Raises
     FloatingPointError if the loss becomes NaN or infinite, OSError if the result cannot be written.
     """
     device, steps = torch.device(config["device"]), config["steps"]
@@ -176,7 +177,6 @@ def train_one(config, path, title="", runs_left=0):
     next_test = gpu.Captured("test", lambda model: training_accuracy(model, config, test_draws),
                              [model], test_draws, config)
 
-    # Tests are 10 steps apart or more; runs of 20 to 199 steps have 20 to 39 of them.
     every = max(1, steps // TESTS, min(STEPS_APART, steps // 20))
     last = last_step(curves, config)
     began = saved_at = time.monotonic()

@@ -326,6 +326,15 @@ def test_crafted_checkpoints_are_refused_in_one_sentence(change, checkpoint, ref
     assert time.monotonic() - began < 5
 
 
+def test_a_model_too_large_to_train_here_can_be_tested(checkpoint, monkeypatch):
+    path = str(checkpoint(change_config(batch_size=1000)))
+    config = torch.load(path)["config"]
+    monkeypatch.setattr(runs, "memory", lambda device: 10**6)
+    with pytest.raises(ValueError, match="more than 0.0 GiB"):
+        runs.check(config)
+    assert runs.load_run(path)[1]["batch_size"] == 1000
+
+
 @pytest.mark.parametrize("flag, value", [("L", 8.0), ("L", "8"), ("M", True), ("seed", -1)])
 def test_a_number_that_is_not_whole_is_named(flag, value, checkpoint, refuses):
     error = refuses(evaluation.main, [checkpoint(change_config(**{flag: value}))])
