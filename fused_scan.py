@@ -7,9 +7,9 @@ state of the one before. `two_chunks` shows how all can run at once nevertheless
     2. start of the next chunk = exp(A sum of dt) start + end               one after another
     3. run every chunk again, from its true start                           all at once
 
-Step 2 is the recurrence again, with one step per chunk; across chunks, it alone is serial. More
-than 32 chunks are cut in the same way, into groups. Blelloch's prefix sum (1990) has groups of two:
-2 log2(L) levels, all L states in memory. Here only starts and ends of chunks leave registers.
+Step 2 is the recurrence again, with one step per chunk; across chunks, it alone is serial. Its loop
+is unrolled, so more than 32 chunks are cut in the same way, into groups of 16. Blelloch's prefix
+sum (1990) has groups of two, all L states in memory; compiled, ours stores none within a chunk.
 
     symbol      shape            meaning
     c, T                         chunks; steps per chunk
@@ -66,14 +66,14 @@ def _groups(v):        # (b, c, ...) -> (b, groups, chunks, ...)
     return split(v, ONE_GROUP if v.shape[1] <= ONE_GROUP else GROUP_CHUNKS)
 
 
-def _stored(x, A):     # the dtype of starts, carries and parts of dA in memory
+def _stored(x, A):     # dtype of starts, carries and parts of dA in memory
     return x.dtype if x.dtype == torch.bfloat16 else A.dtype
 
 
 # ---- Inside a chunk ------------------------------------------------------------------------------
-# Each function from _spans on becomes a kernel, its loop over steps unrolled. A kernel sums over
-# states (dx, ddt) or channels: backwards for dB, which needs g, forwards for dC, which needs h. So
-# step 3 of the gradient takes three. Rules 1 to 5 are those of mamba.py, section 3.
+# Compiled, each function from _spans on is a kernel, its loop over steps unrolled. Step 3 of the
+# gradient takes three: dx, ddt and dA need g and h_{t-1}, dx and ddt sum over states; dB (of g,
+# backwards) and dC (of h, forwards) sum over channels. Rules 1 to 5: mamba.py, section 3.
 
 def _decay(dt, A):     # exp(dt A) for one step's dt (b, c, D): (b, c, D, N)
     return torch.exp2(dt[..., None] * (A * math.log2(math.e)))     # with exp, a fifth slower
@@ -103,9 +103,9 @@ def _ends_forward(x, dt, A, B):
     return h
 
 
-def _outputs(x, dt, A, B, C, h):
-    """y (b, c, T, D), from every chunk's start h."""
-    y = []
+def _outputs(x, dt, A, B, C, start):
+    """y (b, c, T, D), from every chunk's start."""
+    h, y = start, []
     for t in range(x.shape[2]):
         h = _next_state(h, t, x, dt, A, B)
         y.append((h * C[:, :, t, None]).sum(-1).to(x.dtype))             # (b, c, D)
@@ -120,14 +120,14 @@ def _ends_backward(dt, A, C, dy):
     return carry.to(_stored(dy, A))
 
 
-def _gradients_x_dt_A(x, dt, A, B, C, dy, h, carries):
+def _gradients_x_dt_A(x, dt, A, B, C, dy, start, carries):
     """dx and ddt (b, c, T, D). Each chunk's part of dA overwrites the argument `carries`."""
-    h_before = [h]
+    h_before = [start]
     for t in range(x.shape[2] - 1):
         h_before.append(_next_state(h_before[t], t, x, dt, A, B))
     dx, ddt, dA, carry = [], [], 0.0, carries
     for t in reversed(range(x.shape[2])):
-        g, carry = _step_back(carry, t, dt, A, C, dy)                    # (b, c, D, N)
+        g, carry = _step_back(carry, t, dt, A, C, dy)                    # g_t and a_t g_t
         du = (g * B[:, :, t, None]).sum(-1)                              # (b, c, D), rule 2
         d_dtA = carry * h_before[t]                                      # (b, c, D, N), rule 3
         dx.append((du * dt[:, :, t]).to(x.dtype))                        # rule 5
@@ -143,12 +143,12 @@ def _gradient_B(x, dt, A, B, C, dy, carry):
     for t in reversed(range(x.shape[2])):
         g, carry = _step_back(carry, t, dt, A, C, dy)                    # (b, c, D, N)
         dB.append((g * u[:, :, t, :, None]).sum(-2))                     # (b, c, N), rule 2
-    return torch.stack(dB[::-1], dim=2).to(B.dtype)    # in the loop: states would be stored
+    return torch.stack(dB[::-1], dim=2).to(B.dtype)    # a cast in the loop would store states
 
 
-def _gradient_C(x, dt, A, B, C, dy, h):
+def _gradient_C(x, dt, A, B, C, dy, start):
     """A sum over channels, (b, c, T, N), in the dtype of C."""
-    dC = []
+    h, dC = start, []
     for t in range(x.shape[2]):
         h = _next_state(h, t, x, dt, A, B)
         dC.append((h * dy[:, :, t, :, None]).sum(-2))                    # (b, c, N), rule 4
@@ -160,8 +160,8 @@ def _sum_of_chunks(v, A):    # compiled, up to twice as fast as torch's own, and
 
 
 # ---- Across chunks -------------------------------------------------------------------------------
-# The backward pass goes from last chunk to first, with the carry a_t g_t for h_t (see mamba.py): a
-# chunk's "end" is the gradient of its start, its "start" the carry that arrives at its last step.
+# The backward pass goes from last chunk to first. There, a chunk's "end" is the gradient of its
+# start from its own outputs, a_1 g_1, and its "start" the carry that arrives at its last step.
 
 def _chunk_starts(span, A, ends, h, dtype, backwards):
     """From the groups' starts h (b, groups, D, N), None for zero -> every chunk's start, in dtype,
@@ -175,7 +175,7 @@ def _chunk_starts(span, A, ends, h, dtype, backwards):
     for k in reversed(range(n)) if backwards else range(n):
         starts[k] = h.to(dtype)                                          # (b, groups, D, N)
         h = _decay(span[:, :, k], A) * h + ends[:, :, k]
-    if n == 8 and dtype != A.dtype:      # torch 2.11 rounds 9 starts in this kernel, 8 in another
+    if n == 8 and dtype != A.dtype:      # a 9th, dropped: torch 2.11 rounds 9 here, 8 in another
         starts.append(h.to(dtype))
     return torch.stack(starts, dim=2)[:, :, :n].flatten(1, 2)[:, :c], h
 
@@ -200,7 +200,7 @@ def _across(span, A, ends, h, dtype, backwards, compiled):
 # ---- Compiled kernels ----------------------------------------------------------------------------
 
 def compile_each_shape(function, options):
-    """torch.compile, anew for every shape that the function meets, up to 10^4 of them."""
+    """torch.compile, anew for each shape, up to 10^4: a limit set for the whole process."""
     config = torch._dynamo.config
     config.recompile_limit = config.accumulated_recompile_limit = 10**4
     return torch.compile(function, dynamic=False, options=options)
@@ -215,7 +215,7 @@ def _kernel(function, compiled, summands=math.inf):
         # _chunk_starts ran out of registers at 32 chunks in bfloat16: 98 us, not 8.
         "triton.autotune_pointwise": function is _chunk_starts,
         "triton.max_tiles": 1,                 # 2-d tiles grew too large for the registers
-        "deterministic": summands <= 16})      # if so, guess them: as fast, in half the time
+        "deterministic": summands <= 16})      # no timing for short sums: half the compile time
 
 
 # ---- The scan ------------------------------------------------------------------------------------
@@ -232,10 +232,10 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor | No
 @torch.library.custom_op("mamba::scan_backward", mutates_args=())
 def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor,
                    dy: Tensor, dh: Tensor | None, compiled: bool) -> list[Tensor]:
-    """-> the gradients of x, dt, A, B, C and h. The order, and each `del`, saves memory."""
+    """-> the gradients of x, dt, A, B, C, h. dB reads carries before parts of dA overwrite them."""
     ends, span = _kernel(_ends_backward, compiled)(dt, A, C, dy), _kernel(_spans, compiled)(dt, A)
     carries, dh0 = _across(span, A, ends, dh, ends.dtype, backwards=True, compiled=compiled)
-    del ends, span
+    del ends, span                   # each del saves memory, and so does computing dC last
     dB = _kernel(_gradient_B, compiled, A.shape[0])(x, dt, A, B, C, dy, carries)
     dx, ddt = _kernel(_gradients_x_dt_A, compiled, A.shape[1])(x, dt, A, B, C, dy, starts, carries)
     dA = _kernel(_sum_of_chunks, compiled)(carries, A)     # carries have become the parts of dA
@@ -246,7 +246,7 @@ def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start
 
 @_scan.register_fake
 def _(x, dt, A, B, C, h, compiled):
-    ends = A.new_empty(*x.shape[:2], *A.shape)       # (b, c, D, N); the strides of starts vary
+    ends = A.new_empty(*x.shape[:2], *A.shape)       # (b, c, D, N); starts can be a slice of more
     starts, _ = _chunk_starts(ends[..., 0], A, ends, None, _stored(x, A), backwards=False)
     return x.new_empty(x.shape), A.new_empty(len(x), *A.shape), starts
 
@@ -256,13 +256,13 @@ def _(x, dt, A, B, C, starts, dy, dh, compiled):
     return [v.new_empty(v.shape) for v in (x, dt, A, B, C)] + [A.new_empty(x.shape[0], *A.shape)]
 
 
-def _save(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     *arguments, _, ctx.compiled = inputs
     ctx.set_materialize_grads(False)       # no zeros for results that have no gradient
-    ctx.save_for_backward(*arguments, output[2])
+    ctx.save_for_backward(*arguments, output[2])     # the starts; other states are recomputed
 
 
-def _gradients(ctx, dy, dh, d_starts):
+def _backward(ctx, dy, dh, d_starts):
     if torch.is_grad_enabled():            # create_graph
         raise RuntimeError("the fused scan has no second derivative; selective_scan_ref has one")
     dy = torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy
@@ -270,7 +270,7 @@ def _gradients(ctx, dy, dh, d_starts):
     return *gradients, (dh0 if ctx.needs_input_grad[5] else None), None
 
 
-_scan.register_autograd(_gradients, setup_context=_save)
+_scan.register_autograd(_backward, setup_context=_setup_context)
 
 
 @contextlib.contextmanager
@@ -285,14 +285,14 @@ def compiled_scan(on):
 
 
 def parallel_scan(x, dt, A, B, C, h=None):
-    """mamba.selective_scan_ref: the same arguments and results, with A and h at least float32. Its
-    kernels are compiled as compiled_scan says, or else on CUDA while gradients are enabled."""
+    """mamba.selective_scan_ref, for A and h at least float32; y has the dtype of x, states that of
+    A. Kernels are compiled as compiled_scan says, or else on CUDA while gradients are enabled."""
     compiled = _compiled if _compiled is not None else x.is_cuda and torch.is_grad_enabled()
     check_shapes(x, dt, A, B, C, h)
     if x.numel() == 0:
         return x.clone(), A.new_zeros(len(x), *A.shape) if h is None else h
     # Cut outside the scan's kernels: padding inside them made their loads twice as slow.
-    # Uncompiled, each step launches kernels. So chunks are shorter, if that makes at most 16.
+    # Uncompiled, each step launches kernels: shorter chunks, if that makes at most 16 of them.
     steps = CHUNK_STEPS if x.shape[1] < LONG else 2 * CHUNK_STEPS
     steps = steps if compiled else min(steps, -(-x.shape[1] // GROUP_CHUNKS))
     x_k, dt_k, B_k, C_k = (split(v, steps) for v in (x, dt, B, C))       # (b, c, T, D or N)

@@ -9,7 +9,7 @@ decays, what is written and what is read; that is why the state space model is c
     D, N                  channels (d_inner in the layer); states, the numbers that a channel keeps
     x        (b, L, D)    input of the recurrence
     dt       (b, L, D)    step size, positive: a large one forgets more of the past and writes more
-    A        (D, N)       decay rates, negative; the decay depends on the token through dt alone
+    A        (D, N)       minus the decay rates; the decay depends on the token through dt alone
     B        (b, L, N)    how a token is written to the N states, a key; the same in all channels
     C        (b, L, N)    how the N states are read, a query; also the same in all channels
     h        (b, D, N)    all states together, "the state"
@@ -31,7 +31,7 @@ from fused_scan import check_shapes, parallel_scan
 # ---- 1. The recurrence ---------------------------------------------------------------------------
 #
 # A linear state space model maps a signal x(t), one number at each time, to a signal y(t), through
-# a state h(t) of N numbers, with A diagonal:
+# a state h(t) of N numbers. A is diagonal, so it acts on each of them alone:
 #
 #     h'(t) = A h(t) + B x(t)         y(t) = C h(t)
 #
@@ -61,7 +61,8 @@ from fused_scan import check_shapes, parallel_scan
 #
 #     sum over n of C_t[n] B_s[n] exp(A[i,n] (dt_{s+1}[i] + ... + dt_t[i]))
 #
-# So dt x is a value, B a key, C a query, and what was written fades with time.
+# So dt x is a value, B a key, C a query, and what was written fades with time. Each channel has
+# weights of its own, which can be negative and need not sum to 1.
 #
 # With dt near 0 a token leaves the state alone: nothing decays, nothing is written. With a large dt
 # the past is erased, and h becomes dt B x of this token alone.
@@ -73,7 +74,7 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
     step, None for zero. It computes in the dtype of its arguments.
     Returns y (b, L, D) and the state after the last step (b, D, N).
 
-    With L = 1 it is the decode step. mamba_ssm's version adds a skip, a gate and a softplus.
+    With L = 1 it is the decode step.
     """
     check_shapes(x, dt, A, B, C, h)
     if h is None:
@@ -94,6 +95,7 @@ class CausalConv1d(nn.Conv1d):
 
     Without it, x, dt, B and C would see the layer's input at one token alone. In recall (data.py) a
     value is to be written under its key, an earlier token: B must see the key while x is the value.
+    Each channel has its own filter, so some can pass the key on and others the token itself.
     The sum is written as shifted products, which a compiler can fuse with the layer around it.
     """
 
@@ -141,14 +143,15 @@ class Mamba(nn.Module):
     token to its dt, None for ceil(d_model / 16). Parameters have the names, shapes and initial
     distributions of mamba_ssm.Mamba with its default arguments; state dicts fit both.
 
-    in_proj has no bias, so that state dicts fit. In front of attention, that can hurt recall. There
-    the layer tells each token which one came before, and what it tells is multiplied by SiLU(z). In
-    the first layer z is linear in the token's own embedding, up to a positive factor from the norm.
-    Our 16 embeddings at d_model = 8 do not lie on one side of any plane through 0, so every channel
-    has z <= 0 at some tokens, where SiLU(z) is between -0.28 and 0 and lets little through: no
-    single channel can serve all tokens. This may be why Mamba before attention learned 16 queries
-    in 0 of 12 runs, but in 3 of 3 with a bias in the norm before it (report/README.md, appendix on
-    defaults). `takes_bias` asks hybrid.Model for that bias, which gives x and z a constant part.
+    in_proj has no bias, so that state dicts fit. That can hurt recall (data.py) in a layer before
+    attention, which has to tell each token which one came before. Its message is multiplied by
+    SiLU(z), where z is linear in the token's own embedding, up to a positive factor from the norm.
+    Our 16 fixed embeddings at d_model = 8 do not lie on one side of any plane through 0. So every
+    channel has z <= 0 at some tokens, where SiLU(z), between -0.28 and 0, weakens the message and
+    turns its sign: it takes at least two channels, with opposite z. This may be why Mamba before
+    attention learned 16 queries in 0 of 12 runs, but in 3 of 3 with a bias in the norm before it
+    (report/README.md, appendix on defaults). `takes_bias` asks hybrid.Model for that bias, which
+    gives x and z a constant part.
     """
 
     takes_bias = True
@@ -204,8 +207,8 @@ class Mamba(nn.Module):
 # The loop of selective_scan_ref is slow: it makes a dozen small calls per step, and autograd stores
 # each step's decay and state. With the decays a = exp(dt A) and the inputs u = dt x, only
 # h_t = a_t h_{t-1} + u_t B_t has to run step by step, with one call per step. All else is computed
-# for a chunk of T steps at once; a small chunk fits in the CPU's cache. The backward pass needs the
-# arguments and the state before each chunk, which is N / T times the memory of x.
+# for a chunk of T steps at once; a small chunk fits in the CPU's cache. The backward pass gets the
+# arguments, with time first, and the state before each chunk: N / T times the memory of x.
 #
 # The gradient. dx is the gradient of the loss with respect to x, and so on (that of the step size
 # dt is ddt); that of h is called g. Indices are left out: C_t dy_t is C_t[n] dy_t[i], for every
@@ -275,8 +278,8 @@ class ChunkedScan(torch.autograd.Function):
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
             # For dt A between -104 and -87, say dt = 6 and A = -16, exp gives denormal floats,
             # which take a CPU 10 to 50 times as long. So both passes clamp at -80: a decay of 2e-35
-            # is effectively 0, and a h and a g are rarely denormal. A trained model runs up to
-            # twice as fast. The other forms do not clamp.
+            # is effectively 0, and so is d(dt A), a multiple of it; a_t h and a_t g are rarely
+            # denormal. A trained model runs up to twice as fast. The other forms do not clamp.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)         # h_k is u_t B_t, and after _recur h_t
             h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs
@@ -353,7 +356,7 @@ def chunked_scan(x, dt, A, B, C, h=None):
 #     one step or none          selective_scan_ref: there is nothing to cut into chunks
 #     CUDA, torch.compile       parallel_scan (fused_scan.py): all chunks at once. A compiler takes
 #                               it as one operator; it would unroll the loops of the other forms
-#     CPU, MPS                  chunked_scan: each chunk once, small enough for the CPU's cache
+#     CPU, MPS                  chunked_scan: one chunk after another, small enough for a cache
 #
 # The fast forms have no second derivative: backward with create_graph=True raises a RuntimeError.
 # Call selective_scan_ref or, for Mamba layers, set mamba.selective_scan = mamba.selective_scan_ref.

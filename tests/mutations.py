@@ -110,7 +110,7 @@ RUNS = [
      "if flag in (\"task\", \"lr\") or value == default:"),
     ("in defaults_at(config[\"d\"]).items()", "in DEFAULTS.items()"),
     ("    except torch.OutOfMemoryError:  ", "    except KeyError:  "),
-    ("    check_model(config)\n", "    pass\n"),
+    ("    check_model(config, training)\n", "    pass\n"),
     ("type(value) is not int", "not isinstance(value, (int, float))"),
 ]
 
