@@ -32,7 +32,8 @@ import torch.nn.functional as F
 
 
 class KVCache(NamedTuple):
-    """The state of attention: keys, already rotated, and values of all tokens so far."""
+    """The state of attention: keys, already rotated, and values of all tokens so far. (In
+    SlidingWindow: of the last, and not rotated.)"""
     k: torch.Tensor      # (B, H, S, P)
     v: torch.Tensor      # (B, H, S, P)
 

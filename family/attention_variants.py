@@ -1,6 +1,6 @@
 """Variants of attention: a sliding window, shared keys and values, other rotary angles.
 
-    SlidingWindow       a query sees the last `window` tokens only: the cache has a fixed size
+    SlidingWindow       a query sees the last `window` tokens only: the cache stops growing
     GroupedAttention    several query heads share a head of keys and values: a smaller cache
     RotaryVariant       rotary positions with faster or slower angles, or for some channels only
 
@@ -41,8 +41,9 @@ class SlidingWindow(Attention):
         q, k, v = self.heads(self.qkv(x))
         k, v = append_to_cache(state, k, v)                              # (B, H, S+L, P)
         length = k.shape[2]
-        S = length - x.shape[1]                      # tokens in the cache
+        S = length - x.shape[1]                      # tokens in the old cache
         first = max(0, length - self.window + 1)     # the next query sees window - 1 before itself
+        # Copies: views would keep all keys and values in memory.
         cache = KVCache(k[:, :, first:].clone(), v[:, :, first:].clone())
         if self.position == "rope":
             q, k = self.rotate(q, S), self.rotate(k, 0)
@@ -54,7 +55,7 @@ class SlidingWindow(Attention):
 
 class GroupedAttention(Attention):
     """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245): each of the G = kv_heads
-    heads of keys and values serves H / G query heads, and only they are cached."""
+    heads of keys and values serves H / G query heads. The cache holds G heads, not H."""
 
     def __init__(self, d_model, n_heads, kv_heads, position="none"):
         nn.Module.__init__(self)       # not Attention's, which would draw a qkv of another size

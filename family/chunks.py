@@ -1,9 +1,9 @@
 """Helpers of the chunked forms of recurrences.
 
-All of them have the same four steps: (1) in each chunk, attention over all pairs of its steps, as
-if the chunk started from zero; (2) the state at its end, had it started from zero; (3) a recurrence
-from chunk to chunk, which gives its true first state; (4) what that state adds to its outputs. (The
-delta rule solves a triangular system first.) The decay between two steps is the exp of a difference
+Those of Mamba-2 and Mamba-3 have four steps: (1) in each chunk, attention over all pairs of its
+steps, as if the chunk started from zero; (2) the state at its end, had it started from zero; (3) a
+recurrence from chunk to chunk, which gives its true first state; (4) what that state adds to its
+outputs. (deltanet.py has others.) The decay between two steps is the exp of a difference
 of running sums of log decays. `fused_scan.split` cuts a sequence into equal chunks and fills up the
 last one with zeros, which write nothing and do not decay: the state is kept. Last come the checks
 that the files of family/ print.
@@ -21,8 +21,9 @@ def set_nan_aside(*inputs):
     In a recurrence, a NaN reaches only its own output and later ones. A chunk's matmul multiplies
     later tokens by 0 instead of leaving them out, and 0 times NaN is NaN: earlier outputs would be
     spoiled, too. So a chunked form computes with finite numbers only, and at the end adds
-    nan.cumsum(1) to its outputs and nan.sum(1) to its last state, in all heads and channels. C and
-    q enter their own token's output only, so they can stay.
+    nan.cumsum(1) to its outputs and nan.sum(1) to its last state, in all heads and channels, also
+    in those that the recurrence would leave finite. C and q enter their own token's output only, so
+    they can stay.
     """
     finite, nan = [], 0.0
     for v in inputs:
@@ -91,13 +92,13 @@ class AcrossChunks(torch.autograd.Function):
 # ---- Demos ---------------------------------------------------------------------------------------
 
 def difference(y, exact):
-    """The relative difference of y, as text."""
+    """The relative difference between y and exact, as text."""
     return f"difference {(y - exact).norm() / exact.norm():.0e}"
 
 
 def show_agreement(recurrence, chunked, inputs):
     """Print the times of both forms, (*inputs) -> y, state, and the difference of their y. Returns
-    that of the recurrence."""
+    the y of the recurrence."""
     torch.set_num_threads(1)     # for operations this small, two threads can be far slower
     chunked(*inputs)                                                     # warms up
     times = [time.perf_counter()]
@@ -111,7 +112,7 @@ def show_agreement(recurrence, chunked, inputs):
 
 
 def show_steps(layer, x, name=None):
-    """Print the times of one call of a layer and of a call for each token of x (b, L, d), and the
+    """Run a layer on x (b, L, d) in one call, then token by token. Print both times and the
     difference of the outputs. name: None for that of the layer's class."""
     torch.set_num_threads(1)     # for operations this small, two threads can be far slower
     layer(x)                                                             # warms up

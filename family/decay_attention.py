@@ -12,7 +12,7 @@ at most 0, to the key's score:
     forgetting    log f_t = log sigmoid(W x_t + b)      each token sets how much the past decays, as
                                                         dt does in Mamba
 
-Neither has a position encoding: order comes from the decay and from the causal mask.
+No position is added to the tokens or rotates q and k: order comes from the decay and the mask.
 
     symbol   meaning
     B, L     sequences in the batch, tokens in this call
@@ -47,7 +47,7 @@ def decay_attention_ref(layer, x):
                 decay = log_f[:, h, s + 1:t + 1].sum(-1)                 # (B,)
                 scores.append(product / math.sqrt(q.shape[-1]) + decay)
             w = torch.softmax(torch.stack(scores, dim=-1), dim=-1)       # (B, t + 1)
-            y[:, t, h] = (w[..., None] * v[:, :t + 1, h]).sum(1)
+            y[:, t, h] = (w[..., None] * v[:, :t + 1, h]).sum(1)         # (B, P)
     return layer.out_proj(y.flatten(2))
 
 
@@ -63,10 +63,10 @@ class DecayAttention(nn.Module):
 
     decay: "alibi" or "forgetting". Left out of FoX: its "Pro" block (output gate and norm, norm of
     q and k, a mix of neighbouring keys and values). Differs: q, k and v have biases, as in
-    attention.py.
+    attention.py; slopes follow one formula for any H.
     """
 
-    attends = answers_last = True
+    attends = answers_last = True        # hybrid.py explains both
 
     def __init__(self, d_model, n_heads=1, decay="forgetting"):
         super().__init__()
@@ -102,7 +102,7 @@ class DecayAttention(nn.Module):
 
         # sums: log f summed from the start of the segment. log f_{s+1} + ... + log f_t is sums_t -
         # sums_s, so query t adds sums_t and key s adds offset_s = -sums_s. For a key of an earlier
-        # segment, offset is log f_{s+1} + ... to the end of that segment, and sums_t completes it.
+        # call, offset is log f_{s+1} + ... to the end of the last call, and sums_t completes it.
         # float64, because differences of long float32 sums lose digits.
         log_f = self.log_f(x)                                            # (B, H, L)
         sums = log_f.to(widest(x.device)).cumsum(-1)                     # (B, H, L)

@@ -12,7 +12,7 @@ arXiv 2102.11174; in chunks, Yang et al. 2024, arXiv 2406.06484). The gate a_t l
     q, k     queries and keys (b, L, H, N); the layer makes k of length 1, q of length 1 / sqrt(N)
     v        values (b, L, H, P)
     beta     how much of the old value is replaced (b, L, H), in 0 ... 1
-    log_a    the logarithm of the decay a (b, L, H), at most 0; DeltaNet has 0
+    log_a    the logarithm of the decay a (b, L, H), finite, at most 0; DeltaNet has 0
     S        state (b, H, P, N)
     u        correction (b, L, H, P): what a step adds under its key
     y        outputs (b, L, H, P)
@@ -78,9 +78,9 @@ class GatedDeltaNet(nn.Module):
     gated: False for DeltaNet, without the decay a and without the gate after the norm.
     d_conv: taps of the convolution, None for no convolution.
 
-    Names and initial values follow the published code, except: q, k and v share one map and one
-    convolution, which has a bias; A starts in 1 ... 16, there in 0 ... 16; o_norm is the weight of
-    the norm itself.
+    Names, and the initial values of dt_bias, follow the published code, except: q, k and v share
+    one map and one convolution, which has a bias; A starts in 1 ... 16, there in 0 ... 16; o_norm
+    is the weight of the norm itself.
     """
 
     takes_bias = True
@@ -170,10 +170,11 @@ def unit(v, eps=1e-6):
 #     u_t + sum over s < t of beta_t exp(sums_t - sums_s) (k_t . k_s) u_s
 #         = beta_t v_t - beta_t exp(sums_t) S_0 k_t
 #
-# It is linear in its right side, so u = known - waiting S_0^T. `known` solves it for beta_t v_t;
-# `waiting`, which waits to be multiplied by S_0, for beta_t exp(sums_t) k_t^T. Neither needs S_0:
-# solve for both in all chunks at once. Then only S_0 goes from chunk to chunk. For s <= t the
-# arguments of exp are at most 0; the others are clamped and then discarded: nothing overflows.
+# Its solution is linear in the right side, so solve it twice: for beta_t v_t, which gives `known`,
+# and for beta_t exp(sums_t) k_t, which gives `waiting`. Then u = known - waiting S_0^T, with a row
+# per step. Neither needs S_0, so all chunks are solved at once; only S_0 goes from chunk to chunk.
+# For s <= t the arguments of exp are at most 0; the others are clamped and then discarded: nothing
+# overflows.
 
 def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     """delta_rule_ref in chunks of at most T steps: same arguments, same results and gradients.
@@ -208,7 +209,7 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     to_end = clamped_exp(sums[..., -1:] - sums, dtype)[..., None]        # (c, b, H, T, 1)
     k_to_end = (to_end * k).to(matmul_dtype)                             # (c, b, H, T, N)
 
-    # 2. The triangular system. The solver reads what is below the diagonal, which counts as 1.
+    # 2. The triangular system. The solver reads what is below the diagonal, and takes that as 1.
     kk, qk = (torch.cat([k, q], dim=-2) @ k.mT).split(T, dim=-2)         # (c, b, H, T, T) each
     system = beta * decay * kk                                           # (c, b, H, T, T)
     if c == 1 and S is None:                         # one chunk, from zero: no need of `waiting`
@@ -239,6 +240,7 @@ class DeltaAcrossChunks(torch.autograd.Function):
 
         du = d_correction + keys d_end^T        dS = d_start + decay d_end - du^T waiting
         d_waiting = -du S                       d_keys = u d_end
+        d_known = du                            d_decay = the sum of d_end * S
 
     known (c, b, H, T, P); waiting (c, b, H, T, N); decay of a whole chunk (c, b, H, 1, 1); keys,
     k_to_end (c, b, H, T, N); S (b, H, P, N), None for zero -> starts (c, b, H, P, N), corrections u

@@ -1,8 +1,8 @@
-"""Layers that look at one token at a time: the gated MLP, and a mixture of experts.
+"""The gated MLP, a mixture of experts, and Jamba's Mamba.
 
 A mixture of experts has E MLPs, and a router that chooses k of them for each token. It has the
-parameters of E MLPs but the cost of k. NormedMamba is what Jamba, the model that joins these with
-Mamba and attention, adds to Mamba.
+parameters of E MLPs but the cost of k. Jamba joins these with attention and Mamba; NormedMamba is
+its Mamba.
 
     symbol   meaning
     b, L     sequences in the batch, tokens in this call
@@ -98,7 +98,7 @@ class MixtureOfExperts(nn.Module):
         counts = (expert[:, None] == experts).sum(0)                     # (E,) pairs per expert
 
         # Give each expert whole blocks of rows. Each block copies its expert's weights, so many are
-        # expensive; few large ones waste rows. So about 8 blocks, of at least 16 rows.
+        # expensive; few large ones waste rows. So about 8 blocks per expert, of at least 16 rows.
         block = max(16, len(expert) // (8 * self.experts))
         rows = (counts + block - 1) // block * block                     # (E,) rows per expert
         end = rows.cumsum(0)                                             # (E,) end of its rows

@@ -19,7 +19,7 @@ x (b, L, d) and a state, None at the start, to y (b, L, d) and the next state.
     q, k, v  what is looked up, under what, and what is stored (b, L, H, P)
 
 `python -m family.ladder` shows that a whole sequence and single steps agree, and for Retention and
-RGLRU, which use the scans of other files, that both agree with the recurrence as written here.
+RGLRU, which use the scans of other files, that they agree with the recurrence as written here.
 """
 
 import math
@@ -39,7 +39,7 @@ class ShortConv(nn.Module):
         y_t = bias + w_0 x_t + w_1 x_{t-1} + ... + w_{d_conv - 1} x_{t - d_conv + 1}
 
     Mamba and most of its successors have one inside. Alone, in front of attention, it shows what
-    the state adds: it cannot link a query to a value more than d_conv - 1 tokens later. As a layer
+    the state adds: it marks a value with its query only up to d_conv - 1 tokens later. As a layer
     of its own: "Canon" (Allen-Zhu 2025, arXiv 2512.17351). conv1d.weight has w_0 last.
     """
 
@@ -148,8 +148,8 @@ class LTI(nn.Module):
             return x, state
         wide = at_least_float32(x)
         h = wide.new_zeros(len(x), *self.B.shape) if state is None else state
-        one_step = x.shape[1] == 1 or len(x) == 0    # a batch of 0 has no Fourier transform
-        form = self.recur if one_step else self.convolve
+        empty = len(x) == 0                          # has no Fourier transform
+        form = self.recur if x.shape[1] == 1 or empty else self.convolve
         y, h = form(wide, h)
         y = y.to(x.dtype) + self.D * x
         return self.out_proj(F.gelu(y)), h
@@ -163,7 +163,7 @@ class Retention(nn.Module):
 
     with a gamma per head, 1 - 2^-5, 1 - 2^-6, ... (equation 8), and k_t = (W_k x_t + bias) /
     sqrt(P). In parallel form y_t is the sum over s <= t of (q_t . k_s) gamma^(t-s) v_s: attention
-    whose softmax has become a decay. That is mamba2.ssd with x = v, B = k, C = q, dt = 1 and
+    with a decay instead of a softmax. That is mamba2.ssd with x = v, B = k, C = q, dt = 1 and
     A = log gamma, whose chunks are the chunked form (equation 7). Then each head is normed by
     itself and gated.
 
@@ -194,7 +194,7 @@ class Retention(nn.Module):
 
 def log_gamma(n_heads, x):
     """(H,): the logarithms of RetNet's decays, 1 - 2^-5, 1 - 2^-6, ... (equation 8), on the device
-    of x, in its dtype or float32 if that is wider."""
+    of x, at least float32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     heads = torch.arange(n_heads, device=x.device, dtype=dtype)
     return torch.log1p(-2.0 ** (-5 - heads))
@@ -223,8 +223,8 @@ class RGLRU(nn.Module):
 
     in each channel by itself, after a short convolution, and then y = out_proj(GELU(z) * h). The
     root keeps the variance of h the same for any a_t, if inputs are independent. The recurrence is
-    selective_scan with N = 1, A = -1, B = C = 1, dt = -log a_t, and x = sqrt(1 - a_t^2) i_t x_t /
-    dt.
+    selective_scan with N = 1, A = -1, B = C = 1, dt = -log a_t, and sqrt(1 - a_t^2) i_t x_t / dt
+    for its x.
 
     Differs from the paper: as wide as the residual stream, not 4/3 of it; the gates' maps are full,
     not block-diagonal. Differs from the released code: there a starts in 0.9 to 0.999, here a^8
@@ -280,7 +280,7 @@ def rglru_ref(layer, x):
 
 @torch.no_grad()
 def main():
-    """Show that a whole sequence, single steps and the recurrence agree, and times."""
+    """Compare one call, single steps and, for two layers, the recurrence; print times."""
     torch.manual_seed(0)
     x = torch.randn(4, 64, 32)
     for kind in (ShortConv, RNN, LTI, Retention, RGLRU):

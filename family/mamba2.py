@@ -1,9 +1,9 @@
 """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060): a state space model that is also attention.
 
 The recurrence is Mamba's, but all channels and states of a head share one number A < 0 and one
-step size dt_t. For one channel, whose x_t is a number and whose h_t and B_t have N:
+step size dt_t. For one channel, with a number x_t and N numbers each in h_t, B_t and C_t:
 
-    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t          y_t = C_t h_t
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t          y_t = C_t . h_t
 
     symbol   meaning                                  as attention
     x        inputs (b, L, H, P)                      values
@@ -24,7 +24,7 @@ Unrolled from zero, with the decay a_ts = exp(A (dt_{s+1} + ... + dt_t)) between
 
     y_t = sum over s <= t of (C_t . B_s) a_ts dt_s x_s
 
-This is attention whose softmax has become a decay (the paper's "duality", its section 5). The sum
+This is attention with a decay instead of a softmax (the paper's "duality", its section 5). The sum
 costs L^2 products; the recurrence takes L steps, one after another. ssd combines them, so that a
 GPU does most of the work in matmuls:
 
@@ -155,15 +155,15 @@ class GatedNorm(nn.Module):
 #     y_t = exp(sums_t) C_t h_0 + sum over s <= t of (C_t . B_s) exp(sums_t - sums_s) u_s
 #
 # Neither sum needs h_0, so all chunks are computed at once: the sum in y_t by attention (step 1),
-# the sum in h_T by one more matmul (step 2). Then h_0 goes from chunk to chunk (step 3), and adds
-# the first term of y (step 4). For s <= t the arguments of exp are at most 0; the others are
-# clamped and then discarded: nothing overflows.
+# the sum in h_T by one more matmul (step 2). Step 3 carries the state from chunk to chunk and adds
+# the first term of h_T, step 4 that of y. For s <= t the arguments of exp are at most 0; the others
+# are clamped and then discarded: nothing overflows.
 #
 # In the einsums, t and s are steps, g groups, h the heads of a group (not the state); p and n are P
 # and N.
 
 def ssd(x, dt, A, B, C, h=None, T=None):
-    """ssd_ref in chunks of at most T steps: same arguments, same results and gradients.
+    """ssd_ref in chunks of at most T steps: the same, with its gradients, if dt A is finite.
 
     States and sums are at least float32; y has the dtype of x. Inputs of matmuls are bfloat16 if x
     is, otherwise at least float32, because float16 ends at 65,504. T: None for 16, since more would

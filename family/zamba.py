@@ -3,13 +3,13 @@
 Zamba: Glorioso et al. 2024, arXiv 2405.16712, section II. Zamba2: arXiv 2411.15242, figure 2.
 
 A block of attention and MLP on vectors of width 2d has 48 d^2 parameters, as many as eight Mamba
-layers. Here all uses of a block share them, while each has a cache and an out_proj, 2 d^2, of its
-own. A use of the block at depth l computes
+layers. Here all uses of a block share them. A use of the block at depth l computes
 
     y_l = out_proj_l(block([x_l, e]))
 
-from the residual stream x_l and the token's embedding e, side by side. A use owns out_proj_l and,
-in Zamba2, a small correction to the block's MLP (LoRA, Hu et al. 2021, arXiv 2106.09685).
+from the residual stream x_l and the token's embedding e, side by side. A use owns its cache,
+out_proj_l (2 d^2 parameters) and, in Zamba2, a small correction to the block's MLP (LoRA, Hu et al.
+2021, arXiv 2106.09685).
 
     symbol   meaning
     b, L     sequences in the batch, tokens in this call
@@ -19,7 +19,8 @@ Differs from the published models: y_l is added to the residual stream (there to
 next Mamba layer only); all of the block is 2d wide (there attention returns to width d, and the MLP
 has that width); the block has two residual connections (there none); its attention has biases and
 scores divided by sqrt(head size) (there no biases, and by the root of half of it); its MLP is
-SwiGLU of hidden width 8/3 of 2d (there a gated GELU of 4d); Mamba layers have one head (there two).
+SwiGLU of hidden width 8/3 of 2d (there a gated GELU of 4d); the Mamba layers of Zamba have one head
+(there two).
 
 `python -m family.zamba` counts the parameters of three uses and shows that single steps agree.
 """
