@@ -31,11 +31,11 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from family.chunks import show_steps, widest
+from family.chunks import show_steps
 from family.deltanet import GatedDeltaNet, delta_rule
 from family.ladder import log_gamma
 from family.mamba2 import ssd
-from family.mamba3 import rotate
+from family.mamba3 import rotate, summed_angles
 
 
 class RungState(NamedTuple):
@@ -77,17 +77,10 @@ class LinearAttention(GatedDeltaNet):
         """q and k (b, L, H, N), rotated by the sum of all angles up to each token, and the last sum
         (b, H, N / 2). start: the sum before the first token, None for 0.
 
-        As in Mamba-3, a pair turns by pi tanh(rate) dt per token, and dt is small at first. Unlike
-        there, each head has rates of its own.
+        As in Mamba-3, but each head has rates of its own; dt is small at first.
         """
-        wide = widest(x.device)
-        rate = self.angle_proj(x).unflatten(-1, (self.n_heads, -1)).to(wide)     # (b, L, H, N / 2)
-        dt = self.step_size(x)[..., None].to(wide)                       # (b, L, H, 1)
-        turn = math.pi * torch.tanh(rate) * dt                           # (b, L, H, N / 2)
-        angles = turn.cumsum(1)
-        if start is not None:
-            angles = angles + start[:, None]
-        angles = angles.remainder(2 * math.pi)
+        rate = self.angle_proj(x).unflatten(-1, (self.n_heads, -1))      # (b, L, H, N / 2)
+        angles = summed_angles(rate, self.step_size(x), start)           # (b, L, H, N / 2)
         last = angles[:, -1].clone()
         angles = angles.to(torch.promote_types(q.dtype, torch.float32))  # bfloat16 is too coarse
         return rotate(q, angles), rotate(k, angles), last

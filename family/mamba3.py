@@ -96,6 +96,18 @@ def rotate(v, angle):
     return torch.cat([pairs.flatten(-2), v[..., 2 * S:]], dim=-1)
 
 
+def summed_angles(rate, dt, start):
+    """The sum of all angles up to each token, modulo 2 pi: (b, L, H, S), in float64 if there is
+    one. A pair turns by pi tanh(rate) dt per token. rate (b, L, H or 1, S), dt (b, L, H); start (b,
+    H, S), the sum before the first token, None for 0."""
+    wide = widest(dt.device)
+    turn = math.pi * torch.tanh(rate.to(wide)) * dt[..., None].to(wide)  # (b, L, H, S)
+    angles = turn.cumsum(1)
+    if start is not None:
+        angles = angles + start[:, None]
+    return angles.remainder(2 * math.pi)
+
+
 class Mamba3State(NamedTuple):
     """All that a Mamba-3 layer keeps of the tokens so far, however many there were."""
     h: torch.Tensor      # (b, H, P, N)
@@ -169,15 +181,9 @@ class Mamba3(nn.Module):
         A = -F.softplus(at_least_float32(A)).clamp(min=1e-4)             # (b, L, H), negative
         lam = torch.sigmoid(at_least_float32(lam))                       # (b, L, H)
 
-        # The token sets S rates for all heads; in a head, a pair turns by pi tanh(rate) dt. The sum
-        # over the tokens of a call is float64, and whole turns are taken away.
-        wide = widest(x.device)
-        rate = rate[:, :, None].to(wide)                                 # (b, L, 1, S)
-        turn = torch.tanh(rate) * math.pi * dt[..., None].to(wide)       # (b, L, H, S)
-        angle = turn.cumsum(1)
-        if state is not None:
-            angle = angle + state.angle[:, None]
-        angle = angle.remainder(2 * math.pi).to(dt.dtype)
+        # The token sets S rates for all heads, (b, L, 1, S).
+        start = None if state is None else state.angle
+        angle = summed_angles(rate[:, :, None], dt, start).to(dt.dtype)  # (b, L, H, S)
 
         B = self.B_norm(B.unflatten(-1, (self.rank, 1, self.d_state)))   # (b, L, R, 1, N)
         C = self.C_norm(C.unflatten(-1, (self.rank, 1, self.d_state)))

@@ -200,12 +200,18 @@ LINEAR_ATTENTION = [
     ("rotate(q, angles), rotate(k, angles)", "q, k"),
     ("torch.promote_types(q.dtype, torch.float32)", "q.dtype"),
     ("self.delta, self.fixed_decay = delta", "self.delta, self.fixed_decay = True"),
-    ("math.pi * torch.tanh", "torch.tanh"),
-    ("torch.tanh(rate) * dt", "torch.tanh(rate)"),
-    ("            angles = angles + start[:, None]", "            pass"),
+    ("summed_angles(rate, self.step_size(x), start)", "summed_angles(rate, self.step_size(x), None)"),
     ("rotate(k, angles", "rotate(k, 0 * angles"),
     ("ssd(beta[..., None] * v", "ssd(v"),
     ("q / self.d_state**0.5", "q"),
+]
+
+MAMBA3 = [
+    ("math.pi * torch.tanh", "torch.tanh"),
+    (" * dt[..., None].to(wide)", ""),
+    ("        angles = angles + start[:, None]", "        pass"),
+    ("    return angles.remainder(2 * math.pi)", "    return angles"),
+    ("start = None if state is None else state.angle", "start = None"),
 ]
 
 DELTANET = [
@@ -428,6 +434,7 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "family/zamba.py": (ZAMBA, "test_blocks.py test_hybrid.py"),
     "family/experts.py": (EXPERTS, "test_blocks.py"),
     "family/linear_attention.py": (LINEAR_ATTENTION, "test_linear_attention.py"),
+    "family/mamba3.py": (MAMBA3, "test_mamba3.py"),
     "family/deltanet.py": (DELTANET, "test_deltanet.py test_linear_attention.py"),
     "family/triangular.py": (TRIANGULAR, "test_deltanet.py"),
     "fused_scan.py": (FUSED, "test_mamba.py"),
