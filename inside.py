@@ -198,7 +198,7 @@ def draw_layer(part, layer, found, height):
     attends, shown = "maps" in layer, panels(layer, found)
     tokens = found["tokens"]
     heights = [MAP_INCHES] * len(shown)
-    if attends and height > sum(heights):            # an empty row, where another layer is taller
+    if attends and height > sum(heights):          # an empty row, where another layer is taller
         heights.append(height - sum(heights))
     axes = part.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax in axes[len(shown):]:

@@ -145,7 +145,7 @@ class Mamba(nn.Module):
 
     in_proj has no bias, so that state dicts fit. That can hurt recall (data.py) in a layer before
     attention, which has to tell each token which one came before. Its message is multiplied by
-    SiLU(z), where z is linear in the token's own embedding, up to a positive factor from the norm.
+    SiLU(z). In the first layer z is linear in the token's own embedding, up to a positive factor.
     Our 16 fixed embeddings at d_model = 8 do not lie on one side of any plane through 0. So every
     channel has z <= 0 at some tokens, where SiLU(z), between -0.28 and 0, weakens the message and
     turns its sign: it takes at least two channels, with opposite z. This may be why Mamba before
