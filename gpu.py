@@ -128,10 +128,9 @@ class Captured:
         self.on_cuda = generator.device.type == "cuda"
         self.compiled = False
         self.restart()
-        self.may_compile = self.on_cuda and config["compile"] == "auto" and has_compiler()
-        must_compile = self.on_cuda and config["compile"] == "on"
-        known = self.key in measured_seconds                         # its kernels exist already
-        if must_compile or (self.may_compile and known):
+        mode = config["compile"] if self.on_cuda else "off"
+        self.may_compile = mode == "auto" and has_compiler()
+        if mode == "on" or (self.may_compile and self.key in measured_seconds):    # kernels exist
             self.compile()
 
     def restart(self):

@@ -84,12 +84,17 @@ def make_all(configs, train_one, show=None):
     show(result) is called for runs that were finished before.
     """
     rank, processes = rank_and_processes()
-    grid = []
+    grid, of_shape = [], {}
     for number, config in enumerate(configs, 1):
         title = f"[{number}/{len(configs)}] " if len(configs) > 1 else ""
         grid.append(Run(config, path_of(config), title))
-    of_shape = by_shape(grid, rank)
-    sharing = math.ceil(processes / len(of_shape))           # processes per shape, at most
+        of_shape.setdefault(shape_of(config), []).append(grid[-1])
+    # The first run of a shape may have to compile, so a process stays with a shape while there are
+    # runs of it; process r begins with shape r modulo their number.
+    shapes = list(of_shape)
+    first = rank % len(shapes)
+    waiting = [run for shape in shapes[first:] + shapes[:first] for run in of_shape[shape]]
+    sharing = math.ceil(processes / len(shapes))             # processes per shape, at most
 
     def count_left(run):                 # gpu.py asks whether compiling will pay
         left = [other for other in of_shape[shape_of(run.config)]
@@ -99,19 +104,20 @@ def make_all(configs, train_one, show=None):
     with keyboard_interrupts():
         if rank == 0:
             for run in grid:
-                remove_old(run)
+                # The mark of an earlier failure goes and, with --overwrite, the result and save.
+                remove(failure_of(run))
+                if run.config["overwrite"]:
+                    with contextlib.suppress(OSError), locked(run.path, wait=True):
+                        remove(run.path + ".json", run.path + ".resume.pt")
                 if is_finished(run.path):
                     say(f"{run.title}{run.path}.json is finished; --overwrite repeats it")
                     if show:
                         show(read_result(run.path + ".json"))
         barrier()                                # else rank 0 could remove what others just wrote
-        waiting = [run for runs in of_shape.values() for run in runs]
         said_so = False
         while waiting:
-            busy = []                                        # runs that other processes are making
-            for run in waiting:
-                if not make_if_free(run, train_one, count_left):
-                    busy.append(run)
+            # Those that other processes are making.
+            busy = [run for run in waiting if not make_if_free(run, train_one, count_left)]
             if len(busy) == len(waiting):
                 if rank == 0 and not said_so:
                     say(f"waiting for runs that other processes are making: {len(busy)} left")
@@ -124,17 +130,6 @@ def make_all(configs, train_one, show=None):
         sys.exit(f"train.py: {results.count(None)} of {len(grid)} runs ended without a result: "
                  f"{missing}")
     return results
-
-
-def by_shape(grid, rank):
-    """{shape: its runs}. The first run of a shape may have to compile, so a process stays with a
-    shape while there are runs of it; process r begins with shape r modulo their number."""
-    found = {}
-    for run in grid:
-        found.setdefault(shape_of(run.config), []).append(run)
-    shapes = list(found)
-    first = rank % len(shapes)
-    return {shape: found[shape] for shape in shapes[first:] + shapes[:first]}
 
 
 @contextlib.contextmanager
@@ -155,14 +150,6 @@ def keyboard_interrupts():
             signal.signal(signal.SIGINT, before)
 
 
-def remove_old(run):
-    """Remove the mark of an earlier failure and, with --overwrite, the run's result and save."""
-    remove(failure_of(run))
-    if run.config["overwrite"]:
-        with contextlib.suppress(OSError), locked(run.path, wait=True):
-            remove(run.path + ".json", run.path + ".resume.pt")
-
-
 def make_if_free(run, train_one, count_left):
     """Make a run, unless that is done already.
 
@@ -175,26 +162,19 @@ def make_if_free(run, train_one, count_left):
         with locked(run.path) as mine:
             # Ask again: another process may have finished the run before this one got the lock.
             if mine and not is_finished(run.path) and not os.path.exists(failure_of(run)):
-                make(run, train_one, count_left(run))
+                remove(*glob.glob(glob.escape(run.path) + ".*.tmp"))     # of a killed process
+                try:
+                    train_one(run.config, run.path, run.title, count_left(run))
+                except FAILURES as error:
+                    # While the lock is held: once it is free, the others may find no run left and
+                    # exit, and torchrun ends all processes when one exits with status 1.
+                    say(f"{run.title}{run.path} failed: {error}")
+                    with contextlib.suppress(OSError):       # the disk may be full
+                        open(failure_of(run), "w").close()
             return mine                          # not mine: another process is making it
     except OSError as error:                     # the lock file cannot be made
         say(f"{run.title}{run.path} failed: {error}")
         return True
-
-
-def make(run, train_one, runs_left):
-    """Make a run whose lock this process holds. If it fails, say so, and mark it for the others.
-
-    Both happen while the lock is held: once it is free, the others may find no run left and exit,
-    and torchrun ends all processes when one exits with status 1.
-    """
-    remove(*glob.glob(glob.escape(run.path) + ".*.tmp"))     # of a killed process
-    try:
-        train_one(run.config, run.path, run.title, runs_left)
-    except FAILURES as error:
-        say(f"{run.title}{run.path} failed: {error}")
-        with contextlib.suppress(OSError):                   # the disk may be full
-            open(failure_of(run), "w").close()
 
 
 def lock_file(path):

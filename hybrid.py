@@ -205,11 +205,11 @@ LAYERS = {  # word -> the layer's class, with the arguments that the word stands
     "gated-deltanet": GatedDeltaNet,
     "linear-fixed": partial(LinearAttention, fixed_decay=True),      # the decay is a constant
     "linear-decay": LinearAttention,                                 # the token sets the decay
-    "linear-rotation": partial(LinearAttention, delta=True, rotation=True),
+    "linear-rotation": partial(LinearAttention, rotation=True),
     "linear-fixed-noconv": partial(LinearAttention, fixed_decay=True, d_conv=None),
     "linear-decay-noconv": partial(LinearAttention, d_conv=None),
-    "gated-deltanet-noconv": partial(LinearAttention, delta=True, d_conv=None),
-    "linear-rotation-noconv": partial(LinearAttention, delta=True, rotation=True, d_conv=None),
+    "gated-deltanet-noconv": partial(GatedDeltaNet, d_conv=None),
+    "linear-rotation-noconv": partial(LinearAttention, rotation=True, d_conv=None),
     "mlp": MLP,
     "experts": MixtureOfExperts,
     "zamba": SharedUse,

@@ -125,13 +125,12 @@ class MixtureOfExperts(nn.Module):
 class NormedMamba(Mamba):
     """Mamba with an RMSNorm on dt, B and C, which Jamba adds (arXiv 2403.19887, section 6.4).
 
-    dt_rank: None for d_model; the norm of a single number would leave only its sign.
+    dt has rank d_model: the norm of a single number would leave only its sign.
     """
 
-    def __init__(self, d_model, d_state=16, dt_rank=None):
-        super().__init__(d_model, d_state, dt_rank=d_model if dt_rank is None else dt_rank)
-        sizes = (self.dt_rank, d_state, d_state)
-        self.inner_norms = nn.ModuleList([nn.RMSNorm(size) for size in sizes])
+    def __init__(self, d_model, d_state=16):
+        super().__init__(d_model, d_state, dt_rank=d_model)
+        self.inner_norms = nn.ModuleList([nn.RMSNorm(size) for size in (d_model, d_state, d_state)])
 
     def low_rank_dt_B_C(self, x):
         """x (b, L, d_inner) -> low_rank_dt (b, L, dt_rank); B, C (b, L, d_state)."""

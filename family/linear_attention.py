@@ -48,19 +48,19 @@ class RungState(NamedTuple):
 class LinearAttention(GatedDeltaNet):
     """A rung of the ladder: Gated DeltaNet with parts of its recurrence taken away or added.
 
-    fixed_decay: gamma instead of a_t. delta: a value replaces what its key had; otherwise it is
-    added. rotation: q and k rotate. d_conv: taps of the convolution, None for none. For the rest
-    see GatedDeltaNet.
+    As it is, linear-decay: values are added, not replaced. fixed_decay: with gamma instead of a_t,
+    linear-fixed. rotation: with the delta rule, and q and k rotated, linear-rotation. d_conv: taps
+    of the convolution, None for none. For the rest see GatedDeltaNet.
     """
 
-    def __init__(self, d_model, n_heads=1, d_state=16, expand=2, fixed_decay=False, delta=False,
-                 rotation=False, d_conv=4):
+    def __init__(self, d_model, n_heads=1, d_state=16, expand=2, fixed_decay=False, rotation=False,
+                 d_conv=4):
         if fixed_decay and rotation:
             raise ValueError("rotation needs a decay per token, whose step size scales the angles")
         if rotation and d_state < 2:
             raise ValueError("--d-state is 1, but rotation turns pairs of states")
         super().__init__(d_model, n_heads, d_state, expand, gated=True, d_conv=d_conv)
-        self.delta, self.fixed_decay = delta, fixed_decay
+        self.fixed_decay = fixed_decay
         if fixed_decay:                  # it needs no maps for a decay per token
             del self.a_proj, self.A_log, self.dt_bias
         self.angle_proj = None
@@ -92,12 +92,12 @@ class LinearAttention(GatedDeltaNet):
         window, S, start = (None, None, None) if state is None else state
         q, k, v, window = self.qkv_of(x, window)
         if self.angle_proj is None:
-            angle = x.new_zeros(len(x), self.n_heads, 0)
+            rule, angle = additive_rule, x.new_zeros(len(x), self.n_heads, 0)
         else:
+            rule = delta_rule
             q, k, angle = self.rotated(q, k, x, start)
         beta = torch.sigmoid(self.b_proj(x))                             # (b, L, H)
-        recurrence = delta_rule if self.delta else additive_rule
-        y, S = recurrence(q / self.d_state**0.5, k, v, beta, self.log_decay(x), S)
+        y, S = rule(q / self.d_state**0.5, k, v, beta, self.log_decay(x), S)
         return self.output(y, x), RungState(window, S, angle)
 
 
@@ -132,10 +132,11 @@ def main():
         print(f"{name:<22}{read[0]:6.2f}{read[1]:8.2f}{read[2]:8.2f}")
     print()
     torch.manual_seed(0)
-    for name, options in [("linear-fixed", {"fixed_decay": True}), ("linear-decay", {}),
-                          ("gated-deltanet", {"delta": True}),
-                          ("linear-rotation", {"delta": True, "rotation": True})]:
-        show_steps(LinearAttention(32, **options), torch.randn(2, 64, 32), name)
+    for name, layer in [("linear-fixed", LinearAttention(32, fixed_decay=True)),
+                        ("linear-decay", LinearAttention(32)),
+                        ("gated-deltanet", GatedDeltaNet(32)),
+                        ("linear-rotation", LinearAttention(32, rotation=True))]:
+        show_steps(layer, torch.randn(2, 64, 32), name)
 
 
 if __name__ == "__main__":

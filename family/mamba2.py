@@ -96,7 +96,7 @@ class Mamba2(nn.Module):
     def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1):
         super().__init__()
         d_inner = expand * d_model
-        self.d_inner, self.d_state, self.d_conv = d_inner, d_state, d_conv
+        self.d_inner, self.d_state = d_inner, d_state
         self.headdim, self.ngroups, self.nheads = headdim, ngroups, d_inner // headdim
         if self.nheads * headdim != d_inner or self.nheads % ngroups:
             raise ValueError(f"headdim {headdim} must divide {d_inner} channels "

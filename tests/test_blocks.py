@@ -91,7 +91,7 @@ def test_empty_segments_and_batches():
 
 def test_normed_mamba_norms_dt_B_and_C():
     torch.manual_seed(0)
-    layer, x = NormedMamba(8, dt_rank=8).double(), torch.randn(2, 7, 8).double()
+    layer, x = NormedMamba(8).double(), torch.randn(2, 7, 8).double()
     assert [norm.weight.numel() for norm in layer.inner_norms] == [8, 16, 16]
     before = layer(x)[0]
     layer.x_proj.weight.data *= 3.0                              # a norm takes this away again

@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import in_segments, relative
 
-from family.deltanet import GatedDeltaNet
 from family.linear_attention import LinearAttention, additive_rule
 from hybrid import build_layer
 
@@ -64,14 +63,6 @@ def test_segments(word):
     assert relative(in_segments(layer, x, [17, 20])[0], layer(x)[0]) < 1e-12
 
 
-def test_with_the_delta_rule_it_is_gated_deltanet():
-    torch.manual_seed(0)
-    one, other = LinearAttention(8, delta=True), GatedDeltaNet(8)
-    one.load_state_dict(other.state_dict())
-    x = torch.randn(2, 30, 8)
-    assert torch.equal(one(x)[0], other(x)[0])
-
-
 def test_the_additive_rule_is_a_sum_and_the_fixed_decay_is_the_same_for_every_token():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 20, 2, 4, dtype=torch.float64)
@@ -104,7 +95,7 @@ def test_a_fixed_decay_is_exact_in_float64():
 def test_angles_are_not_rounded_to_bfloat16():
     """Near 2 pi, bfloat16 numbers are 0.03 apart."""
     torch.manual_seed(0)
-    layer = LinearAttention(8, delta=True, rotation=True)
+    layer = LinearAttention(8, rotation=True)
     x, q, k = torch.randn(1, 40, 8), torch.randn(1, 40, 1, 16).bfloat16(), torch.randn(1, 40, 1, 16)
     found, _, _ = layer.rotated(q, k, x, None)
     exact, _, _ = layer.double().rotated(q.double(), k.double(), x.double(), None)
