@@ -1,15 +1,15 @@
 """Mamba (Gu and Dao 2023, arXiv 2312.00752) in PyTorch: the recurrence, the layer, and a fast scan.
 
-A Mamba layer carries a state of fixed size along the sequence. Each token decides how much of it
-decays, what is written and what is read; that is why the state space model is called selective.
+A Mamba layer carries a state of fixed size along the sequence. Each token decides how much of the
+state decays, what is written and what is read: the state space model is selective.
 `python mamba.py` shows that all forms of the recurrence agree, and how long each takes.
 
     symbol   shape        meaning
     b, L                  sequences in the batch; tokens, also called steps
-    D, N                  channels (d_inner in the layer); states, the numbers that a channel keeps
+    D, N                  channels (d_inner in the layer); numbers that a channel keeps, its states
     x        (b, L, D)    input of the recurrence
     dt       (b, L, D)    step size, positive: a large one forgets more of the past and writes more
-    A        (D, N)       minus the decay rates; the decay depends on the token through dt alone
+    A        (D, N)       minus the decay rates, the same for all tokens
     B        (b, L, N)    how a token is written to the N states, a key; the same in all channels
     C        (b, L, N)    how the N states are read, a query; also the same in all channels
     h        (b, D, N)    all states together, "the state"
@@ -31,7 +31,7 @@ from fused_scan import check_shapes, parallel_scan
 # ---- 1. The recurrence ---------------------------------------------------------------------------
 #
 # A linear state space model maps a signal x(t), one number at each time, to a signal y(t), through
-# a state h(t) of N numbers. A is diagonal, so it acts on each of them alone:
+# a state h(t) of N numbers. A is diagonal: each number has an equation of its own:
 #
 #     h'(t) = A h(t) + B x(t)         y(t) = C h(t)
 #
@@ -44,14 +44,14 @@ from fused_scan import check_shapes, parallel_scan
 #
 #     h_t = exp(dt A) h_{t-1} + dt B x_t         y_t = C h_t
 #
-# The two agree for small dt |A|: at 0.1 ours writes 5 % more, at 1.6 (about the largest at
+# They agree for small dt |A|: at 0.1 ours writes 5 % more, at 1.6 (about the largest at
 # initialization) twice as much. The exact factor never exceeds 1 / |A|, ours grows with dt: at
 # A = -1 and dt = 10 ours writes 10 B x, the exact rule B x. The simple form lets one product, dt x,
 # serve all N states. LTI in family/ladder.py has the exact rule.
 #
 # Mamba runs D such models side by side, one per channel, each with its own A and dt; B and C are
-# shared. It computes dt, B and C from x_t (paper, section 3.2, algorithm 2). For channel i and its
-# state n:
+# shared. It computes dt, B and C from x_t (paper, section 3.2, algorithm 2). A stays fixed: the
+# decay depends on dt A, so dt already makes it depend on the token. For channel i and its state n:
 #
 #     h_t[i,n] = exp(dt_t[i] A[i,n]) h_{t-1}[i,n] + dt_t[i] B_t[n] x_t[i]
 #     y_t[i]   = sum over n of C_t[n] h_t[i,n]
@@ -91,11 +91,12 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
 # ---- 2. The layer --------------------------------------------------------------------------------
 
 class CausalConv1d(nn.Conv1d):
-    """A causal convolution, one filter per channel: a token sees itself and the taps - 1 before it.
+    """A causal convolution, a filter of `taps` weights per channel: a token sees itself and the
+    taps - 1 tokens before it.
 
-    Without it, x, dt, B and C would see the layer's input at one token alone. In recall (data.py) a
-    value is to be written under its key, an earlier token: B must see the key while x is the value.
-    Each channel has its own filter, so some can pass the key on and others the token itself.
+    Without it, x, dt, B and C would depend on one token alone. In recall (data.py: find the value
+    that came after a key), B must see the key, one token earlier, while x is the value. Each
+    channel has its own filter, so some can pass the key on and others the token itself.
     The sum is written as shifted products, which a compiler can fuse with the layer around it.
     """
 
@@ -136,22 +137,20 @@ class Mamba(nn.Module):
         x -> in_proj -> causal convolution -> SiLU ------------> scan -> + D x -> * -> out_proj
                     \-> z -> SiLU -----------------------------------------------/
 
-    x_proj gives B, C and, through dt_proj and softplus, dt. D is a parameter here.
+    x_proj gives B, C and, through dt_proj and softplus, dt. D here is a parameter, a weight per
+    channel, not the number of channels.
 
     d_model: width of the layer's input and output; d_state: N; d_conv: taps of the convolution;
     expand: d_inner = expand * d_model is the number of channels; dt_rank: rank of the map from a
     token to its dt, None for ceil(d_model / 16). Parameters have the names, shapes and initial
     distributions of mamba_ssm.Mamba with its default arguments; state dicts fit both.
 
-    in_proj has no bias, so that state dicts fit. That can hurt recall (data.py) in a layer before
-    attention, which has to tell each token which one came before. Its message is multiplied by
-    SiLU(z). In the first layer z is linear in the token's own embedding, up to a positive factor.
-    Our 16 fixed embeddings at d_model = 8 do not lie on one side of any plane through 0. So every
-    channel has z <= 0 at some tokens, where SiLU(z), between -0.28 and 0, weakens the message and
-    turns its sign: it takes at least two channels, with opposite z. This may be why Mamba before
-    attention learned 16 queries in 0 of 12 runs, but in 3 of 3 with a bias in the norm before it
-    (report/README.md, appendix on defaults). `takes_bias` asks hybrid.Model for that bias, which
-    gives x and z a constant part.
+    in_proj has no bias, as in mamba_ssm. That may hurt a first layer before attention, which has to
+    tell each token what came before it. Without a bias no channel has z > 0 at all 16 of our tokens
+    (d_model = 8): their embeddings do not lie on one side of any plane through 0. Where z <= 0,
+    SiLU(z) weakens what the channel passes on, or flips its sign. Mamba before attention learned 16
+    queries in 0 of 12 runs, and in 3 of 3 with a bias in the norm before it (report/README.md,
+    appendix on defaults). `takes_bias` asks hybrid.Model for that bias.
     """
 
     takes_bias = True
@@ -170,7 +169,7 @@ class Mamba(nn.Module):
         # 1,000, state 16 in 0.6 to 60. So a channel has N time scales. The logarithm is trained,
         # so that A stays negative and no state can grow by itself.
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(d_inner, 1))
-        self.D = nn.Parameter(torch.ones(d_inner))       # a skip connection, as officially named
+        self.D = nn.Parameter(torch.ones(d_inner))       # weights of the skip connection
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
         # The bias sets the initial dt; the weights make it vary by token.
@@ -205,10 +204,10 @@ class Mamba(nn.Module):
 # ---- 3. Chunks of steps --------------------------------------------------------------------------
 #
 # The loop of selective_scan_ref is slow: it makes a dozen small calls per step, and autograd stores
-# each step's decay and state. With the decays a = exp(dt A) and the inputs u = dt x, only
+# each step's decay and state. With the decays a = exp(dt A) and u = dt x, only
 # h_t = a_t h_{t-1} + u_t B_t has to run step by step, with one call per step. All else is computed
-# for a chunk of T steps at once; a small chunk fits in the CPU's cache. The backward pass gets the
-# arguments, with time first, and the state before each chunk: N / T times the memory of x.
+# for a chunk of T steps at once; a small chunk fits in the CPU's cache. The backward pass is given
+# the arguments and the state before each chunk; those states take N / T times the memory of x.
 #
 # The gradient. dx is the gradient of the loss with respect to x, and so on (that of the step size
 # dt is ddt); that of h is called g. Indices are left out: C_t dy_t is C_t[n] dy_t[i], for every
@@ -231,7 +230,7 @@ class Mamba(nn.Module):
 #
 # All h_t and a_t would take 2 N times the memory of x. So the backward pass visits the chunks from
 # last to first, recomputes a and h of a chunk from the state before it, then runs backwards to get
-# g. Nothing overflows, however long the sequence: no exp has a positive argument.
+# g. No exp has a positive argument, so none overflows, however long the sequence.
 #
 # In the code, _k is a chunk and _t a step. Inside both passes time comes first: x, dt, y (L, b, D);
 # B, C (L, b, N). States are (N, b, D), so that torch's innermost loops, over b and D, are long.
@@ -276,10 +275,10 @@ class ChunkedScan(torch.autograd.Function):
             starts.append(h)
             steps = len(dt_k)                                            # T, or fewer in the last
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
-            # For dt A between -104 and -87, say dt = 6 and A = -16, exp gives denormal floats,
-            # which take a CPU 10 to 50 times as long. So both passes clamp at -80: a decay of 2e-35
-            # is effectively 0, and so is d(dt A), a multiple of it; a_t h and a_t g are rarely
-            # denormal. A trained model runs up to twice as fast. The other forms do not clamp.
+            # In float32, exp of dt A between -104 and -87, say dt = 6 and A = -16, is a denormal
+            # number, which takes a CPU 10 to 50 times as long. So both passes clamp at -80: a decay
+            # of 2e-35 is effectively 0, and so is d(dt A), a multiple of it. A trained model runs
+            # up to twice as fast. The other forms do not clamp.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)         # h_k is u_t B_t, and after _recur h_t
             h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs
@@ -332,11 +331,12 @@ class ChunkedScan(torch.autograd.Function):
             torch.sum(g_k.mul_(B_k), 1, out=du_k)                        # rule 2
         ddt.addcmul_(du, x[:, 0])                                        # rule 5, its first term
         dx = du.mul_(dt[:, 0])                                           # rule 5
-        return dx, ddt, dA.sum((0, 2)).t(), dB.mT, dC.mT, later, None    # later: a_1 g_1
+        return dx, ddt, dA.sum((0, 2)).t(), dB.mT, dC.mT, later, None    # dh_0 = a_1 g_1
 
 
 def chunked_scan(x, dt, A, B, C, h=None):
-    """selective_scan_ref, but fast: same arguments, results and gradients, up to rounding."""
+    """selective_scan_ref, but fast: same arguments, results and gradients, up to rounding. There is
+    no second derivative."""
     check_shapes(x, dt, A, B, C, h)
     b, L, D = x.shape
     h = x.new_zeros(b, D, A.shape[1]) if h is None else h
@@ -352,21 +352,23 @@ def chunked_scan(x, dt, A, B, C, h=None):
 #
 # The first row that applies:
 #
-#     torch.func, forward AD    selective_scan_ref: a fast form may raise an error there
+#     torch.func, forward AD    selective_scan_ref: a fast form may raise an error
 #     one step or none          selective_scan_ref: there is nothing to cut into chunks
-#     CUDA, torch.compile       parallel_scan (fused_scan.py): all chunks at once. A compiler takes
-#                               it as one operator; it would unroll the loops of the other forms
+#     CUDA or torch.compile     parallel_scan (fused_scan.py): all chunks at once, to fill a GPU. A
+#                               compiler takes it as one operator; it would unroll the other loops
 #     CPU, MPS                  chunked_scan: one chunk after another, small enough for a cache
 #
 # The fast forms have no second derivative: backward with create_graph=True raises a RuntimeError.
-# Call selective_scan_ref or, for Mamba layers, set mamba.selective_scan = mamba.selective_scan_ref.
+# Call selective_scan_ref or, for Mamba layers in float32 or float64, set mamba.selective_scan =
+# mamba.selective_scan_ref, which does not promote bfloat16.
 
 def selective_scan(x, dt, A, B, C, h=None):
     """The fastest form for the device: arguments and results of selective_scan_ref, up to rounding.
 
     States and sums have the dtype of A, or float32 if that is wider; y has the dtype of x. If x is
-    bfloat16, parallel_scan also rounds what it stores once per chunk; y and all gradients are off
-    by 1e-3 to 3e-3 of their norm, however long the sequence.
+    bfloat16, parallel_scan also rounds the states that it stores, one per chunk. Then y and all
+    gradients differ from those in float64, of the same rounded arguments, by 1e-3 to 3e-3 of their
+    norm, however long the sequence.
     """
     dtype = torch.promote_types(A.dtype, torch.float32)
     A = A.to(dtype)
