@@ -84,8 +84,11 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
 # alone: other tasks get False. On a GPU a task is captured in a CUDA graph, so it must draw from
 # `generator` alone and not ask for values (.item()).
 #
+# L is the length of the context, which tests vary. If M alone says how much there is to remember,
+# fill up with blanks, as copy does; marks after the context do not count.
+#
 # To add a task, write such a function and give it a name in TASKS: train.py and eval.py do the
-# rest. Its limits belong in check_task, shortest and n_answers.
+# rest. Its limits belong in check_task and shortest, its number of answers in n_answers.
 
 def recall(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):
     """recall_batch. uniform: each sequence has a random length of its own, from tau + 1 to L.

@@ -11,8 +11,8 @@ a width d, and with those values of `build_layer` that its constructor names. A 
   - maps x (B, L, d) and a state, None at the start of a sequence, to y (B, L, d), or (1, L, d) if
     it is the same for all sequences, and the next state;
   - is causal, and gives the same result for a sequence in segments as for one call;
-  - draws no random numbers, or a resumed run differs (dropout);
-  - never asks for values (.item()), so that a GPU can capture it in a CUDA graph;
+  - draws no random numbers (dropout), or a resumed run differs;
+  - never asks for values (.item()), so that a CUDA graph can capture it;
   - if it loops over tokens, uses x.unbind(1): the backward pass of x[:, t] allocates zeros like x.
 
 Class attributes, False unless a layer sets them, tell the model how to treat it:

@@ -58,8 +58,8 @@ def parse(argv):
 
     add = parser.add_argument_group("the task").add_argument
     add("--task", choices=TASKS, help="default: recall")
-    add("--M", **several, help="* number of possible queries (default: 1)")
-    add("--tau", **several, help="* tokens from query to value (default: 1)")
+    add("--M", **several, help="* possible queries; in other tasks keys or tokens (default: 1)")
+    add("--tau", **several, help="* in recall: tokens from query to value (default: 1)")
     add("--K", **several, help="* size of the vocabulary (default: 16)")
     add("--L", **several, help="* context length in training (default: 64)")
     add("--train-lengths", choices=["fixed", "uniform"], help="L, or up to L (default: fixed)")
@@ -139,7 +139,7 @@ def make_training_step(model, optimizer, config, generator):
         logits = model(tokens, at)                                        # (B, K), or (B, Q, K)
         return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
-    def training_step(draw_batch, compute_loss, clip):
+    def training_step(draw_batch, compute_loss, clip):   # it must draw from `generator` alone
         tokens, labels, at = draw_batch(B, L, K, M, tau, device, generator, uniform)
         loss = compute_loss(tokens, labels, at)
         optimizer.zero_grad()

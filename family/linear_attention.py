@@ -48,9 +48,10 @@ class RungState(NamedTuple):
 class LinearAttention(GatedDeltaNet):
     """A rung of the ladder: Gated DeltaNet with parts of its recurrence taken away or added.
 
-    As it is, linear-decay: values are added, not replaced. fixed_decay: with gamma instead of a_t,
-    linear-fixed. rotation: with the delta rule, and q and k rotated, linear-rotation. d_conv: taps
-    of the convolution, None for none. For the rest see GatedDeltaNet.
+    Without options it is linear-decay, which adds values and replaces none. fixed_decay: gamma
+    instead of a_t, linear-fixed. rotation: the delta rule, and q and k rotate, linear-rotation.
+    (The rung between, gated-deltanet, is GatedDeltaNet itself.) d_conv: taps of the convolution,
+    None for none. For the rest see GatedDeltaNet.
     """
 
     def __init__(self, d_model, n_heads=1, d_state=16, expand=2, fixed_decay=False, rotation=False,
