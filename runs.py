@@ -94,7 +94,9 @@ def check(config, training=True):
     K, M, tau, task = (config[flag] for flag in ("K", "M", "tau", "task"))
     for length in (shortest(M, tau, task), config["L"], 3 * config["L"]):     # tests go to 3 L
         try:
-            tokens, labels, at = TASKS[task](1, length, K, M, tau, "cpu", None, False)
+            tokens, labels, at = TASKS[task](2, length, K, M, tau, "cpu", None, False)
+            if labels.shape != (tokens.shape[:1] if at is None else at.shape):
+                raise ValueError("labels need the shape of at, or (B,) if at is None")
             for v in tokens, labels:
                 if v.dtype != torch.int64 or v.min() < 0 or v.max() >= K:
                     raise ValueError(f"tokens and labels must be int64, from 0 to {K - 1}")

@@ -88,6 +88,11 @@ def label_below_0(batch_size, L, K, M, tau, device, generator, uniform):
     return tokens, tokens[:, 0] - 1, None
 
 
+def transposed_labels(batch_size, L, K, M, tau, device, generator, uniform):
+    tokens = torch.zeros(batch_size, L, dtype=torch.int64)
+    return tokens, tokens.T, torch.arange(L).expand(batch_size, L)
+
+
 def a_list(batch_size, L, K, M, tau, device, generator, uniform):
     return [[0] * (L + 1)] * batch_size, [0] * batch_size, None
 
@@ -96,6 +101,7 @@ def a_list(batch_size, L, K, M, tau, device, generator, uniform):
     (token_K, "fails with 1 context tokens (tokens and labels must be int64, from 0 to 15"),
     (float_labels, "fails with 1 context tokens (tokens and labels must be int64"),
     (label_below_0, "fails with 1 context tokens (tokens and labels must be int64"),
+    (transposed_labels, "fails with 1 context tokens (labels need the shape of at"),
     (a_list, "fails with 1 context tokens ('list'"),
     (short_task, "fails with 24 context tokens (at most 20"), (no_uniform, "fails with 1 context"),
     (two_results, "fails with 1 context tokens (not enough values")])
