@@ -53,6 +53,14 @@ def pick_device(name=None):
     return device
 
 
+def default_generator(device):
+    """The generator from which layers such as nn.Dropout draw. Apple's GPUs hide theirs: the CPU's.
+    """
+    if device.type == "cuda":
+        return torch.cuda.default_generators[torch.cuda.current_device()]
+    return torch.default_generator
+
+
 def has_compiler():
     """Whether torch.compile can work: it needs Triton, and Triton a C compiler."""
     compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]
@@ -114,7 +122,7 @@ class Captured:
     A call does what function(*parts) does, up to rounding, and returns its result, a tensor that
     the next call overwrites. On other devices than CUDA, that is all. The function must do the same
     operations on the same tensors every time, because a replay runs no Python; it must not wait for
-    the GPU, and must draw from `generator` alone.
+    the GPU, and must draw from `generator` alone, or from default_generator.
 
     name: "training step" or "test"
     parts: the functions that it calls, later replaced by compiled ones

@@ -168,7 +168,8 @@ def train_one(config, path, title="", runs_left=0):
     test_draws = stream(config["seed"], "test", device)
 
     # Continue a run that was killed.
-    kept = {"model": model, "optimizer": optimizer, "training": draws, "testing": test_draws}
+    kept = {"model": model, "optimizer": optimizer, "training": draws, "testing": test_draws,
+            "layers": gpu.default_generator(device)}         # nn.Dropout draws from it
     step, curves, seconds = runs.load_progress(path, kept, device, title)
 
     # next_step() is training_step, above, and next_test() a test. On CUDA they become graphs.
@@ -228,10 +229,9 @@ def train_one(config, path, title="", runs_left=0):
     runs.write_json(path + ".json", result)
     runs.remove(path + ".resume.pt")
     first, solved = solved_at(curves, tests=1), solved_at(curves)
+    ended = f"stopped at step {step:,}, not solved; more --steps may help"
     if solved:
         ended = f"first {SOLVED} at step {first:,}, solved at step {solved:,}, stopped at {step:,}"
-    else:
-        ended = f"stopped at step {step:,}, not solved; more --steps may help"
     say(f"{title}{ended}; wrote {path}.json")
     print_table(result)
     if not title and config["task"] == "recall":             # a command's only run has no title

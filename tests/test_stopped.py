@@ -41,6 +41,23 @@ def test_stopped_at_any_write_and_resumed(at, train_tiny, monkeypatch, tmp_path)
     assert names(tmp_path / "out") == names(tmp_path / "whole")
 
 
+def test_a_stopped_run_with_dropout_and_resumed(train_tiny, monkeypatch, tmp_path):
+    """Dropout draws from torch's own generator, whose state must be saved, too."""
+    class Dropout(torch.nn.Dropout):
+        def __init__(self, d):
+            super().__init__()
+
+        def forward(self, x, state=None):
+            return super().forward(x), x[:, :0]              # a state, as every layer returns
+
+    monkeypatch.setitem(hybrid.LAYERS, "dropout", Dropout)
+    flags = "--model", "rope+dropout"
+    stopped_run(train_tiny, monkeypatch, flags, 11)
+    resumed, = train_tiny(*flags)
+    whole, = train_tiny(*flags, out=tmp_path / "whole")
+    assert numbers(resumed) == numbers(whole)
+
+
 def test_a_file_left_by_a_killed_save_goes(train_tiny, tmp_path):
     """A kill leaves the temporary file of the save; the next owner of the run removes it."""
     (tmp_path / "out").mkdir()
