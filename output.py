@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: --"):
             flag = message.split()[2].split("=")[0]
             known = {name.lower(): name for name in self._option_string_actions}
-            near = difflib.get_close_matches(flag.lower(), known, 1)
+            near = difflib.get_close_matches(flag.lower(), known, 1, cutoff=0.75)
             message += f"; did you mean {known[near[0]]}?" if near else "; --help lists the flags"
         elif message.startswith("unrecognized arguments"):
             message += "; a value needs its flag, and --help says what takes several values"
