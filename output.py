@@ -40,11 +40,14 @@ ORDER = list(COLOURS)        # of models in figures and tables
 
 
 def text(value, most=40):
-    """A name or number that is safe to show: short, printable, and without $, which starts
-    mathematics in a figure."""
-    value = f"{value:g}" if isinstance(value, float) else str(value)
+    """A name or number that is safe to show: printable, without $, which starts mathematics in a
+    figure, and at most `most` characters long: its beginning and its end."""
+    if isinstance(value, float):
+        value = f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    value = str(value)
     value = "".join(c if c.isprintable() and c != "$" else "?" for c in value)
-    return value if len(value) <= most else value[:most - 1] + "…"
+    half = most // 2
+    return value if len(value) <= most else value[:half] + "…" + value[1 + half - most:]
 
 
 def listed(names):

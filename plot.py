@@ -28,6 +28,7 @@ from output import (COLOURS, GREY, ORDER, RC_PARAMS, Parser, label_ends, length,
 from summary import (IGNORED, TASK, View, by_curve, caption, chance, different, file_name, finding,
                      group, median_curve, median_of, name_curves, name_of, read, table)
 
+CURVES = ["model", "M", "tau", "d"]      # not task, K or L: a panel marks one chance and one L
 MEASURES = {"at": "accuracy at L", "lowest": "lowest accuracy from L to 3L"}
 MORE_COLOURS = ["black", "#E31A1C", "#6A3D9A", "#33A02C", "#B15928", "#1F78B4", "#FF7F00"]
 DASHES = ["-", (0, (7, 2)), (0, (4.5, 4.5)), (0, (1.5, 3))]  # gaps show the curves below
@@ -185,7 +186,6 @@ def draw(runs, view, title=None):
               for tokens in ((64, 4096) if view.kind == "state" else (None,))]
     if len(places) > 40:
         raise ValueError(f"a figure of {len(places)} panels, 40 are the most")
-
     # Inches: the width follows the longest name, the height the number of names and the title.
     columns = 2 if view.kind == "state" or len(places) == 4 else min(3, len(places))
     rows = -(-len(places) // columns)
@@ -228,7 +228,7 @@ def views_of(args):
         curves = ["model", "d"] if x == "model" else ["model"]
         views, free = [View(x, panels, curves, measure=args.measure)], {"d", *panels}
     else:
-        curve = next((flag for flag in ["model", "M", *TASK] if flag not in (*panels, x)), "seed")
+        curve = next((flag for flag in CURVES if flag not in (*panels, x)), "seed")
         kinds = ["against"] if x else ["length", "training"]
         views = [View(kind, panels, [curve], x or "", args.measure) for kind in kinds]
         free = {x, curve, *panels}
@@ -269,11 +269,11 @@ def main(argv=None, add_to=lambda fig, runs, view: None):
         parser.error(f"{unknown.pop()!r} is no flag of these runs: {', '.join(sorted(known))}"
                      .replace("_", "-"))
     def lacks_number(run):
-        return np.isnan(run[args.measure]) or (args.against == "state" and not run["state"])
+        stateless = not (run["state"] and run["state"][64])  # a log axis has no 0
+        return np.isnan(run[args.measure]) or (args.against == "state" and stateless)
     left_out += [f"{run['path']} was not tested at L or to 3L, or has no bytes of state"
                  for run in runs if args.against and lacks_number(run)]
     drawn = [run for run in runs if not (args.against and lacks_number(run))]
-
     views, split_by = views_of(args)
     written = []
     for of_figure in group(drawn, split_by).values():

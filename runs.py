@@ -111,8 +111,7 @@ def check_model(config, training):
     available = memory(config.get("device"))
     # A lower bound: the embedding table in float64, which numpy makes even for a model on "meta",
     # and about eight float32 activations per token, channel and layer.
-    batch_size = config["batch_size"] if training else 1
-    activations = 32 * batch_size * config["L"] * config["d"]
+    activations = 32 * (config["batch_size"] if training else 1) * config["L"] * config["d"]
     needed = 8 * config["K"] * config["d"] + activations
     # Tensors on "meta" take no memory, but computing with them imports torch's compiler, which
     # takes a second. So small models are built for real.
@@ -150,12 +149,13 @@ def environment(device):
 
 
 def commit():
-    """The commit of this repository, with + for uncommitted changes; "unknown" outside of git."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    describe = ["git", "-C", folder, "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        done = subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10)
-        return done.stdout.strip()
+    """The commit of this code, with + for uncommitted changes; "unknown" if git has none."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
+    options = dict(capture_output=True, text=True, check=True, timeout=10)
+    try:     # the first command fails in a repository that does not have this file
+        subprocess.run([*git, "ls-files", "--error-unmatch", "runs.py"], **options)
+        describe = [*git, "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(describe, **options).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

@@ -191,14 +191,14 @@ def finding(runs, view):
     """A title: the models that do well in all settings shown, in some and, mostly, in none."""
     verdicts = {}                                            # name: True or False per setting
     for (model, curve, _), seeds in settings_of(runs, view).items():
-        name = name_of((("model", model), *curve[1:]))
+        name = ("model", model), *curve[1:]
         verdicts.setdefault(name, []).append(does_well(seeds, view))
-    verdicts = {name: passed for name, passed in verdicts.items() if None not in passed}
+    verdicts = [(name_of(name), passed) for name, passed in verdicts.items() if None not in passed]
     if not verdicts:                                         # not tested: no claim
         return ""
-    alike = len(set(map(len, verdicts.values()))) == 1       # as many settings for each name
+    alike = len({len(passed) for _, passed in verdicts}) == 1      # as many settings for each
     well, partly, never = [], [], []
-    for name, passed in verdicts.items():
+    for name, passed in verdicts:
         count = f" ({sum(passed)}\u00a0of\u00a0{len(passed)})"
         if all(passed):
             well.append(name if alike else name + count)

@@ -8,6 +8,8 @@ Symbols are those of attention.py; G is the number of heads of keys and values.
 `python -m family.attention_variants` shows that single steps agree, and how large the caches are.
 """
 
+import math
+
 import torch
 import torch.nn as nn
 
@@ -90,13 +92,17 @@ class RotaryVariant(Attention):
     """Rotary attention with another base, or with only some channels rotated.
 
     base: a smaller one rotates the slow channels faster; 10,000 in `attention.rotary`.
-    rotated: the share of each head's channels that are rotated; the rest carry no position.
+    rotated: the share of each head's channels that are rotated, rounded down to pairs; the rest
+    carry no position.
     """
 
     def __init__(self, d_model, n_heads=1, recency=None, base=10000.0, rotated=1.0):
         super().__init__(d_model, n_heads, "rope", recency)
         self.base = base
         self.n_rotated = 2 * int(rotated * (d_model // n_heads) / 2)     # channels of a head
+        if self.n_rotated == 0:
+            raise ValueError(f"--d is {d_model}, but rotating {rotated:g} of a head's channels, in "
+                             f"pairs, needs heads of at least {math.ceil(2 / rotated)}")
 
     def rotate(self, x, start):
         """As Attention.rotate."""

@@ -75,7 +75,7 @@ class RNN(nn.Module):
         if x.shape[1] == 0:
             return x, state
         Bx = self.B(x)                                                   # (b, L, n)
-        h = torch.zeros_like(Bx[:, 0]) if state is None else state       # (b, n)
+        h = torch.zeros_like(Bx[:, 0]) if state is None else state.to(Bx.dtype)     # (b, n)
         hs = []
         for Bx_t in Bx.unbind(1):
             h = torch.tanh(self.A(h) + Bx_t)                             # (b, n)
@@ -147,7 +147,7 @@ class LTI(nn.Module):
         if x.shape[1] == 0:
             return x, state
         wide = at_least_float32(x)
-        h = wide.new_zeros(len(x), *self.B.shape) if state is None else state
+        h = wide.new_zeros(len(x), *self.B.shape) if state is None else state.to(wide.dtype)
         empty = len(x) == 0                          # has no Fourier transform
         form = self.recur if x.shape[1] == 1 or empty else self.convolve
         y, h = form(wide, h)

@@ -84,6 +84,7 @@ EVAL = [
 ]
 
 RUNS = [
+    ("[*git, \"ls-files\", \"--error-unmatch\", \"runs.py\"]", "[*git, \"status\"]"),
     ("v.dtype != torch.int64 or v.min() < 0", "v.min() < 0"),
     ("v.min() < 0 or v.max() >= K", "v.max() >= K"),
     ("v.min() < 0 or v.max() >= K", "v.min() < 0"),
@@ -115,6 +116,8 @@ RUNS = [
 ]
 
 OUTPUT = [
+    ("known, 1, cutoff=0.75)", "known, 1)"),
+    ("if float(f\"{value:g}\") == value else repr(value)", "if True else 0"),
     ("re.compile(r\"-\\.?\\d\")", "re.compile(r\"^-\\d+$\")"),
     ("os.replace(temporary, path)", "open(path, 'wb').write(data)"),
     ("os.fsync(f.fileno())", "pass"),
@@ -156,6 +159,7 @@ GRID = [
 ]
 
 TRAIN = [
+    ("\"layers\": gpu.default_generator(device)}", "}"),
     ("min(STEPS_APART, steps // 20)", "1"),
     ("        optimizer.zero_grad()\n", ""),
     ("        clip([p for p in model.parameters() if p.requires_grad], CLIP)\n", ""),
@@ -264,6 +268,7 @@ MAMBA2 = [
 ]
 
 LADDER = [
+    ("else state.to(Bx.dtype)", "else state"), ("else state.to(wide.dtype)", "else state"),
     ("nn.init.orthogonal_(self.A.weight)", "nn.init.normal_(self.A.weight, std=0.1)"),
     ("-2.0 ** (-5 - heads)", "-2.0 ** (-4 - heads)"),
     ("uniform_(0.9, 0.999)", "uniform_(0.5, 0.999)"),
@@ -278,6 +283,8 @@ ZAMBA = [
 EXPERTS = [("round(8 * d_model / 3)", "round(4 * d_model)")]
 
 PLOT = [
+    ("CURVES = [\"model\", \"M\", \"tau\", \"d\"]", "CURVES = [\"model\", \"M\", *TASK]"),
+    ("not (run[\"state\"] and run[\"state\"][64])", "not run[\"state\"]"),
     ("if args.measure == \"lowest\" and", "if False and"),
     ("if len(xs) == 1:", "if False:"),
     ("ax.axhline(lowest,", "ax.axhline(2 * lowest,"),
@@ -311,11 +318,12 @@ PLOT = [
 SUMMARY = [
     ("    named -= {*view.panels, view.x}\n", ""),
     ("set.union(*changed) - set.intersection(*changed)", "set.union(*changed)"),
-    ("len(set(map(len, verdicts.values()))) == 1", "True"),
+    ("len({len(passed) for _, passed in verdicts}) == 1", "True"),
     ("if flag == view.curves[0] or len", "if len"),
     ("if pair not in run[\"curve\"] and", "if"),
     ("if len(whose) < len(models) else ''", "if False else ''"),
-    ("items() if None not in passed}", "items()}"),
+    ("items() if None not in passed]", "items()]"),
+    ("name = (\"model\", model), *curve[1:]", "name = ((\"model\", text(model)),)"),
     ("elif any(passed):", "elif True:"),
     ("return median_of(seeds, \"steps\") < np.inf", "return True"),
     ("median_of(seeds, view.measure) >= SOLVED", "median_of(seeds, \"at\") >= SOLVED"),
@@ -407,6 +415,7 @@ INTERPOLATE = [
 ]
 
 VARIANTS = [
+    ("if self.n_rotated == 0:", "if False:"),
     ("triu(length - Q - self.window + 1)", "triu(length - Q - self.window)"),
     ("first = max(0, length - self.window + 1)", "first = max(0, length - self.window + 2)"),
     ("2 * int(rotated * (d_model // n_heads) / 2)", "d_model // n_heads"),
@@ -421,7 +430,8 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "hybrid.py": (HYBRID, "test_hybrid.py"),
     "eval.py": (EVAL, "test_eval.py test_eval_command.py"),
     "runs.py": (RUNS, "test_runs.py test_damage.py test_flags.py test_train.py test_stopped.py"),
-    "output.py": (OUTPUT, "test_flags.py test_runs.py test_stopped.py test_eval_command.py test_inside.py"),
+    "output.py": (OUTPUT, "test_flags.py test_runs.py test_stopped.py test_eval_command.py "
+                          "test_inside.py test_plot.py"),
     "grid.py": (GRID, "test_runs.py test_damage.py test_stopped.py test_train.py"),
     "train.py": (TRAIN, "test_train.py test_damage.py test_runs.py test_stopped.py"),
     "attention.py": (ATTENTION, "test_attention.py test_hybrid.py"),

@@ -29,6 +29,7 @@ ABSURD = ["--L 1000000000", "--batch-size 1000000000", "--d 1000000", "--d 10000
     ("--model rope --d 6 --n-heads 2", "--n-heads 2"), ("--model rope --d 7", "odd size 7"),
     ("--model grouped --d 10", "--d is 10"), ("--model retention --d 10", "--d is 10"),
     ("--model nope --n-heads 3", "3"), ("--model jamba --d 6", "4"),
+    ("--model 2xrope-half --d 2", "heads of at least 4"),
     ("--model nope --n-heads 0", "--n-heads is 0"), ("--model mamba --d-state 0", "--d-state is 0"),
     ("--train-lengths some", "--train-lengths"), ("--step 20", "did you mean --steps?"),
     ("--m 4", "did you mean --M?"), ("--dropout 0.1", "--help lists the flags"),

@@ -128,6 +128,19 @@ def test_segments_equal_one_call(kind, sizes):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
+def test_a_state_of_another_dtype(kind):
+    """A context in bfloat16 or float32, then decoding in float64: the state is converted."""
+    layer, x = kind(8), torch.randn(2, 9, 8)
+    state = layer(x)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = layer(x)[1]
+    y, _ = layer(x[:, :1], narrow)
+    assert y.dtype == torch.float32 and relative(y, layer(x[:, :1], state)[0]) < 0.05
+    y, _ = layer.double()(x[:, :2].double(), state)
+    assert y.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", LAYERS)
 def test_causal_and_differentiable(kind):
     layer, x = kind(4).double(), torch.randn(1, 9, 4).double()
     changed = x.clone()

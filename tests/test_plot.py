@@ -183,9 +183,10 @@ def test_against_a_flag(tmp_path, figures):
 def test_against_state(tmp_path, figures, capsys):
     paths = [write(tmp_path, "mamba", state=(100, 100)), write(tmp_path, "rope", state=(300, 9000)),
              write(tmp_path, "hybrid-b", d=16, state=(100, 5000)),
-             write(tmp_path, "jamba", state=None)]
+             write(tmp_path, "jamba", state=None), write(tmp_path, "2xmlp", state=(0, 0))]
     fig, = figures(*paths, "--against", "state").values()
-    assert "no bytes of state" in capsys.readouterr().err                       # jamba
+    # jamba, and 2xmlp, which has no place on a log axis
+    assert capsys.readouterr().err.count("no bytes of state") == 2
     assert [ax.get_xlabel() for ax in fig.axes] == [
         "bytes of state after 64 tokens", "bytes of state after 4,096 tokens"]
     found = [sorted(x[0] for x, _ in thick(ax).values()) for ax in fig.axes]
@@ -210,6 +211,32 @@ def test_against_model(tmp_path, figures):
     assert [0.5, 0.9, 1.0] in seeds and [0.25, 0.45, 0.5] in seeds
     assert constants(fig.axes[0], ":") == [(1 / 16, 1 / 16, 0, 1)]
     assert "diamonds (lowest to 3L)" in fig.get_supxlabel()
+
+
+def test_long_names_stay_apart(tmp_path, figures, capsys):
+    """Two names of 44 letters that differ in their last word; two learning rates alike to :g."""
+    stack = "mamba2+mlp+mamba2+mlp+window+mlp+mamba2+"
+    paths = [write(tmp_path, stack + "mlp"), write(tmp_path, stack + "rope", beyond=0.3)]
+    fig, = figures(*paths, "--against", "model").values()
+    title = fig.get_suptitle().replace("\n", " ").replace(" ", "")
+    assert title == "Atleast0.95fromLto3L:mamba2+mlp+mamba2+ml…ndow+mlp+mamba2+mlp"
+    assert len({t.get_text() for t in fig.axes[0].get_yticklabels()}) == 2
+    paths = [write(tmp_path, lr=0.00123456), write(tmp_path, lr=0.001234561), write(tmp_path, lr=.5)]
+    plot.main([*paths, "--table"])
+    table = capsys.readouterr().out
+    assert all(f"| {lr} |" in table for lr in ("0.00123456", "0.001234561", "0.5"))
+
+
+def test_a_figure_has_one_task_and_one_training_length(tmp_path, figures):
+    """Whatever the panels are: each marks one chance and one L."""
+    tasks = [write(tmp_path), write(tmp_path, task="parity")]
+    for fig in figures(*tasks, "--panels", "model", "M").values():
+        chance, = [t for ax in fig.axes for t in texts(ax) if t.startswith("chance")]
+        assert chance == ("chance 1/2" if "parity" in fig.get_supxlabel() else "chance 1/16")
+    lengths = [write(tmp_path), write(tmp_path, L=32)]
+    drawn = figures(*lengths, "--panels", "model", "M", "tau", "task", "K", "d")
+    trained = [t for fig in drawn.values() for t in texts(fig.axes[0]) if t.startswith("trained")]
+    assert sorted(trained) == ["trained at 32", "trained at 64"]
 
 
 def test_looks():

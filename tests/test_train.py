@@ -204,7 +204,7 @@ def test_command_line(tmp_path):
 
 
 def test_the_commit_that_made_it(tmp_path, monkeypatch):
-    """With + for uncommitted changes; unknown outside of a repository."""
+    """With + for uncommitted changes; unknown outside of a repository that has the code."""
     def git(*words):
         done = subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
                               cwd=tmp_path, check=True, capture_output=True, text=True)
@@ -213,6 +213,10 @@ def test_the_commit_that_made_it(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
     assert runs.commit() == "unknown"
     git("init", "-q")
+    (tmp_path / "other").touch()
+    git("add", "other")
+    git("commit", "-qm", "not of this code")
+    assert runs.commit() == "unknown"
     git("add", "runs.py")
     git("commit", "-qm", "first")
     assert git("rev-parse", "HEAD").startswith(runs.commit()) and len(runs.commit()) >= 7
