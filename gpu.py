@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fused_scan import compile_each_shape, compiled_scan
 from output import say
-from runs import shape_of
 
 WARMUP_CALLS = 3       # launched one kernel at a time: they allocate memory, and may compile
 FIRST_CALLS = WARMUP_CALLS + 2       # then one captures and replays, and one is timed
@@ -66,6 +65,14 @@ def has_compiler():
     compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]
     has_c = any(shutil.which(name) for name in compilers)
     return has_c and importlib.util.find_spec("triton") is not None
+
+
+def shape_of(config):
+    """The settings that compiled kernels depend on. Runs that agree in them share kernels."""
+    flags = "task model K d L batch_size n_heads d_state train_lengths learn_embedding".split()
+    if config["task"] != "recall":                           # there M fixes shapes, too
+        flags.append("M")
+    return tuple(config[flag] for flag in flags)
 
 
 def is_small(config):

@@ -28,9 +28,9 @@ try:
 except ImportError:                              # Windows
     fcntl = None
 
-from gpu import has_compiler, pick_device
+from gpu import has_compiler, pick_device, shape_of
 from output import rank_and_processes, remove, say
-from runs import check, is_finished, path_of, read_result, shape_of
+from runs import check, is_current, path_of, read_result
 from summary import DEFAULTS, GRID, IGNORED, defaults_at
 
 LOCKS = ".locks"      # the folder of lock files, inside the results folder
@@ -110,9 +110,12 @@ def make_all(configs, train_one, show=None):
                     with contextlib.suppress(OSError), locked(run.path, wait=True):
                         remove(run.path + ".json", run.path + ".resume.pt")
                 if is_finished(run.path):
-                    say(f"{run.title}{run.path}.json is finished; --overwrite repeats it")
+                    result = read_result(run.path + ".json")
+                    current = is_current(result.get("env", {}).get("code"))
+                    changed = "" if current else ", but the code has changed since"
+                    say(f"{run.title}{run.path}.json is finished{changed}; --overwrite repeats it")
                     if show:
-                        show(read_result(run.path + ".json"))
+                        show(result)
         barrier()                                # else rank 0 could remove what others just wrote
         said_so = False
         while waiting:
@@ -148,6 +151,11 @@ def keyboard_interrupts():
     finally:
         if before is not None:
             signal.signal(signal.SIGINT, before)
+
+
+def is_finished(path):
+    """Whether the run has its result and its model. path: OUT/NAME."""
+    return read_result(path + ".json") is not None and os.path.exists(path + ".pt")
 
 
 def make_if_free(run, train_one, count_left):

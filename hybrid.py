@@ -11,7 +11,7 @@ a width d, and with those values of `build_layer` that its constructor names. A 
   - maps x (B, L, d) and a state, None at the start of a sequence, to y (B, L, d), or (1, L, d) if
     it is the same for all sequences, and the next state;
   - is causal, and gives the same result for a sequence in segments as for one call;
-  - draws no random numbers (dropout), or a resumed run differs;
+  - draws random numbers, as dropout does, from torch's own generator alone: it is saved with a run;
   - never asks for values (.item()), so that a CUDA graph can capture it;
   - if it loops over tokens, uses x.unbind(1): the backward pass of x[:, t] allocates zeros like x.
 

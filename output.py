@@ -94,6 +94,8 @@ class Parser(argparse.ArgumentParser):
             message += "; a value needs its flag, and --help says what takes several values"
         elif message.startswith("the following arguments are required"):
             message += "; they come before flags that take several values"
+        elif ": invalid " in message and "," in message:
+            message += "; several values are separated by spaces"
         self.exit(2, f"{self.prog}: {text(message, 2000)}\n")
 
 
@@ -187,10 +189,10 @@ def label_ends(ax, ends):
 
 
 def write_figure(path, fig):
-    """Write a figure of matplotlib as PNG. Makes the folder if needed."""
+    """Write a figure of matplotlib, as PNG or what its path ends in. Makes the folder if needed."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     image = io.BytesIO()
-    fig.savefig(image, format="png", dpi=150)
+    fig.savefig(image, format=os.path.splitext(path)[1][1:], dpi=150)
     write_file(path, image.getvalue())
 
 

@@ -6,7 +6,6 @@
       --against lr       accuracy at the training length against any flag
       --against model    a row for each model: at L, and the lowest to 3L
       --against state    accuracy against bytes of state
-      --against d --lowest            the lowest accuracy to 3L, not that at L
       --table [16 64]    a Markdown table [of the accuracy at 16 and 64]
 """
 
@@ -247,9 +246,10 @@ def main(argv=None, add_to=lambda fig, runs, view: None):
     add("--against", **flag, help="accuracy against a flag of train.py, model, or state")
     add("--lowest", dest="measure", action="store_const", const="lowest", default="at",
         help="with --against: the lowest accuracy from L to 3L, not that at L")
-    add("--title", type=lambda word: text(word, 999), help="not of steps (default: what they show)")
+    add("--title", type=lambda word: text(word, 999), help="for all figures but that of steps")
     add("--table", nargs="*", type=length, metavar="LENGTH", help="print a table")
-    add("--name", help="name of a figure's file (default: what it shows)")
+    add("--name", help="name of a figure's file, without .png (default: what it shows)")
+    add("--format", choices=["png", "pdf", "svg"], default="png", help="default: png")
     add("--out", default="figures", metavar="DIR", help="folder of figures (default: figures)")
     args = parser.parse_args(argv)
     if args.measure == "lowest" and args.against in (None, "model"):
@@ -278,7 +278,7 @@ def main(argv=None, add_to=lambda fig, runs, view: None):
     written = []
     for of_figure in group(drawn, split_by).values():
         for view in views:
-            path = os.path.join(args.out, file_name(of_figure, view, args) + ".png")
+            path = os.path.join(args.out, f"{file_name(of_figure, view, args)}.{args.format}")
             try:
                 if path in written:
                     raise ValueError("another figure has this name; --name is for one figure")

@@ -27,6 +27,7 @@ from summary import DEFAULTS, GRID, defaults_at
 
 # The minimum of each flag that is a whole number.
 LEAST = dict(d=1, L=1, K=1, M=1, tau=1, n_heads=1, d_state=1, batch_size=1, steps=1, seed=0)
+ONLY_READ = "plot.py", "inside.py", "bench.py"       # scripts that no run depends on
 
 
 def run_name(config):
@@ -54,14 +55,6 @@ def model_from(config):
     """The model of a config, with new weights."""
     options = {flag: config[flag] for flag in ("n_heads", "d_state", "learn_embedding")}
     return build_model(config["model"], config["K"], config["d"], config["L"], **options)
-
-
-def shape_of(config):
-    """The settings that compiled kernels depend on. Runs that agree in them share kernels."""
-    flags = "task model K d L batch_size n_heads d_state train_lengths learn_embedding".split()
-    if config["task"] != "recall":                           # there M fixes shapes, too
-        flags.append("M")
-    return tuple(config[flag] for flag in flags)
 
 
 def is_number(value):
@@ -145,7 +138,7 @@ def environment(device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"torch": torch.__version__, "python": platform.python_version(),
             "system": platform.platform(), "device": name, "threads": torch.get_num_threads(),
-            "commit": commit()}
+            "commit": commit(), "code": code_digest()}
 
 
 def commit():
@@ -160,12 +153,18 @@ def commit():
         return "unknown"
 
 
-@functools.cache     # a file that is edited during a run does not count
+@functools.cache     # computed once: see load_progress
 def code_digest():
-    """The SHA-256 of all source files, those of family/ too."""
+    """The SHA-256 of all source files that a run depends on, those of family/ too."""
     folder = glob.escape(os.path.dirname(os.path.abspath(__file__)))
     paths = sorted(glob.glob(f"{folder}/*.py") + glob.glob(f"{folder}/family/*.py"))
+    paths = [path for path in paths if os.path.basename(path) not in ONLY_READ]
     return hashlib.sha256(str([digest_of(path) for path in paths]).encode()).hexdigest()
+
+
+def is_current(code):
+    """Whether a result or checkpoint with this code_digest is of the code here, or does not say."""
+    return code in (None, code_digest())
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -178,7 +177,7 @@ def write_checkpoint(path, model, config):
     """Write a trained model and its config, and return the SHA-256 of the file."""
     buffer = io.BytesIO()
     weights = {name: p.cpu() for name, p in model.state_dict().items()}
-    torch.save({"config": config, "model": weights}, buffer)
+    torch.save({"config": config, "model": weights, "code": code_digest()}, buffer)
     write_file(path, buffer.getvalue())
     return hashlib.sha256(buffer.getvalue()).hexdigest()
 
@@ -204,6 +203,8 @@ def load_run(path, device="cpu"):
     except Exception:
         raise ValueError(f"{path} cannot be loaded: its weights do not fit the layers of "
                          f"{config['model']} here; was one changed?") from None
+    if not is_current(checkpoint.get("code")):
+        say(f"{path}: the code has changed since this model was trained")
     return model.to(device).eval(), config
 
 
@@ -225,11 +226,6 @@ def read_result(path):
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return result if whole else None
-
-
-def is_finished(path):
-    """Whether the run has its result and its model. path: without an ending."""
-    return read_result(path + ".json") is not None and os.path.exists(path + ".pt")
 
 
 # ---- an unfinished run ---------------------------------------------------------------------------
@@ -273,7 +269,8 @@ def load_progress(path, kept, device, title=""):
     Without a usable save, everything is put back as it was before, and the run is at step 0. Raises
     OSError if the save cannot be read.
     """
-    start, code = (0, {"step": [], "loss": [], "accuracy": []}, 0.0), code_digest()
+    start = 0, {"step": [], "loss": [], "accuracy": []}, 0.0
+    code_digest()                                # now: files that are edited later do not count
     try:
         with open(path + ".resume.pt", "rb") as f:
             digest, data = f.read(32), f.read()
@@ -294,7 +291,7 @@ def load_progress(path, kept, device, title=""):
         say(f"{path}.resume.pt is damaged, or of another version or device; the run starts from "
             "the beginning")
         return start
-    changed = "" if saved.get("code") == code else (
-        "; the code has changed since it was saved, and --overwrite starts from the beginning")
+    changed = "; the code has changed since, and --overwrite starts from the beginning"
+    changed = "" if is_current(saved.get("code", "")) else changed
     say(f"{title}continues at step {progress[0]:,}: {path}{changed}")
     return progress

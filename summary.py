@@ -57,7 +57,7 @@ def load(path):
         reason = "name the .json files in it" if os.path.isdir(path) else error.strerror
         raise ValueError(f"{path} cannot be read: {reason}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        hint = f"; its result is {path[:-3]}.json" if path.endswith(".pt") else ""
+        hint = f"; its result would be {path[:-3]}.json" if path.endswith(".pt") else ""
         raise ValueError(f"{path} is no result of train.py{hint}") from None
 
 

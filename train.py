@@ -91,8 +91,8 @@ def parse(argv):
 def learning_rate(step, last, highest):
     """A linear rise, a plateau, and a linear fall to zero at the step `last`.
 
-    Recall is learned suddenly, at a step that differs from run to run. A plateau suits any such
-    step; a schedule that falls from the start has to guess it. (Short runs have none.)
+    Recall is learned suddenly, at a step that nobody can foresee; a schedule that falls from the
+    start has to guess it. `last` is --steps; once the task is solved, last_step makes it earlier.
     """
     fall = min(last / 4, max(COOLDOWN_STEPS, COOLDOWN_SHARE * last))
     return highest * min(1, (step + 1) / WARMUP, (last - step) / fall)

@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gpu
+import hybrid
 import runs
 import train
 from bench import peak_megabytes, time_forms
@@ -223,9 +224,20 @@ def test_a_run_compiles_when_that_pays(tmp_path, monkeypatch):
     assert all(math.isfinite(loss) for loss in result["train"]["loss"])
 
 
-def test_a_killed_run_continues(tmp_path, monkeypatch):
+class Dropout(torch.nn.Dropout):
+    """As a layer: it draws from torch's own generator, in a captured step, too."""
+    def __init__(self, d):
+        super().__init__(0.2)
+
+    def forward(self, x, state=None):
+        return super().forward(x), x[:, :0]
+
+
+@pytest.mark.parametrize("model", ["hybrid-a", "mamba+dropout+attention"])
+def test_a_killed_run_continues(model, tmp_path, monkeypatch):
     """Stopped after a save, and given again: the steps that follow are those of a whole run."""
-    flags = ["--model", "hybrid-a", "--L", "8", "--steps", "80", "--device", "cuda"]
+    monkeypatch.setitem(hybrid.LAYERS, "dropout", Dropout)
+    flags = ["--model", model, "--L", "8", "--steps", "80", "--device", "cuda"]
     flags += ["--compile", "off"]
     whole, = train.main([*flags, "--out", str(tmp_path / "whole")])
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)

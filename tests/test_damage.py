@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import shutil
 
@@ -118,15 +119,37 @@ def test_a_run_saved_by_other_code_continues_and_says_so(train_tiny, monkeypatch
         assert ("the code has changed" in line) == told
 
 
+def test_a_result_of_other_code_is_finished_and_says_so(train_tiny, monkeypatch, tmp_path, capsys):
+    """So does its checkpoint when it is loaded; a result that does not say its code counts as
+    current."""
+    result, = train_tiny()
+    path = tmp_path / "out" / f"{NAME}.json"
+    code = result["env"]["code"]
+    for saved, told in (code, False), (None, False), ("x", True):
+        result["env"]["code"] = saved
+        path.write_text(json.dumps({**result, "env": {} if saved is None else result["env"]}))
+        capsys.readouterr()
+        train_tiny()
+        line, = [line for line in capsys.readouterr().out.splitlines() if "is finished" in line]
+        assert ("the code has changed since" in line) == told
+    runs.load_run(str(path.with_suffix(".pt")))
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(runs, "code_digest", lambda: "new")
+    runs.load_run(str(path.with_suffix(".pt")))
+    line, = capsys.readouterr().out.splitlines()
+    assert str(path.with_suffix(".pt")) in line and "the code has changed since" in line
+
+
 def test_code_digest_changes_with_any_source_file(tmp_path, monkeypatch):
     (tmp_path / "family").mkdir()
     monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
     seen = set()
-    for name in "runs.py", "mamba.py", "family/ladder.py", "family/ladder.py", "notes.txt":
+    for name in ("runs.py", "mamba.py", "family/ladder.py", "family/ladder.py", "notes.txt",
+                 "plot.py"):
         path = tmp_path / name
         path.write_text(path.read_text() + "x" if path.exists() else "x")
         seen.add(runs.code_digest.__wrapped__())
-    assert len(seen) == 4                                     # notes.txt is no source
+    assert len(seen) == 4                # notes.txt is no source, and no run depends on plot.py
 
 
 def test_planted_links_are_not_followed(train_tiny, monkeypatch, tmp_path):

@@ -221,7 +221,7 @@ def test_long_names_stay_apart(tmp_path, figures, capsys):
     title = fig.get_suptitle().replace("\n", " ").replace(" ", "")
     assert title == "Atleast0.95fromLto3L:mamba2+mlp+mamba2+ml…ndow+mlp+mamba2+mlp"
     assert len({t.get_text() for t in fig.axes[0].get_yticklabels()}) == 2
-    paths = [write(tmp_path, lr=0.00123456), write(tmp_path, lr=0.001234561), write(tmp_path, lr=.5)]
+    paths = [write(tmp_path, lr=lr) for lr in (0.00123456, 0.001234561, 0.5)]
     plot.main([*paths, "--table"])
     table = capsys.readouterr().out
     assert all(f"| {lr} |" in table for lr in ("0.00123456", "0.001234561", "0.5"))

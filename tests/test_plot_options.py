@@ -57,6 +57,15 @@ def test_title(tmp_path, figures):  # noqa: F811
     assert drawn["x_training.png"].get_suptitle() != "What was found"      # shows something else
 
 
+@pytest.mark.parametrize("ending, begins", [("png", b"\x89PNG"), ("pdf", b"%PDF"),
+                                            ("svg", b"<?xml")])
+def test_format(tmp_path, ending, begins):
+    flags = "--format", ending, "--name", "x", "--out", str(tmp_path)
+    path, _ = plot.main([write(tmp_path), *flags])
+    assert path == str(tmp_path / f"x.{ending}")
+    assert (tmp_path / f"x.{ending}").read_bytes().startswith(begins)
+
+
 def test_listed_stacks_have_a_place_and_a_colour():
     assert len(set(plot.ORDER)) == len(plot.ORDER) == len(plot.COLOURS)
     order = ["2xlinear-fixed", "2xlinear-decay", "2xgated-deltanet", "2xlinear-rotation"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import eval as evaluation
+import gpu
 import grid
 import output
 import runs
@@ -133,8 +134,8 @@ def test_runs_left_are_those_of_the_shape_without_a_result(tmp_path):
 
 
 def test_runs_share_kernels_only_if_the_same_parameters_are_trained():
-    assert runs.shape_of(CONFIG) == runs.shape_of({**CONFIG, "seed": 1, "lr": 0.1})
-    assert runs.shape_of(CONFIG) != runs.shape_of({**CONFIG, "learn_embedding": True})
+    assert gpu.shape_of(CONFIG) == gpu.shape_of({**CONFIG, "seed": 1, "lr": 0.1})
+    assert gpu.shape_of(CONFIG) != gpu.shape_of({**CONFIG, "learn_embedding": True})
 
 
 def test_a_process_stays_with_a_shape_and_begins_with_another(tmp_path, monkeypatch):
