@@ -291,7 +291,9 @@ def load_progress(path, kept, device, title=""):
         say(f"{path}.resume.pt is damaged, or of another version or device; the run starts from "
             "the beginning")
         return start
-    changed = "; the code has changed since, and --overwrite starts from the beginning"
-    changed = "" if is_current(saved.get("code", "")) else changed
+    changed = ""
+    if not is_current(saved.get("code", "")):
+        changed = "; the code has changed since, and --overwrite starts from the beginning"
+        saved["curves"].setdefault("code_changed_at", []).append(saved["step"])
     say(f"{title}continues at step {progress[0]:,}: {path}{changed}")
     return progress

@@ -114,9 +114,11 @@ def test_a_run_saved_by_other_code_continues_and_says_so(train_tiny, monkeypatch
         stopped_run(train_tiny, monkeypatch, ["--overwrite"], at=8)
         with_saved(change)(tmp_path / "out" / f"{NAME}.resume.pt")
         capsys.readouterr()
-        train_tiny()
+        result, = train_tiny()
         line, = [line for line in capsys.readouterr().out.splitlines() if "continues at" in line]
         assert ("the code has changed" in line) == told
+        at = [int(line.split("at step ")[1].split(":")[0])] if told else None
+        assert result["train"].get("code_changed_at") == at
 
 
 def test_a_result_of_other_code_is_finished_and_says_so(train_tiny, monkeypatch, tmp_path, capsys):
