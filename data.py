@@ -185,8 +185,10 @@ def shortest(M=1, tau=1, task="recall"):
 
 
 def n_answers(task, K):
-    """Chance is 1 over this, the number of possible answers. In recall K, although v is never q."""
-    return {"mqar": K - K // 2, "copy": max(1, K - 2), "parity": 2}.get(task, K)
+    """Chance is 1 over this, the number of possible answers, infinite if it is not known. In recall
+    K, although v is never q."""
+    known = {"recall": K, "mqar": K - K // 2, "copy": max(1, K - 2), "parity": 2}
+    return known.get(task, float("inf"))
 
 
 # ---- the embedding, and sequences as text --------------------------------------------------------

@@ -55,15 +55,17 @@ def curve_styles(curves):
 # ---- the contents of a panel ---------------------------------------------------------------------
 
 def mark_chance(ax, guesses):
-    """Draw chance as a dotted line. guesses: {x: chance there}."""
+    """Draw chance as a dotted line. guesses: {x: chance there}, 0 if it is not known."""
     lowest = min(guesses.values())
+    ax.set(ylim=(min(0, lowest - 0.09), 1.05), ylabel="accuracy")
+    if lowest == 0:
+        return
     if lowest == max(guesses.values()):
         ax.axhline(lowest, color=GREY, lw=1, ls=":")
     else:
         ax.plot(*zip(*sorted(guesses.items())), color=GREY, lw=1, ls=":")
     ax.annotate(f"chance 1/{round(1 / lowest)}", (1, lowest), (-2, -3), **SMALL, ha="right",
                 va="top", xycoords=ax.get_yaxis_transform())
-    ax.set(ylim=(min(0, lowest - 0.09), 1.05), ylabel="accuracy")
 
 
 def step_axis(ax, runs):
@@ -81,14 +83,11 @@ def length_axis(ax, runs, all_runs):
     """Context lengths up to the longest in any panel with this training length, which is marked."""
     L = runs[0]["config"]["L"]
     lengths = np.concatenate([run["length"][0] for run in all_runs if run["config"]["L"] == L])
-    if max(lengths) > 8 * L:
+    long = max(lengths) > 8 * L
+    if long:
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_locator(LogLocator(base=4))
-        ax.set_xlim(min(lengths), max(lengths))
-    else:
-        ax.xaxis.set_major_locator(MultipleLocator(L))
-        ax.set_xlim(0, max(lengths))
-    ax.set_xlabel("context length")
+    ax.xaxis.set_major_locator(LogLocator(base=4) if long else MultipleLocator(L))
+    ax.set(xlim=(min(lengths) if long else 0, max(lengths)), xlabel="context length")
     ax.axvline(L, color=GREY, lw=1, ls="--")
     mixed = any(run["config"].get("train_lengths") == "uniform" for run in runs)
     ax.annotate(f"trained {'up to' if mixed else 'at'} {L}", (L, 1), (0, 2), **SMALL, ha="center",

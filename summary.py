@@ -122,7 +122,7 @@ def median_of(seeds, what):          # what: a number that each run has, "at" or
 
 
 def chance(run):
-    """The accuracy of a guess among the possible answers, to a good approximation."""
+    """The accuracy of a guess among the possible answers, about; 0 if their number is unknown."""
     task, K = values(run, ["task", "K"])
     if task == "recall":
         return 1 / K

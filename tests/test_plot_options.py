@@ -2,7 +2,7 @@
 
 import pytest
 from matplotlib.colors import to_hex
-from test_plot import figures, texts, thick, write  # noqa: F401: figures is a fixture
+from test_plot import constants, figures, texts, thick, write  # noqa: F401: figures is a fixture
 
 import plot
 import summary
@@ -191,6 +191,16 @@ def test_mqar_answers_with_the_upper_half_of_the_vocabulary():
     for K in (5, 16):
         _, labels, _ = TASKS["mqar"](400, 6, K, 2)
         assert len(labels.unique()) == n_answers("mqar", K)
+
+
+def test_an_unknown_chance_is_not_marked(tmp_path, figures):  # noqa: F811
+    """Of a task of one's own, until n_answers has its number of answers."""
+    path = write(tmp_path, task="majority")
+    for flags in ((), ("--against", "model"), ("--against", "state")):
+        for fig in figures(path, *flags).values():
+            for ax in fig.axes:
+                assert not any("chance" in word for word in texts(ax))
+                assert constants(ax, ":") in ([], [(0, 0, 0, 1)])
 
 
 def test_chance_depends_on_the_vocabulary(tmp_path, figures):  # noqa: F811
