@@ -16,8 +16,8 @@ import torch
 from output import say
 
 STREAMS = {"training": 0, "test": 1, "evaluation": 2, "places": 3}       # places: of queries
-WHOLE = 20               # `show` prints contexts up to this length in full,
-NEAR = 2                 # and of longer ones this many tokens around each mark
+WHOLE = 10               # `show` prints contexts up to this length in full,
+NEAR = 1                 # and of longer ones this many tokens around each mark
 
 
 def stream(seed, purpose, device="cpu"):
@@ -225,16 +225,16 @@ def show_answers(model, config, device):
     tokens, labels = recall_batch(3, L, K, M, tau, device, stream(seed, "evaluation", device))
     answers = model(tokens).argmax(-1)
     for row, answer, label in zip(tokens, answers.tolist(), labels.tolist()):
-        verdict = "right" if answer == label else f"wrong, the value is {label}"
+        verdict = "right" if answer == label else f"wrong, it is {label}"
         say(f"{show(row, tau)}  ->  {answer}, {verdict}")
 
 
 if __name__ == "__main__":
-    rules = {"mqar": "pairs of key and value, then each key is asked for its value",
+    rules = {"mqar": "pairs of key and value, then each key asks for its value",
              "copy": "repeat the tokens among the blanks (15) at the marks (14)",
              "parity": "is the number of ones so far odd?"}
-    print("recall, L = 12, M = 4, tau = 2: (q) and its value [v], then (q) again -> v")
-    tokens, labels = recall_batch(3, 12, M=4, tau=2, generator=stream(0, "training"))
+    print("recall, L = 10, M = 4, tau = 2: (q) and its value [v], then (q) again -> v")
+    tokens, labels = recall_batch(3, 10, M=4, tau=2, generator=stream(0, "training"))
     for row, label in zip(tokens, labels):
         print(show(row, 2), " -> ", label.item())
     for name, task in TASKS.items():

@@ -30,13 +30,12 @@ from summary import (IGNORED, TASK, View, by_curve, caption, chance, different, 
 CURVES = ["model", "M", "tau", "d"]      # not task, K or L: a panel marks one chance and one L
 MEASURES = {"at": "accuracy at L", "lowest": "lowest accuracy from L to 3L"}
 MORE_COLOURS = ["black", "#E31A1C", "#6A3D9A", "#33A02C", "#B15928", "#1F78B4", "#FF7F00"]
-DASHES = ["-", (0, (7, 2)), (0, (4.5, 4.5)), (0, (1.5, 3))]  # gaps show the curves below
+DASHES = {"-": "o", (0, (7, 2)): "s", (0, (4.5, 4.5)): "D", (0, (1.5, 3)): "^"}      # and markers
 SMALL = dict(textcoords="offset points", color=GREY, fontsize=9)
 
 
 def curve_styles(curves):
-    """{curve: (colour, dashes)}: a colour for each model, other dashes for its variants. Models
-    after rope, the third of ORDER, cycle through the dashes: their curves often coincide."""
+    """{curve: (colour, dashes)}. Variants of a model differ in dashes, as do models after rope."""
     styles, leading = {}, list(dict.fromkeys(curve[0] for curve in curves))
     unlisted = [pair for pair in leading if pair[1] not in COLOURS]
     for curve in curves:
@@ -48,7 +47,8 @@ def curve_styles(curves):
             colour, dashes = COLOURS[value], dashes + max(0, ORDER.index(value) - 2)
         else:
             colour = MORE_COLOURS[unlisted.index(curve[0]) % len(MORE_COLOURS)]
-        styles[curve] = colour, DASHES[dashes % len(DASHES)]
+            dashes += unlisted.index(curve[0])
+        styles[curve] = colour, list(DASHES)[dashes % len(DASHES)]
     return styles
 
 
@@ -65,7 +65,7 @@ def mark_chance(ax, guesses):
     else:
         ax.plot(*zip(*sorted(guesses.items())), color=GREY, lw=1, ls=":")
     ax.annotate(f"chance 1/{round(1 / lowest)}", (1, lowest), (-2, -3), **SMALL, ha="right",
-                va="top", xycoords=ax.get_yaxis_transform())
+                va="top", xycoords=ax.get_yaxis_transform(), zorder=5)
 
 
 def step_axis(ax, runs):
@@ -89,8 +89,8 @@ def length_axis(ax, runs, all_runs):
     ax.xaxis.set_major_locator(LogLocator(base=4) if long else MultipleLocator(L))
     ax.set(xlim=(min(lengths) if long else 0, max(lengths)), xlabel="context length")
     ax.axvline(L, color=GREY, lw=1, ls="--")
-    mixed = any(run["config"].get("train_lengths") == "uniform" for run in runs)
-    ax.annotate(f"trained {'up to' if mixed else 'at'} {L}", (L, 1), (0, 2), **SMALL, ha="center",
+    how = {"up to" if run["config"].get("train_lengths") == "uniform" else "at" for run in runs}
+    ax.annotate(f"trained {' or '.join(sorted(how))} {L}", (L, 1), (0, 2), **SMALL, ha="center",
                 xycoords=ax.get_xaxis_transform())
 
 
@@ -108,7 +108,7 @@ def draw_curves(ax, runs, kind, styles):
         x, y = median_curve(seeds, kind)
         sparse = len(x) < (30 if kind == "length" else 2)    # then mark the points
         ax.plot(x, y, color=colour, ls=dashes, lw=2, marker="o" if sparse else None, ms=5,
-                clip_on=False, zorder=3)
+                clip_on=False, zorder=3 + 0.1 * list(DASHES).index(dashes))      # gaps on top
         name, steps = name_of(curve), median_of(seeds, "steps")
         if kind == "training":
             name += ": never" if steps == np.inf else f": {steps:,.0f}"
@@ -126,15 +126,16 @@ def draw_points(ax, runs, measure, styles, x_of):
             ax.plot([x] * len(seeds), [run[measure] for run in seeds], ls="", marker=".", alpha=0.6,
                     color=colour, clip_on=False)
         line = [(x, median_of(seeds, measure)) for x, seeds in columns.items()]
-        ax.plot(*zip(*line), color=colour, ls=dashes, lw=2, marker="o", clip_on=False)
+        ax.plot(*zip(*line), color=colour, ls=dashes, lw=2, marker=DASHES[dashes], clip_on=False,
+                zorder=3 + 0.1 * list(DASHES).index(dashes))
         ends.append((*line[-1], name_of(curve), styles[curve]))
     label_ends(ax, ends)
 
 
 def draw_against(ax, runs, view, styles, xs):
     """Accuracy against a flag, which has the values xs."""
-    place = {x: i for i, x in enumerate(xs)}
-    mark_chance(ax, {place[run["config"].get(view.x)]: chance(run) for run in runs})
+    place, config = {x: i for i, x in enumerate(xs)}, runs[0]["config"]
+    mark_chance(ax, {i: chance({"config": {**config, view.x: x}}) for x, i in place.items()})
     names = [text(x) for x in xs]                            # upright if they would touch
     ax.set_xticks(range(len(xs)), names, rotation=90 if len(" ".join(names)) > 36 else 0)
     ax.set(xlim=(-0.4, len(xs) - 0.6), xlabel=view.x, ylabel=MEASURES[view.measure])
@@ -223,7 +224,7 @@ def views_of(args):
     """The views that args ask for, and the flags of which each value gets figures of its own."""
     x, panels = args.against, [flag for flag in args.panels if flag != args.against]
     if x in ("model", "state"):
-        curves = ["model", "d"] if x == "model" else ["model"]
+        curves = ["model", "d"] if x == "model" and "d" not in panels else ["model"]
         views, free = [View(x, panels, curves, measure=args.measure)], {"d", *panels}
     else:
         curve = next((flag for flag in CURVES if flag not in (*panels, x)), "seed")

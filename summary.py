@@ -199,7 +199,7 @@ def finding(runs, view):
     alike = len({len(passed) for _, passed in verdicts}) == 1      # as many settings for each
     well, partly, never = [], [], []
     for name, passed in verdicts:
-        count = f" ({sum(passed)}\u00a0of\u00a0{len(passed)})"
+        count = f"\u00a0({sum(passed)}\u00a0of\u00a0{len(passed)})"
         if all(passed):
             well.append(name if alike else name + count)
         elif any(passed):

@@ -232,7 +232,7 @@ def train_one(config, path, title="", runs_left=0):
     ended = f"stopped at step {step:,}, not solved; more --steps may help"
     if solved:
         ended = f"first {SOLVED} at step {first:,}, solved at step {solved:,}, stopped at {step:,}"
-    say(f"{title}{ended}; wrote {path}.json")
+    say(f"{title}{ended}\n{title}wrote {path}.json")
     print_table(result)
     if not title and config["task"] == "recall":             # a command's only run has no title
         show_answers(model, config, device)

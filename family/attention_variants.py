@@ -114,7 +114,7 @@ class RotaryVariant(Attention):
 def main():
     """Show that one call and single steps agree, and how large the caches are."""
     torch.manual_seed(0)
-    print("2 sequences of 64 tokens, d = 32, 4 heads, a window of 16; 2 heads of keys and values\n")
+    print("2 sequences of 64 tokens, d = 32, 4 heads, a window of 16, 2 heads of k and v\n")
     x = torch.randn(2, 64, 32)
     for layer in (Attention(32, 4), SlidingWindow(32, 4), GroupedAttention(32, 4, kv_heads=2),
                   RotaryVariant(32, 4, rotated=0.5)):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from conftest import assert_uniform
-from data import TASKS, check_task, embedding_table, recall_batch, shortest, show, stream
+from data import (TASKS, check_task, embedding_table, recall_batch, shortest, show, show_answers,
+                  stream)
 
 # Every recall task with K = 4 and at most 6 context tokens.
 SMALL = [(M, tau, L) for L in range(2, 7) for tau in range(1, L) for M in range(1, 5)]
@@ -239,3 +240,14 @@ def test_show_marks_the_query_and_its_value():
     far = show(torch.tensor([0, *[3] * 50, 4, *[3] * 50, 0]), 51).split()
     assert far.count("...") == 2 and far.count("[4]") == 1 and far.count("(0)") == 2
     assert len(far) < 20
+
+
+@pytest.mark.parametrize("L, tau", [(3, 1), (12, 5), (13, 5), (64, 1), (256, 40)])
+def test_answers_fit_into_80_columns(L, tau, capsys):
+    config = {"L": L, "K": 16, "M": 16, "tau": tau}
+    for seed in range(30):
+        model = lambda tokens: torch.nn.functional.one_hot(torch.full((3,), 10), 16)
+        show_answers(model, {**config, "seed": seed}, "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 90 and max(map(len, lines)) <= 80
+    assert any("wrong" in line for line in lines)

@@ -95,7 +95,8 @@ def test_a_title_of_rows_leaves_out_who_fails(tmp_path, figures):  # noqa: F811
     paths += [write(tmp_path, "rope", M=M, beyond=0.5 if M == 4 else None) for M in (1, 4)]
     lost = [write(tmp_path, "nope", M=M, beyond=0.5) for M in (1, 4)]
     fig, = figures(*paths, *lost, "--against", "model").values()
-    assert fig.get_suptitle() == "At least 0.95 from L to 3L: mamba; in part: rope (1\u00a0of\u00a02)"
+    title = fig.get_suptitle().replace("\u00a0", " ")
+    assert title == "At least 0.95 from L to 3L: mamba; in part: rope (1 of 2)"
     fig, = figures(*lost, "--against", "model").values()
     assert fig.get_suptitle() == "At least 0.95 from L to 3L: none"
 
@@ -141,8 +142,28 @@ def test_a_name_of_a_file_has_few_numbers(tmp_path, figures):  # noqa: F811
 
 def test_mixed_lengths_are_marked(tmp_path, figures):  # noqa: F811
     paths = [write(tmp_path), write(tmp_path, "mamba", train_lengths="uniform")]
-    fig = figures(*paths)["length_tau1_K16_d8_L64_M1.png"]
-    assert "trained up to 64" in texts(fig.axes[0])
+    for shown, words in ((paths, "at or up to 64"), (paths[:1], "at 64"), (paths[1:], "up to 64")):
+        fig = figures(*shown)["length_tau1_K16_d8_L64_M1.png"]
+        assert f"trained {words}" in texts(fig.axes[0])
+
+
+def test_dashed_medians_lie_above_solid_ones(tmp_path, figures):  # noqa: F811
+    """Where curves coincide, the gaps of the upper one show the lower one."""
+    paths = [write(tmp_path, name) for name in ("rope", "mamba", "own", "other")]
+    for flags in ((), ("--against", "seed", "--panels", "L")):
+        paths += [write(tmp_path, name, seed=1) for name in ("rope", "mamba")]
+        for fig in figures(*paths, *flags).values():
+            medians = [line for line in fig.axes[0].lines if line.get_linewidth() == 2
+                       and line.get_transform() == fig.axes[0].transData]
+            solid = [line.get_zorder() for line in medians if line.get_linestyle() == "-"]
+            dashed = [line.get_zorder() for line in medians if line.get_linestyle() != "-"]
+            assert len(dashed) >= 2 and min(dashed) > max(solid)
+
+
+def test_widths_in_panels_are_not_in_the_rows(tmp_path, figures):  # noqa: F811
+    paths = [write(tmp_path, d=8), write(tmp_path, d=16)]
+    fig, = figures(*paths, "--against", "model", "--panels", "d").values()
+    assert [[t.get_text() for t in ax.get_yticklabels()] for ax in fig.axes] == [["rope"]] * 2
 
 
 def test_columns_of_many_models_do_not_meet(tmp_path, figures):  # noqa: F811
@@ -210,6 +231,12 @@ def test_chance_depends_on_the_vocabulary(tmp_path, figures):  # noqa: F811
     grey = [line for line in ax.lines if to_hex(line.get_color()) == to_hex(plot.GREY)]
     assert [line.get_xydata().tolist() for line in grey] == [[[0, 1 / 4], [1, 1 / 16], [2, 1 / 64]]]
     assert "chance 1/64" in texts(ax)
+    # A panel that lacks some K has the same line: its places stand for the same K.
+    paths = [write(tmp_path, K=K, M=M) for K, M in ((4, 1), (16, 1), (64, 1), (64, 2))]
+    fig, = figures(*paths, "--against", "K").values()
+    lines = [[line.get_xydata().tolist() for line in ax.lines
+              if to_hex(line.get_color()) == to_hex(plot.GREY)] for ax in fig.axes]
+    assert lines == [[[[0, 1 / 4], [1, 1 / 16], [2, 1 / 64]]]] * 2
 
 
 def test_captions_name_a_flag_once_if_all_models_have_it(tmp_path, figures):  # noqa: F811
