@@ -53,8 +53,7 @@ def pick_device(name=None):
 
 
 def default_generator(device):
-    """The generator from which layers such as nn.Dropout draw. Apple's GPUs hide theirs: the CPU's.
-    """
+    """The generator of nn.Dropout and the like; for Apple's GPUs, which hide theirs, the CPU's."""
     if device.type == "cuda":
         return torch.cuda.default_generators[torch.cuda.current_device()]
     return torch.default_generator
