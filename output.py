@@ -94,7 +94,7 @@ class Parser(argparse.ArgumentParser):
             message += "; a value needs its flag, and --help says what takes several values"
         elif message.startswith("the following arguments are required"):
             message += "; they come before flags that take several values"
-        elif ": invalid " in message and "," in message:
+        elif " value: " in message and "," in message:
             message += "; several values are separated by spaces"
         self.exit(2, f"{self.prog}: {text(message, 2000)}\n")
 

@@ -46,6 +46,11 @@ def test_wrong_flags(flags, sentence, refuses, tmp_path):
     assert sentence in error and names(tmp_path) == []
 
 
+def test_the_hint_about_spaces_is_for_numbers_with_commas(refuses):
+    assert "separated by spaces" in refuses(train.main, ["--lr", "0.1,0.2"])
+    assert "spaces" not in refuses(train.main, ["--compile", "maybe"])       # lists choices
+
+
 def test_a_flag_without_a_default_is_refused(refuses, tmp_path, monkeypatch):
     """Its value would not be part of a run's name."""
     parse = train.parse
