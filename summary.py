@@ -189,28 +189,26 @@ def settings_of(runs, view):
 
 def finding(runs, view):
     """A title: the models that do well in all settings shown, in some and, mostly, in none."""
-    verdicts = {}                                            # name: True or False per setting
-    for (model, curve, _), seeds in settings_of(runs, view).items():
+    verdicts, settings = {}, settings_of(runs, view)         # name: True or False per setting
+    for (model, curve, _), seeds in settings.items():
         name = ("model", model), *curve[1:]
         verdicts.setdefault(name, []).append(does_well(seeds, view))
     verdicts = [(name_of(name), passed) for name, passed in verdicts.items() if None not in passed]
     if not verdicts:                                         # not tested: no claim
         return ""
     alike = len({len(passed) for _, passed in verdicts}) == 1      # as many settings for each
-    well, partly, never = [], [], []
-    for name, passed in verdicts:
-        count = f"\u00a0({sum(passed)}\u00a0of\u00a0{len(passed)})"
-        if all(passed):
-            well.append(name if alike else name + count)
-        elif any(passed):
-            partly.append(name + count)
-        else:
-            never.append(name)
+    def counted(name, passed):
+        return f"{name}\u00a0({sum(passed)}\u00a0of\u00a0{len(passed)})"
+    well = [name if alike else counted(name, passed) for name, passed in verdicts if all(passed)]
+    partly = [counted(name, passed) for name, passed in verdicts if any(passed) and not all(passed)]
+    never = [name for name, passed in verdicts if not any(passed)]
     lengths = different(runs, "L")
     L = f"{lengths[0]} tokens" if len(lengths) == 1 else "L"
     where = f"at {L}" if view.measure == "at" else "from L to 3L"
     phrase = {"length": f"At least {KEPT} from {L} on", "model": f"At least {KEPT} from L to 3L",
               "training": f"Reached {SOLVED}"}.get(view.kind, f"{SOLVED} or more {where}")
+    if max(map(len, settings.values())) > 1:
+        phrase = f"In the median, {phrase[0].lower()}{phrase[1:]}"
     title = f"{phrase}: {listed(well or ['none'])}"
     if partly:
         title += f"; in part: {listed(partly)}"
@@ -245,9 +243,11 @@ def caption(runs, view):
         some = f" ({listed(sorted(map(text, whose), key=sort_key))})"
         settings.append(f"{flag} = {text(value)}{some if len(whose) < len(models) else ''}")
     seeds = numbered(run["config"]["seed"] for run in runs)
-    of_model = {model: numbered(run["config"]["seed"] for run in own)
-                for (model,), own in models.items()}
-    other = [f"{text(model)}: {found}" for model, found in of_model.items() if found != seeds]
+    found = {(text(model), numbered(run["config"]["seed"] for run in own))
+             for (model, *_), own in settings_of(runs, view).items()}
+    other = [": ".join(pair) for pair in sorted(found, key=sort_key) if pair[1] != seeds]
+    if len(found) > len(models):                             # a model has other seeds elsewhere
+        other = ["not all of them in each setting"]
     notes = [f"seeds: {seeds}" + (f" ({', '.join(other)})" if other else "")]
     if max(map(len, settings_of(runs, view).values())) > 1 or view.kind == "model":
         notes.append(MARKS[view.kind])

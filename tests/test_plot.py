@@ -87,7 +87,7 @@ def test_accuracy_against_length(tmp_path, figures):
     assert list(x) == list(range(2, 193)) and y[0] == 0.98 and y[-1] == 0.5
     assert sorted(seed[0] for seed in thin(ax)) == [0.97, 0.98, 1.0]    # every seed, if several
     assert fig.get_suptitle().replace("\n", " ") == (
-        "At least 0.95 from 64 tokens on: mamba; not: rope and hybrid-a")
+        "In the median, at least 0.95 from 64 tokens on: mamba; not: rope and hybrid-a")
     words = fig.get_supxlabel().replace("\n", " ")
     assert "task recall: tau = 1, K = 16, d = 8, L = 64, M = 1" in words
     assert "seeds: 0, 1, 2 (mamba: 0, hybrid-a: 0)" in words and "1,024" in words
@@ -110,7 +110,8 @@ def test_accuracy_against_step(tmp_path, figures):
     assert shown == ["100", "200", "500", "1k", "2k"]
     words = fig.get_supxlabel().replace("\n", " ")
     assert "numbers: median steps to 0.99" in words
-    assert fig.get_suptitle().replace("\n", " ") == "Reached 0.99: rope and mamba; not: nope"
+    assert fig.get_suptitle().replace("\n", " ") == (
+        "In the median, reached 0.99: rope and mamba; not: nope")
 
 
 def test_long_contexts(tmp_path, figures):
@@ -177,7 +178,7 @@ def test_against_a_flag(tmp_path, figures):
     seeds = [sorted(line.get_ydata()) for line in ax.lines if line.get_marker() == "."]
     assert [0.2, 0.3, 0.9] in seeds and [0.8, 1.0, 1.0] in seeds
     assert fig.get_suptitle().replace("\u00a0", " ").replace("\n", " ") == (
-        "0.99 or more at 64 tokens: rope (1 of 1); in part: mamba (1 of 2)")
+        "In the median, 0.99 or more at 64 tokens: rope (1 of 1); in part: mamba (1 of 2)")
 
 
 def test_against_state(tmp_path, figures, capsys):

@@ -183,10 +183,20 @@ def test_seeds_with_gaps_are_listed(tmp_path, figures):  # noqa: F811
     assert "seeds: 0 to 3" in caption.get_supxlabel()
 
 
+def test_a_caption_says_if_settings_have_other_seeds(tmp_path, figures):  # noqa: F811
+    """Seeds 0 to 2 at M = 1, 1 to 3 at M = 2; per model, if that says it all."""
+    paths = [write(tmp_path, M=M, seed=M + seed - 1) for M in (1, 2) for seed in range(3)]
+    words = figures(*paths)["length_tau1_K16_d8_L64_M1-2.png"].get_supxlabel()
+    assert "seeds: 0 to 3 (not all of them in each setting);" in words.replace("\n", " ")
+    paths = paths[:3] + [write(tmp_path, "mamba", seed=0)]
+    words = figures(*paths)["length_tau1_K16_d8_L64_M1.png"].get_supxlabel()
+    assert "seeds: 0, 1, 2 (mamba: 0);" in words.replace("\n", " ")
+
+
 def test_a_caption_speaks_of_a_median_where_there_is_one(tmp_path, figures):  # noqa: F811
     paths = [write(tmp_path, seed=seed) for seed in (0, 1)]
     caption = figures(*paths, "--panels", "seed")["length_by_seed_tau1_K16_d8_L64_M1.png"]
-    assert "seeds: 0, 1;" in caption.get_supxlabel() and "median" not in caption.get_supxlabel()
+    assert "seeds: 0, 1 (" in caption.get_supxlabel() and "median" not in caption.get_supxlabel()
     assert "their median" in figures(*paths).popitem()[1].get_supxlabel()
 
 
