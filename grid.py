@@ -131,7 +131,7 @@ def make_all(configs, train_one, show=None):
     if None in results:
         missing = grid[results.index(None)].path
         sys.exit(f"train.py: {results.count(None)} of {len(grid)} runs ended without a result: "
-                 f"{missing}")
+                 f"{missing}; they failed, or another command removed it")
     return results
 
 

@@ -70,8 +70,8 @@ def check(config, training=True):
             raise ValueError(f"--{word} is {value!r}, but it must be a whole number from {least} "
                              "to 2^30 - 1")
     lr, weight_decay = config["lr"], config["weight_decay"]
-    if not is_number(lr) or lr <= 0:
-        raise ValueError(f"--lr is {lr!r}, but it must be a number above 0")
+    if not is_number(lr) or not 0 < lr <= 1e30:
+        raise ValueError(f"--lr is {lr!r}, but it must be a number above 0, at most 1e30")
     if not is_number(weight_decay) or weight_decay < 0:
         raise ValueError(f"--weight-decay is {weight_decay!r}, but it must be a number from 0 on")
     if config["train_lengths"] not in ("fixed", "uniform"):

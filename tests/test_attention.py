@@ -7,7 +7,7 @@ import torch
 
 from attention import Attention, KVCache, LearnedPosition, rotary
 from conftest import in_segments
-from family.attention_variants import GroupedAttention, SlidingWindow
+from family.attention_variants import GroupedAttention, RotaryVariant, SlidingWindow
 from hybrid import build_layer, build_model
 
 SEGMENTS = [[], [1, 4], [5], [3, 1, 2], [2, 2, 2, 2]]  # the rest goes one token at a time
@@ -284,6 +284,13 @@ def test_angles_of_the_rotary_words(word, base, turned):
                      a * math.sin(angle) + b * math.cos(angle))
             assert (y[0, 0, t, j].item(), y[0, 0, t, j + half].item()) == pytest.approx(right)
     assert torch.equal(y[..., turned:], x[..., turned:])
+
+
+def test_a_head_too_small_to_rotate_a_part_of_is_refused():
+    assert RotaryVariant(4, rotated=0.5).n_rotated == 2
+    for d, heads in ((2, 1), (8, 4)):
+        with pytest.raises(ValueError, match="heads of at least 4"):
+            RotaryVariant(d, heads, rotated=0.5)
 
 
 @pytest.mark.parametrize("word", ["rope", "rope-half"])

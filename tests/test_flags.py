@@ -23,6 +23,7 @@ ABSURD = ["--L 1000000000", "--batch-size 1000000000", "--d 1000000", "--d 10000
     ("--L 0", "--L is 0"), ("--L 1", "--L is 1"), ("--batch-size 0", "--batch-size is 0"),
     ("--steps 0", "--steps is 0"), ("--steps 1.5", "--steps"), ("--lr 0", "--lr is 0"),
     ("--lr -0.1", "--lr is -0.1"), ("--lr nan", "--lr is nan"), ("--lr inf", "--lr is inf"),
+    ("--lr 1e300", "--lr is 1e+300"),
     ("--weight-decay -1", "--weight-decay is -1"), ("--weight-decay nan", "--weight-decay is nan"),
     ("--seed -1", "--seed is -1"), ("--seed 1073741824", "--seed is 1073741824"),
     ("--model gpt", "hybrid-a, hybrid-b"), ("--model rope gpt", "'gpt'"),
