@@ -109,8 +109,8 @@ def make_all(configs, train_one, show=None):
                 if run.config["overwrite"]:
                     with contextlib.suppress(OSError), locked(run.path, wait=True):
                         remove(run.path + ".json", run.path + ".resume.pt")
-                if is_finished(run.path):
-                    result = read_result(run.path + ".json")
+                result = finished_result(run.path)
+                if result:
                     current = is_current(result.get("env", {}).get("code"))
                     changed = "" if current else ", but the code has changed since"
                     say(f"{run.title}{run.path}.json is finished{changed}; --overwrite repeats it")
@@ -153,9 +153,9 @@ def keyboard_interrupts():
             signal.signal(signal.SIGINT, before)
 
 
-def is_finished(path):
-    """Whether the run has its result and its model. path: OUT/NAME."""
-    return read_result(path + ".json") is not None and os.path.exists(path + ".pt")
+def finished_result(path):
+    """The result of a run that has its model, too; otherwise None. path: OUT/NAME."""
+    return read_result(path + ".json") if os.path.exists(path + ".pt") else None
 
 
 def make_if_free(run, train_one, count_left):
@@ -164,12 +164,12 @@ def make_if_free(run, train_one, count_left):
     False: another process is working on it. True: nothing is left to do, because it is finished or
     has failed, now or before.
     """
-    if is_finished(run.path):                    # needs no lock
+    if finished_result(run.path):                # needs no lock
         return True
     try:
         with locked(run.path) as mine:
             # Ask again: another process may have finished the run before this one got the lock.
-            if mine and not is_finished(run.path) and not os.path.exists(failure_of(run)):
+            if mine and not finished_result(run.path) and not os.path.exists(failure_of(run)):
                 remove(*glob.glob(glob.escape(run.path) + ".*.tmp"))     # of a killed process
                 try:
                     train_one(run.config, run.path, run.title, count_left(run))

@@ -189,11 +189,11 @@ def settings_of(runs, view):
 
 def finding(runs, view):
     """A title: the models that do well in all settings shown, in some and, mostly, in none."""
-    verdicts, settings = {}, settings_of(runs, view)         # name: True or False per setting
+    verdicts, settings = {}, settings_of(runs, view)         # key: True or False per setting
     for (model, curve, _), seeds in settings.items():
-        name = ("model", model), *curve[1:]
-        verdicts.setdefault(name, []).append(does_well(seeds, view))
-    verdicts = [(name_of(name), passed) for name, passed in verdicts.items() if None not in passed]
+        key = ("model", model), *curve[1:]                   # names can coincide, shortened
+        verdicts.setdefault(key, []).append(does_well(seeds, view))
+    verdicts = [(name_of(key), passed) for key, passed in verdicts.items() if None not in passed]
     if not verdicts:                                         # not tested: no claim
         return ""
     alike = len({len(passed) for _, passed in verdicts}) == 1      # as many settings for each
