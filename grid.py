@@ -9,7 +9,7 @@ network folders), use one process.
 """
 
 import contextlib
-import datetime
+import functools
 import glob
 import itertools
 import math
@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from runs import check, is_current, path_of, read_result
 from summary import DEFAULTS, GRID, IGNORED, defaults_at
 
 LOCKS = ".locks"      # the folder of lock files, inside the results folder
+CONNECT_SECONDS = 300      # for all processes to start
 # These errors end one run, but not the others. Any other is a mistake in the code, and ends all.
 FAILURES = FloatingPointError, OSError, torch.OutOfMemoryError
 
@@ -102,6 +104,7 @@ def make_all(configs, train_one, show=None):
         return len(left) // sharing
 
     with keyboard_interrupts():
+        connect()
         if rank == 0:
             for run in grid:
                 # The mark of an earlier failure goes and, with --overwrite, the result and save.
@@ -225,9 +228,20 @@ def lock(file, wait=False):
     return True
 
 
+@functools.cache
+def connect():
+    """Connect the processes that torchrun started together -> their group; None for a single one.
+
+    Raises RuntimeError if they do not all come within CONNECT_SECONDS: torchrun was killed.
+    """
+    if rank_and_processes()[1] == 1:
+        return None
+    dist.init_process_group("gloo", timeout=timedelta(seconds=CONNECT_SECONDS))
+    return dist.new_group(timeout=timedelta(days=30))        # another command may make a long run
+
+
 def barrier():
     """Wait for all processes that torchrun started together."""
-    if rank_and_processes()[1] > 1:
-        if not dist.is_initialized():            # 30 days: another command may make a long run
-            dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        dist.barrier()
+    group = connect()
+    if group:
+        dist.barrier(group)

@@ -125,6 +125,7 @@ OUTPUT = [
     ("os.fsync(f.fileno())", "pass"),
     ("        remove(temporary)                        # if", "        pass  # if"),
     ("    remove(temporary)                            # of", "    pass  # of"),
+    ("    os.makedirs(os.path.dirname(path) or \".\", exist_ok=True)\n    temp", "    temp"),
     ("open(temporary, \"xb\")", "open(temporary, \"wb\")"),
     ("except (OSError, ValueError, AttributeError):", "except MemoryError:"),
     ("            self.n += n\n", "            pass\n"),
@@ -159,8 +160,10 @@ GRID = [
     ("shapes[first:] + shapes[:first]", "shapes"),
     ("[run for shape in shapes[first:] + shapes[:first] for run in of_shape[shape]]", "grid"),
     ("            mine = lock(file, wait=True)\n", "            pass\n"),
-    ("        if not dist.is_initialized():  ", "        if True:  "),
-    ("        dist.barrier()\n", ""),
+    ("@functools.cache\ndef connect", "def connect"),
+    ("        connect()\n        if rank", "        if rank"),
+    ("timedelta(seconds=CONNECT_SECONDS)", "timedelta(days=30)"),
+    ("        dist.barrier(group)\n", "        pass\n"),
 ]
 
 TRAIN = [

@@ -82,8 +82,7 @@ def test_a_process_without_a_test_of_its_own_goes_on(tmp_path, monkeypatch, caps
     """One run for two processes, and the progress of another seed, which nobody tests."""
     monkeypatch.setattr(evaluation, "TEST_SEQUENCES", 32)
     monkeypatch.setattr(train, "EVAL_SEQUENCES", 16)
-    monkeypatch.setattr(grid, "barrier", lambda: None)
-    monkeypatch.setattr(make, "barrier", lambda: None)
+    monkeypatch.setattr(grid, "connect", lambda: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     tiny = {"train": ["--model nope --L 8 --steps 2 --batch-size 4"],
             "test": [("*", "--lengths 30 --sequences 20")], "draw": {}}

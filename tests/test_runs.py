@@ -118,7 +118,7 @@ def runs_made(configs, out):
 
     configs = [{**config, "out": str(out), "overwrite": False} for config in configs]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):   # nothing is written
-        patch.setattr("grid.barrier", lambda: None)
+        patch.setattr("grid.connect", lambda: None)
         make_all(configs, make)
     return made
 
@@ -150,7 +150,7 @@ def test_a_process_stays_with_a_shape_and_begins_with_another(tmp_path, monkeypa
 
 def test_a_failed_run_is_tried_again_by_the_next_command_alone(train_tiny, tmp_path, monkeypatch):
     """Its mark is for the other processes of the command: the first one removes it at the start."""
-    monkeypatch.setattr("grid.barrier", lambda: None)
+    monkeypatch.setattr("grid.connect", lambda: None)
     mark = tmp_path / "out/.locks" / (NAME + ".failed")
     for rank, train_one in ("0", fail), ("1", None):
         monkeypatch.setenv("RANK", rank)

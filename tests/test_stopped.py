@@ -225,7 +225,7 @@ def test_a_run_that_fails_is_tried_once(tmp_path):
     """Not by each of the processes; but the same command, given again, tries it again."""
     out, flags = tmp_path / "out", ["--lr", "1e30", "--M", "1", "2"]
     for _ in range(2):
-        group = torchrun(tmp_path / "tiny_train.py", 3, *flags, "--out", out)
+        group = torchrun(tmp_path / "tiny_train.py", 2, *flags, "--out", out)
         printed, error = group.communicate(timeout=120)
         assert group.returncode != 0 and not list(out.glob("*.json")), error
         assert printed.count("failed: the loss is") == 2, printed
@@ -260,7 +260,7 @@ def test_overwrite_waits_for_the_process_that_has_the_run(train_tiny, tmp_path):
 
 
 def test_processes_wait_for_each_other_more_than_once(tmp_path):
-    """In turn one is two seconds late. A second process group would find old addresses."""
+    """In turn one is late. A second process group would find old addresses."""
     script = tmp_path / "late.py"
     script.write_text(f"""
 import os, sys, time
@@ -268,7 +268,7 @@ sys.path.insert(0, {ROOT!r})
 from grid import barrier
 rank = int(os.environ["RANK"])
 for k in range(3):
-    time.sleep(2 * (rank == k % 2))
+    time.sleep(0.5 * (rank == k % 2))
     open(f"{tmp_path}/{{k}}{{rank}}", "w").close()
     barrier()
     assert os.path.exists(f"{tmp_path}/{{k}}{{1 - rank}}")
@@ -277,6 +277,24 @@ for k in range(3):
     done = subprocess.run([sys.executable, "-m", *command, script], capture_output=True, text=True,
                           timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_process_whose_torchrun_was_killed_does_not_wait_for_it(monkeypatch):
+    for name, value in dict(RANK=1, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))             # nobody listens on that port
+    monkeypatch.setattr(grid, "CONNECT_SECONDS", 1)
+    with pytest.raises(RuntimeError):
+        grid.connect.__wrapped__()
+
+
+def test_nothing_is_removed_before_all_processes_are_there(train_tiny, monkeypatch, tmp_path):
+    def killed():
+        raise RuntimeError
+    train_tiny()
+    monkeypatch.setattr(grid, "connect", killed)
+    with pytest.raises(RuntimeError):
+        train_tiny("--overwrite")
+    assert names(tmp_path / "out") == [NAME + ".json", NAME + ".pt"]
 
 
 def test_a_run_that_another_process_has_is_left_to_it(train_tiny, monkeypatch, tmp_path):
