@@ -189,15 +189,16 @@ def label_ends(ax, ends):
 
 
 def write_figure(path, fig):
-    """Write a figure of matplotlib, as PNG or what its path ends in. Makes the folder if needed."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    """Write a figure of matplotlib, as PNG or what its path ends in."""
     image = io.BytesIO()
     fig.savefig(image, format=os.path.splitext(path)[1][1:], dpi=150)
     write_file(path, image.getvalue())
 
 
 def write_file(path, data):
-    """Write bytes. Even after a power cut, the path holds the whole old or the whole new file."""
+    """Write bytes, in a folder that is made if needed. Even after a power cut, the path holds the
+    whole old or the whole new file."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     remove(temporary)                            # of a killed process with the same number
     try:

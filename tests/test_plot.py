@@ -222,6 +222,11 @@ def test_long_names_stay_apart(tmp_path, figures, capsys):
     title = fig.get_suptitle().replace("\n", " ").replace(" ", "")
     assert title == "Atleast0.95fromLto3L:mamba2+mlp+mamba2+ml…ndow+mlp+mamba2+mlp"
     assert len({t.get_text() for t in fig.axes[0].get_yticklabels()}) == 2
+    alike = ["+".join(["mamba"] * 4 + [word] + ["mamba"] * 4) for word in ("rope", "alibi")]
+    paths = [write(tmp_path, alike[0]), write(tmp_path, alike[1], beyond=0.3)]
+    title = next(iter(figures(*paths).values())).get_suptitle().replace("\n", " ")
+    short = "mamba+mamba+mamba+ma…a+mamba+mamba+mamba"
+    assert title == f"At least 0.95 from 64 tokens on: {short}; not: {short}"
     paths = [write(tmp_path, lr=lr) for lr in (0.00123456, 0.001234561, 0.5)]
     plot.main([*paths, "--table"])
     table = capsys.readouterr().out
