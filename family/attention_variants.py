@@ -2,7 +2,7 @@
 
     SlidingWindow       a query sees the last `window` tokens only: the cache stops growing
     GroupedAttention    several query heads share a head of keys and values: a smaller cache
-    RotaryVariant       rotary positions with faster or slower angles, or for some channels only
+    RotaryVariant       rotary positions with another base, or with only some channels rotated
 
 Symbols are those of attention.py; G is the number of heads of keys and values.
 `python -m family.attention_variants` shows that single steps agree, and how large the caches are.

@@ -1,12 +1,12 @@
-"""Helpers of the chunked forms of recurrences.
+"""Helpers for the chunked forms of recurrences.
 
 Those of Mamba-2 and Mamba-3 have four steps: (1) in each chunk, attention over all pairs of its
 steps, as if the chunk started from zero; (2) the state at its end, had it started from zero; (3) a
 recurrence from chunk to chunk, which gives its true first state; (4) what that state adds to its
-outputs. (deltanet.py has others.) The decay between two steps is the exp of a difference
-of running sums of log decays. `fused_scan.split` cuts a sequence into equal chunks and fills up the
-last one with zeros, which write nothing and do not decay: the state is kept. Last come the checks
-that the files of family/ print.
+outputs. (For the delta rule, see deltanet.py.) The decay between two steps is the exp of a
+difference of running sums of log decays. `fused_scan.split` cuts a sequence into equal chunks and
+fills up the last one with zeros, which write nothing and do not decay: the state is kept. Last come
+the checks that the files of family/ print.
 """
 
 import time
@@ -62,8 +62,8 @@ class AcrossChunks(torch.autograd.Function):
     and the last state.
 
     decay (b, c, ..., 1, 1); ends (b, c, ..., P, N); h (b, ..., P, N). Autograd can do this too, but
-    keeps every state twice and sums the gradient of each decay in a kernel of its own: on an H100,
-    Mamba-2 takes 7 % longer.
+    keeps every state twice and sums the gradient of each decay in a kernel of its own: with it,
+    Mamba-2 takes 7 % longer on an H100.
     """
 
     @staticmethod

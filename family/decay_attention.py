@@ -9,10 +9,9 @@ at most 0, to the key's score:
     y_t = sum over s <= t of softmax_s(score_ts) v_s
 
     alibi         log f_t = -m                          m = 2^(-8 h / H) for the heads h = 1 ... H
-    forgetting    log f_t = log sigmoid(W x_t + b)      each token sets how much the past decays, as
-                                                        dt does in Mamba
+    forgetting    log f_t = log sigmoid(W x_t + b)      each token sets the decay, as in Mamba
 
-No position is added to the tokens or rotates q and k: order comes from the decay and the mask.
+There are no position embeddings: order comes from the decay and the mask.
 
     symbol   meaning
     B, L     sequences in the batch, tokens in this call

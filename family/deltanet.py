@@ -68,13 +68,13 @@ class DeltaState(NamedTuple):
 
 
 class GatedDeltaNet(nn.Module):
-    r"""The Gated DeltaNet layer (arXiv 2412.06464, figure 1), without a residual or a norm.
+    r"""The Gated DeltaNet layer (arXiv 2412.06464, figure 1), without residual and pre-norm.
 
         x -> qkv -> convolution -> SiLU -> q, k of length 1, v -> delta rule -> norm -> * -> o_proj
          \-> a_proj -> log_a, b_proj -> sigmoid -> beta --------/                      /
          \-> g_proj -> SiLU ----------------------------------------------------------/
 
-    n_heads: H; d_state: N; the H heads divide expand * d_model channels of values among them.
+    n_heads: H; d_state: N; the H heads share expand * d_model channels of values.
     gated: False for DeltaNet, without the decay a and without the gate after the norm.
     d_conv: taps of the convolution, None for no convolution.
 
@@ -100,7 +100,6 @@ class GatedDeltaNet(nn.Module):
         if gated:
             self.a_proj = nn.Linear(d_model, n_heads, bias=False)
             self.g_proj = nn.Linear(d_model, channels, bias=False)
-            # As in Mamba-2: A in 1 ... 16.
             self.A_log = nn.Parameter(torch.log(torch.empty(n_heads).uniform_(1, 16)))
             self.dt_bias = nn.Parameter(initial_dt_bias(n_heads))
         self.o_norm = nn.Parameter(torch.ones(self.headdim))
@@ -151,7 +150,8 @@ class GatedDeltaNet(nn.Module):
 
 
 def unit(v, eps=1e-6):
-    """v / |v| over the last dimension; eps keeps a zero vector zero. Sums are at least float32."""
+    """v / sqrt(|v|^2 + eps) over the last dimension: of length 1, or 0 if v is. Sums are at least
+    float32."""
     wide = at_least_float32(v)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(v.dtype)
 
@@ -170,17 +170,16 @@ def unit(v, eps=1e-6):
 #     u_t + sum over s < t of beta_t exp(sums_t - sums_s) (k_t . k_s) u_s
 #         = beta_t v_t - beta_t exp(sums_t) S_0 k_t
 #
-# Its solution is linear in the right side, so solve it twice: for beta_t v_t, which gives `known`,
-# and for beta_t exp(sums_t) k_t, which gives `waiting`. Then u = known - waiting S_0^T, with a row
-# per step. Neither needs S_0, so all chunks are solved at once; only S_0 goes from chunk to chunk.
-# For s <= t the arguments of exp are at most 0; the others are clamped and then discarded: nothing
-# overflows.
+# Its solution is linear in the right side, so solve it twice: for beta_t v_t, which gives U, and
+# for beta_t exp(sums_t) k_t, which gives W. Then u = U - W S_0^T, with a row per step. (The papers
+# call this the WY representation.) Neither needs S_0, so all chunks are solved at once; only S_0
+# goes from chunk to chunk.
 
 def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     """delta_rule_ref in chunks of at most T steps: same arguments, same results and gradients.
 
     States have the dtype of v, or float32 if that is wider; y has that of v. Inputs of matmuls are
-    bfloat16 if v is, otherwise at least float32. T: None for 64 on CUDA, 16 elsewhere. There is no
+    bfloat16 if v is, otherwise at least float32. T: by default 64 on CUDA, 16 elsewhere. It has no
     second derivative; delta_rule_ref has one.
     """
     y_dtype, L = v.dtype, v.shape[1]
@@ -212,17 +211,17 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     # 2. The triangular system. The solver reads what is below the diagonal, and takes that as 1.
     kk, qk = (torch.cat([k, q], dim=-2) @ k.mT).split(T, dim=-2)         # (c, b, H, T, T) each
     system = beta * decay * kk                                           # (c, b, H, T, T)
-    if c == 1 and S is None:                         # one chunk, from zero: no need of `waiting`
+    if c == 1 and S is None:                         # one chunk, from zero: W is not needed
         corrections = UnitTriangularSolve.apply(system, (beta * v).to(matmul_dtype))
         S = (corrections.mT @ k_to_end)[0].to(dtype)                     # (b, H, P, N)
         y = 0.0                                                          # no S_0 to read
     else:
         right = torch.cat([beta * v, beta * from_start * k], dim=-1).to(matmul_dtype)
-        known, waiting = UnitTriangularSolve.apply(system, right).split([P, k.shape[-1]], dim=-1)
+        U, W = UnitTriangularSolve.apply(system, right).split([P, k.shape[-1]], dim=-1)
 
         # 3. From chunk to chunk: the state before each, its corrections, and the last state.
         starts, corrections, S = DeltaAcrossChunks.apply(
-            known, waiting, from_start[:, :, :, -1:], k_to_end, S)
+            U, W, from_start[:, :, :, -1:], k_to_end, S)
         y = from_start * (q @ starts.mT)                                 # (c, b, H, T, P)
 
     # 4. The outputs: from each chunk's first state, and from its corrections, by attention.
@@ -234,43 +233,43 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
 class DeltaAcrossChunks(torch.autograd.Function):
     """Step 3 of delta_rule: in each chunk
 
-        u = known - waiting S^T          S <- decay S + u^T keys
+        u = U - W S^T          S <- decay S + u^T keys
 
     Its gradient is a recurrence, too. With d_end, the gradient of the state after the chunk,
 
-        du = d_correction + keys d_end^T        dS = d_start + decay d_end - du^T waiting
-        d_waiting = -du S                       d_keys = u d_end
-        d_known = du                            d_decay = the sum of d_end * S
+        du = d_correction + keys d_end^T        dS = d_start + decay d_end - du^T W
+        dW = -du S                              d_keys = u d_end
+        dU = du                                 d_decay = the sum of d_end * S
 
-    known (c, b, H, T, P); waiting (c, b, H, T, N); decay of a whole chunk (c, b, H, 1, 1); keys,
+    U (c, b, H, T, P); W (c, b, H, T, N); decay of a whole chunk (c, b, H, 1, 1); keys,
     k_to_end (c, b, H, T, N); S (b, H, P, N), None for zero -> starts (c, b, H, P, N), corrections u
     (c, b, H, T, P), the last state (b, H, P, N). S has the dtype of decay, starts that of keys.
     """
 
     @staticmethod
-    def forward(ctx, known, waiting, decay, keys, S):
+    def forward(ctx, U, W, decay, keys, S):
         starts, corrections = [], []
-        P, N = known.shape[-1], keys.shape[-1]
+        P, N = U.shape[-1], keys.shape[-1]
         if S is None:
-            S = decay.new_zeros(*known.shape[1:3], P, N)                 # (b, H, P, N)
-        for known_i, waiting_i, decay_i, keys_i in zip(known, waiting, decay, keys):
+            S = decay.new_zeros(*U.shape[1:3], P, N)                     # (b, H, P, N)
+        for U_i, W_i, decay_i, keys_i in zip(U, W, decay, keys):
             starts.append(S.to(keys.dtype))
-            corrections.append(known_i - waiting_i @ starts[-1].mT)      # (b, H, T, P)
+            corrections.append(U_i - W_i @ starts[-1].mT)                # (b, H, T, P)
             S = decay_i * S + corrections[-1].mT @ keys_i                # (b, H, P, N)
         starts, corrections = torch.stack(starts), torch.stack(corrections)
-        ctx.save_for_backward(waiting, decay, keys, starts, corrections)
+        ctx.save_for_backward(W, decay, keys, starts, corrections)
         return starts, corrections, S
 
     @staticmethod
     def backward(ctx, d_starts, d_corrections, dS):
         if torch.is_grad_enabled():                                      # create_graph
             raise RuntimeError("delta_rule has no second derivative; delta_rule_ref has one")
-        waiting, decay, keys, starts, corrections = ctx.saved_tensors
+        W, decay, keys, starts, corrections = ctx.saved_tensors
         d_ends, du = [], []
         for i in reversed(range(len(keys))):
             d_ends.append(dS.to(keys.dtype))         # the gradient of the state after chunk i
             du.append(d_corrections[i] + keys[i] @ d_ends[-1].mT)
-            dS = d_starts[i] + decay[i] * dS - du[-1].mT @ waiting[i]
+            dS = d_starts[i] + decay[i] * dS - du[-1].mT @ W[i]
         d_ends, du = torch.stack(d_ends[::-1]), torch.stack(du[::-1])
         d_decay = (d_ends * starts).sum((-2, -1), keepdim=True, dtype=decay.dtype)
         dS = dS if ctx.needs_input_grad[4] else None

@@ -62,7 +62,7 @@ class MixtureOfExperts(nn.Module):
         y = sum over the k largest w_e of w_e MLP_e(x)
 
     As in Jamba (Lieber et al. 2024, arXiv 2403.19887), the k weights are not scaled to sum to 1;
-    Mixtral does that. Left out: the loss that keeps a few experts from winning everything.
+    Mixtral scales them. Left out: the load-balancing loss.
 
     How many tokens an expert gets is known only at run time, but a CUDA graph needs fixed shapes.
     So `forward` sorts the n k (token, expert) pairs by expert, and pads each expert's rows to whole
@@ -125,7 +125,7 @@ class MixtureOfExperts(nn.Module):
 class NormedMamba(Mamba):
     """Mamba with an RMSNorm on dt, B and C, which Jamba adds (arXiv 2403.19887, section 6.4).
 
-    dt has rank d_model: the norm of a single number would leave only its sign.
+    dt has rank d_model: with rank 1, Mamba's if d_model <= 16, the norm would leave only its sign.
     """
 
     def __init__(self, d_model, d_state=16):

@@ -16,7 +16,7 @@ x (b, L, d) and a state, None at the start, to y (b, L, d) and the next state.
     n        size of the RNN's state
     N        size of the LTI's state per channel
     H, P     heads, and channels per head
-    q, k, v  what is looked up, under what, and what is stored (b, L, H, P)
+    q, k, v  query, key, value (b, L, H, P)
 
 `python -m family.ladder` shows that a whole sequence and single steps agree, and for Retention and
 RGLRU, which use the scans of other files, that they agree with the recurrence as written here.
@@ -86,8 +86,8 @@ class RNN(nn.Module):
 class LTI(nn.Module):
     """A linear time-invariant state space model: S4D (Gu et al. 2022, arXiv 2206.11893), section 3.
 
-    Each channel is a system h' = A h + B x, y = C h with N states and A diagonal, over a step dt of
-    its own in which x does not change (zero-order hold, equation 6):
+    Each channel is a system h' = A h + B x, y = C h of N states, with A diagonal and a step dt of
+    its own, during which x is constant (zero-order hold, equation 6):
 
         h_t = Abar h_{t-1} + Bbar x_t          Abar = exp(dt A)          Bbar = (Abar - 1) B / A
         y_t = out_proj(GELU(C h_t + D x_t))
@@ -137,7 +137,7 @@ class LTI(nn.Module):
         product = torch.fft.rfft(x.mT, 2 * L) * torch.fft.rfft(K, 2 * L)     # (b, d, L+1)
         y = torch.fft.irfft(product, 2 * L)[..., :L]                     # (b, d, L)
         y = y + torch.einsum("dn,dnl,bdn->bdl", C, powers[..., 1:], h)   # the decayed first state
-        # What step s = 0, 1, ... writes decays L - 1 - s times: the powers backwards.
+        # The write of step s = 0, 1, ... decays L - 1 - s times: the powers reversed.
         written = torch.einsum("dn,dnl,bld->bdn", Bbar, powers[..., :L].flip(-1), x)
         h = powers[..., L] * h + written                                 # (b, d, N)
         return y.mT + nan.cumsum(1)[..., None], h + nan.sum(1)[:, None, None]
@@ -164,8 +164,8 @@ class Retention(nn.Module):
     with a gamma per head, 1 - 2^-5, 1 - 2^-6, ... (equation 8), and k_t = (W_k x_t + bias) /
     sqrt(P). In parallel form y_t is the sum over s <= t of (q_t . k_s) gamma^(t-s) v_s: attention
     with a decay instead of a softmax. That is mamba2.ssd with x = v, B = k, C = q, dt = 1 and
-    A = log gamma, whose chunks are the chunked form (equation 7). Then each head is normed by
-    itself and gated.
+    A = log gamma, whose chunks are the chunked form (equation 7). Then each head is
+    normalized by itself and gated.
 
     Left out: xPos (the rotation of q and k), values twice as wide, and two normalizations of the
     scores, which the norm of each head cancels. Differs: q, k and v have biases; the norm is
@@ -193,8 +193,7 @@ class Retention(nn.Module):
 
 
 def log_gamma(n_heads, x):
-    """(H,): the logarithms of RetNet's decays, 1 - 2^-5, 1 - 2^-6, ... (equation 8), on the device
-    of x, at least float32."""
+    """The logarithms of RetNet's decays (equation 8), (H,), at least float32; x says where."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     heads = torch.arange(n_heads, device=x.device, dtype=dtype)
     return torch.log1p(-2.0 ** (-5 - heads))
@@ -221,7 +220,7 @@ class RGLRU(nn.Module):
         a_t = a^(8 r_t)                      a = sigmoid(a_logit)
         h_t = a_t h_{t-1} + sqrt(1 - a_t^2) i_t x_t
 
-    in each channel by itself, after a short convolution, and then y = out_proj(GELU(z) * h). The
+    after a short convolution; then y = out_proj(GELU(z) * h), with z a second map of the input. The
     root keeps the variance of h the same for any a_t, if inputs are independent. The recurrence is
     selective_scan with N = 1, A = -1, B = C = 1, dt = -log a_t, and sqrt(1 - a_t^2) i_t x_t / dt
     for its x.

@@ -5,7 +5,7 @@ thing in the recurrence of the one before. Projections of q, k and v, norm and g
 
     linear-fixed      S_t = gamma S_{t-1} + beta_t v_t k_t^T       a fixed decay
     linear-decay      S_t = a_t S_{t-1} + beta_t v_t k_t^T         a decay that the token sets
-    gated-deltanet    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T       it replaces
+    gated-deltanet    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T       delta rule
     linear-rotation   the same, but q_t and k_t are rotated by the sum of all angles up to t
 
     symbol   meaning
@@ -14,6 +14,8 @@ thing in the recurrence of the one before. Projections of q, k and v, norm and g
     beta     weight of a value, or how much of the old one it replaces (b, L, H), in 0 ... 1
     a        decay (b, L, H); gamma is 1 - 2^-5 in the first head, 1 - 2^-6 in the second, ...
     S        state (b, H, P, N)
+
+Other symbols are those of deltanet.py.
 
 The decay of the first is RetNet's (Sun et al. 2023, arXiv 2307.08621), that of the second Mamba-2's
 (Dao and Gu 2024, arXiv 2405.21060), one number per head; in gated linear attention it is one per
@@ -78,7 +80,7 @@ class LinearAttention(GatedDeltaNet):
         """q and k (b, L, H, N), rotated by the sum of all angles up to each token, and the last sum
         (b, H, N / 2). start: the sum before the first token, None for 0.
 
-        As in Mamba-3, but each head has rates of its own; dt is small at first.
+        As in Mamba-3, but each head has rates of its own; dt and so the angles start small.
         """
         rate = self.angle_proj(x).unflatten(-1, (self.n_heads, -1))      # (b, L, H, N / 2)
         angles = summed_angles(rate, self.step_size(x), start)           # (b, L, H, N / 2)

@@ -25,8 +25,8 @@ Unrolled from zero, with the decay a_ts = exp(A (dt_{s+1} + ... + dt_t)) between
     y_t = sum over s <= t of (C_t . B_s) a_ts dt_s x_s
 
 This is attention with a decay instead of a softmax (the paper's "duality", its section 5). The sum
-costs L^2 products; the recurrence takes L steps, one after another. ssd combines them, so that a
-GPU does most of the work in matmuls:
+takes about L^2 / 2 dot products; the recurrence takes L steps, one after another. ssd combines
+them, so that a GPU does most of the work in matmuls:
 
     ssd_ref     the recurrence, one step at a time
     Mamba2      the layer
@@ -77,7 +77,7 @@ class Mamba2State(NamedTuple):
 
 
 class Mamba2(nn.Module):
-    r"""The Mamba-2 layer (paper, section 7.1 and figure 6), without a residual connection or norm.
+    r"""The Mamba-2 layer (paper, section 7.1 and figure 6), without residual and pre-norm.
 
         x -> in_proj -> x, B, C -> conv1d -> SiLU -> ssd -> + D x -> gated norm -> out_proj -> y
                     \-> dt -> softplus --------------/               /
@@ -156,19 +156,18 @@ class GatedNorm(nn.Module):
 #
 # Neither sum needs h_0, so all chunks are computed at once: the sum in y_t by attention (step 1),
 # the sum in h_T by one more matmul (step 2). Step 3 carries the state from chunk to chunk and adds
-# the first term of h_T, step 4 that of y. For s <= t the arguments of exp are at most 0; the others
-# are clamped and then discarded: nothing overflows.
+# the first term of h_T, step 4 that of y.
 #
 # In the einsums, t and s are steps, g groups, h the heads of a group (not the state); p and n are P
 # and N.
 
 def ssd(x, dt, A, B, C, h=None, T=None):
-    """ssd_ref in chunks of at most T steps: the same, with its gradients, if dt A is finite.
+    """ssd_ref in chunks of at most T steps: the same results and gradients, if dt A is finite.
 
     States and sums are at least float32; y has the dtype of x. Inputs of matmuls are bfloat16 if x
-    is, otherwise at least float32, because float16 ends at 65,504. T: None for 16, since more would
-    cost more arithmetic; on CUDA for 128 if L <= 128 or P N >= 4,096, otherwise 64.
-    The four steps are those of the paper's listing 1.
+    is, otherwise at least float32, because float16 ends at 65,504. T: by default 16, because more
+    would cost more arithmetic; on CUDA 128 if L <= 128 or P N >= 4,096, otherwise 64. The four
+    steps are those of the paper's listing 1.
     """
     x_dtype = x.dtype
     dtype = torch.promote_types(x_dtype, torch.float32)

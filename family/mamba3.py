@@ -1,13 +1,13 @@
-"""Mamba-3 (Lahoti et al. 2026, arXiv 2603.15569): a better rule, and a state that rotates.
+"""Mamba-3 (Lahoti et al. 2026, arXiv 2603.15569): a better discretization, a state that rotates.
 
 The differential equation is that of Mamba-2, h' = A h + B x, y = C h. Two changes are small: the
 token sets A, too, and B and C get a norm and a bias. Three are large:
 
-1. The trapezoidal rule. Mamba takes B x at the end of a step as its input over the whole step.
-   Mamba-3 takes a weighted mean of both ends, with a weight lambda_t in 0 ... 1 for the end, which
-   the token chooses. lambda = 1 is Mamba-2's rule; with 1/2 the error over a sequence is of order
-   dt^2, not dt. As x_{t-1} enters step t too, and B and C have biases, the paper finds that no
-   short convolution is needed.
+1. The trapezoidal rule. What enters the state in a step is an integral over the step. Mamba takes
+   dt times its integrand at the end, dt_t B_t x_t. Mamba-3 takes a weighted mean of both ends, with
+   a weight lambda_t in 0 ... 1 for the end, which the token chooses. lambda = 1 is Mamba-2's rule;
+   with 1/2 the error over a sequence is of order dt^2, not dt. x_{t-1} enters step t, too, and B
+   and C have biases; so the paper drops the short convolution.
 2. A complex state. Pairs of states turn by angles that the token chooses, of at most pi dt. A state
    that turns by pi for a 1 (dt has to grow above 1) and stays for a 0 knows the parity of a
    sequence; one that only decays cannot.
@@ -117,7 +117,7 @@ class Mamba3State(NamedTuple):
 
 
 class Mamba3(nn.Module):
-    r"""The Mamba-3 layer (paper, section 3.4), without a residual connection or norm.
+    r"""The Mamba-3 layer (paper, section 3.4), without residual and pre-norm.
 
         x -> in_proj -> x ------------------------------> recurrence -> + D x -> * -> out_proj -> y
                     \-> B, C -> norm, bias, rotation ---/                       /
@@ -125,8 +125,8 @@ class Mamba3(nn.Module):
                     \-> z -> SiLU ---------------------------------------------/
 
     d_inner = expand * d_model channels, in heads of headdim; d_state: N. rope_fraction: the share
-    of the N states that rotate, at most 1; officially 0.5 or 1. is_mimo: with rank mimo_rank;
-    otherwise R = 1.
+    of the N states that rotate, at most 1; officially 0.5 or 1. R is mimo_rank if is_mimo,
+    otherwise 1.
 
     Names, shapes and initial values are those of mamba_ssm.Mamba3 with one group. Left out: several
     groups, and the norm before out_proj (is_outproj_norm). Differs: the official MIMO kernel pairs
@@ -158,7 +158,7 @@ class Mamba3(nn.Module):
         self.C_norm = nn.RMSNorm(d_state, eps=1e-5)
         self.mimo_x = self.mimo_z = self.mimo_o = None
         if is_mimo:
-            # Maps, channel by channel, from x and z to R of each, and from R outputs to one.
+            # Per channel: weights that make R copies of x and z, and one output of R.
             self.mimo_x = nn.Parameter(torch.ones(H, self.rank, headdim) / self.rank)
             self.mimo_z = nn.Parameter(torch.ones(H, self.rank, headdim))
             self.mimo_o = nn.Parameter(torch.ones(H, self.rank, headdim) / self.rank)
@@ -227,7 +227,7 @@ def per_rank(v, weight):
 def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     """trapezoid_ref in chunks of at most T steps: same arguments, same results and gradients.
 
-    States and sums are at least float32; y has the dtype of x. T: None for 64 / R on CUDA, 16 / R
+    States and sums are at least float32; y has the dtype of x. T: by default 64 / R on CUDA, 16 / R
     elsewhere: a chunk's matrices have T R rows.
     """
     x_dtype = x.dtype
@@ -251,7 +251,7 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     x, B, C = (split(v, T).movedim(4, 2).flatten(3, 4) for v in (x, B, C))
     # log_a, now, before_next (b, c, H, T); x (b, c, H, T R, P); B, C (b, c, H, T R, N)
 
-    # 1. In a chunk: attention. A step has R rows in its matrices, one per rank, of the same decay.
+    # 1. In a chunk: attention. Each step has R rows, one per rank, with the same decay.
     sums = log_a.to(widest(x.device)).cumsum(-1)                         # (b, c, H, T)
     a = clamped_exp(sums[..., :, None] - sums[..., None, :], x.dtype).tril(-1)  # (b, c, H, T, T)
     weight = a * (now + before_next)[..., None, :] + torch.diag_embed(now)

@@ -7,7 +7,7 @@ layers. Here all uses of a block share them. A use of the block at depth l compu
 
     y_l = out_proj_l(block([x_l, e]))
 
-from the residual stream x_l and the token's embedding e, side by side. A use owns its cache,
+from the residual stream x_l and the token's embedding e, concatenated. A use owns its cache,
 out_proj_l (2 d^2 parameters) and, in Zamba2, a small correction to the block's MLP (LoRA, Hu et al.
 2021, arXiv 2106.09685).
 
@@ -63,7 +63,7 @@ class SharedUse(nn.Module):
     """One use of a SharedBlock. Its state is a KVCache of its own.
 
     earlier: the layers below this one. Uses with equal arguments share blocks: the first `blocks`
-        of them create one each, and a later one takes that of the use `blocks` before it.
+        create one each; use i takes that of use i - blocks.
     blocks: how many blocks there are; Zamba2 has two.
     rank: of the correction to the MLP's first map, 0 for none, as in Zamba. Zamba2's 1.2B model
         corrects its attention too, which is left out.

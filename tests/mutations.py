@@ -229,7 +229,7 @@ MAMBA3 = [
 DELTANET = [
     ("matmul_dtype = y_dtype if y_dtype == torch.bfloat16 else dtype", "matmul_dtype = dtype"),
     ("beta * decay * kk", "decay * kk"),
-    ("known_i - waiting_i @ starts[-1].mT", "known_i"),
+    ("U_i - W_i @ starts[-1].mT", "U_i"),
     ("exp(sums[..., -1:] - sums, dtype)", "exp(sums, dtype)"),
     ("from_start * (q @", "(q @"),
     ("c == 1 and S is None:", "c == 1:"),
