@@ -107,18 +107,8 @@ def make_all(configs, train_one, show=None):
         connect()
         if rank == 0:
             for run in grid:
-                # The mark of an earlier failure goes and, with --overwrite, the result and save.
-                remove(failure_of(run))
-                if run.config["overwrite"]:
-                    with contextlib.suppress(OSError), locked(run.path, wait=True):
-                        remove(run.path + ".json", run.path + ".resume.pt")
-                result = finished_result(run.path)
-                if result:
-                    current = is_current(result.get("env", {}).get("code"))
-                    changed = "" if current else ", but the code has changed since"
-                    say(f"{run.title}{run.path}.json is finished{changed}; --overwrite repeats it")
-                    if show:
-                        show(result)
+                clear(run)
+                report_if_finished(run, show)
         barrier()                                # else rank 0 could remove what others just wrote
         said_so = False
         while waiting:
@@ -154,6 +144,25 @@ def keyboard_interrupts():
     finally:
         if before is not None:
             signal.signal(signal.SIGINT, before)
+
+
+def clear(run):
+    """Remove the mark of an earlier failure and, with --overwrite, the result and the save."""
+    remove(failure_of(run))
+    if run.config["overwrite"]:
+        with contextlib.suppress(OSError), locked(run.path, wait=True):
+            remove(run.path + ".json", run.path + ".resume.pt")
+
+
+def report_if_finished(run, show):
+    """Say so, also if the code has changed since, and show the result."""
+    result = finished_result(run.path)
+    if result:
+        current = is_current(result.get("env", {}).get("code"))
+        changed = "" if current else ", but the code has changed since"
+        say(f"{run.title}{run.path}.json is finished{changed}; --overwrite repeats it")
+        if show:
+            show(result)
 
 
 def finished_result(path):

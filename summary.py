@@ -78,7 +78,7 @@ def read(paths):
         except ValueError as error:
             left_out.append(str(error))
             continue
-        key = values(found, sorted(set(found["config"]) - IGNORED))
+        key = frozenset(pair for pair in found["config"].items() if pair[0] not in IGNORED)
         if key in runs and not os.path.samefile(path, runs[key]["path"]):
             left_out.append(f"{path} has the model, settings and seed of {runs[key]['path']}")
         runs.setdefault(key, found)

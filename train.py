@@ -52,7 +52,7 @@ def parse(argv):
         help=f"* {', '.join([*MODELS, *FAMILY])}; or a stack such as mamba+attention, of "
              f"{', '.join(LAYERS)} (default: rope)")
     add("--d", **several, help="* width (default: 8)")
-    add("--n-heads", type=int, metavar="N", help="heads, in layers that have them (default: 1)")
+    add("--n-heads", type=int, metavar="N", help="heads, for models that have them (default: 1)")
     add("--d-state", type=int, metavar="N", help="size of the state, likewise (default: 16)")
     add("--learn-embedding", action="store_true", help="train the embedding table too")
 

@@ -137,7 +137,7 @@ OUTPUT = [
 
 GRID = [
     ("and not os.path.exists(failure_of(run)):", "and True:"),
-    ("    remove(failure_of(run))\n", ""),
+    ("    remove(failure_of(run))\n", "    pass\n"),
     ("            signal.signal(signal.SIGINT, before)\n", "            pass\n"),
     ("        with contextlib.suppress(OSError), locked(run.path, wait=True):", "        if True:"),
     ("        if rank == 0:\n", "        if True:\n"),
@@ -151,7 +151,7 @@ GRID = [
     ("            remove(run.path + \".json\", run.path + \".resume.pt\")",
      "            remove(run.path + \".resume.pt\")"),
     ("            return mine     ", "            return True     "),
-    ("                        show(result)", "                        pass"),
+    ("            show(result)\n", "            pass\n"),
     ("is_current(result.get(\"env\", {}).get(\"code\"))", "True"),
     ("if os.path.exists(path + \".pt\") else None", ""),
     ("read_result(path + \".json\") if", "os.path.exists(path + \".json\") if"),

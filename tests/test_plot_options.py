@@ -292,3 +292,10 @@ def test_a_single_size_of_state_has_a_tick(tmp_path, figures):  # noqa: F811
     for ax in fig.axes:
         low, high = ax.get_xlim()
         assert any(low < tick < high for tick in ax.get_xticks())
+
+
+def test_two_flags_of_ones_own_are_two_settings(tmp_path, figures, capsys):  # noqa: F811
+    paths = [write(tmp_path, dropout=0.5), write(tmp_path, gain=0.5)]
+    ax, = figures(*paths)["length_tau1_K16_d8_L64_M1.png"].axes
+    assert set(texts(ax)[2:]) == {"rope (dropout = 0.5)", "rope (gain = 0.5)"}
+    assert "left out" not in capsys.readouterr().err
