@@ -113,7 +113,7 @@ def test_the_models_of_the_front_page():
         assert at_64 == f"{state_bytes(network, 64):,}", model
         assert at_4096 == f"{state_bytes(network, 4096):,}", model
         assert one == lowest("problem1", model, 1), model
-        assert sixteen == lowest("problem2", model, 16), model
+        assert sixteen == (lowest("problem2", model, 16) or lowest("sixteen", model, 16)), model
 
 
 REACH = re.findall(r"^\| (\d+) \| (\d+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$",
@@ -129,15 +129,13 @@ def reach(model, M, d):
         tested = dict(zip(result["eval"]["length"], result["eval"]["accuracy"]))
         at.setdefault(result["config"]["tau"], []).append(tested[64])
     assert all(len(seeds) == 5 for seeds in at.values()), (model, M, d)
-    if not at:
-        return "not run"
     delays = sorted(at)
     recalled = [statistics.median(at[tau]) >= 0.99 for tau in delays]
     if all(recalled):
         return f"{delays[-1]} or more"
-    fails = delays[recalled.index(False)]
-    longest = max([tau for tau in delays if tau < fails], default=0)
-    return f"{longest} to {fails - 1}" if fails > longest + 1 else str(longest or "none")
+    first = recalled.index(False)
+    assert delays[first] == (delays[first - 1] + 1 if first else 1), "one before was not tried"
+    return str(delays[first - 1]) if first else "none"
 
 
 def test_how_far_each_brings_a_query():

@@ -41,6 +41,8 @@ EXPERIMENTS = {
             "{}/problem2/* --panels model --name problem2_models":
                 "With more queries rotary attention fades sooner and Mamba learns a smaller part; "
                 "the hybrids keep all in the median"}},
+    "sixteen": {                                             # beside M = 16 of problem2
+        "train": ["--M 16 --model nope learned"]},
     "problem3": {
         "train": ["--d 64 --M 4 8 16 --model mamba", "--d 64 --M 16 --tau 10 --model mamba"],
         "draw": {
@@ -74,14 +76,15 @@ EXPERIMENTS = {
     "filter": {
         "train": ["--d 8 16 32 --M 1 4 16 --tau 1 2 3 4 5 10 "
                   "--model conv+attention mamba+attention",
+                  "--d 64 --M 4 16 --tau 1 2 3 4 5 10 --model conv+attention",
                   "--d 64 --M 4 16 --tau 4 5 10 --model mamba+attention",
-                  "--d 32 --M 4 --tau 6 7 --model mamba+attention",
+                  "--d 32 64 --M 4 --tau 6 7 8 9 --model mamba+attention",
                   "--d 16 --tau 1 2 3 4 5 7 8 10 --model conv2+attention conv8+attention",
                   "--d 16 32 --M 1 4 --tau 1 2 3 4 5 10 --model mamba-noconv+attention",
                   "--d 8 --M 4 16 --model mamba-noconv+attention",
                   "--d 16 --M 8 16 --model mamba-noconv+attention",
                   "--d 32 --M 16 --tau 1 2 3 4 --model mamba-noconv+attention",
-                  "--d 64 --M 4 --tau 1 4 10 --model mamba-noconv+attention",
+                  "--d 64 --M 4 --tau 1 2 3 4 5 6 7 8 9 10 --model mamba-noconv+attention",
                   "--d 64 --M 16 --tau 1 2 3 4 5 --model mamba-noconv+attention"],
         "draw": {
             "{}/filter/*_d32_* --against tau --name filter":
