@@ -7,9 +7,9 @@ state of the one before. `two_chunks` shows how all can run at once nevertheless
     2. start of the next chunk = exp(A sum of dt) start + end               one after another
     3. run every chunk again, from its true start                           all at once
 
-Step 2 is the recurrence again, with one step per chunk; across chunks, it alone is serial. Its loop
-is unrolled, so more than 32 chunks are cut in the same way, into groups of 16. Blelloch's prefix
-sum (1990) has groups of two, all L states in memory; compiled, ours stores none within a chunk.
+Step 2 is the recurrence again, with one step per chunk; only it is serial. Its loop is unrolled, so
+more than 32 chunks are cut in the same way, into groups of 16. Blelloch's prefix sum (1990) has
+groups of two and stores all L states; compiled, ours stores none within a chunk.
 
     symbol      shape            meaning
     c, T                         chunks; steps per chunk
@@ -27,7 +27,7 @@ import math
 import torch
 from torch import Tensor
 
-CHUNK_STEPS = 8     # maximum in a chunk, if L < LONG
+CHUNK_STEPS = 8     # most steps in a chunk, if L < LONG
 LONG = 1024         # sequences this long get chunks twice as long: fewer states, slower to compile
 ONE_GROUP, GROUP_CHUNKS = 32, 16   # up to 32 chunks are one group, more are cut into groups of 16
 _compiled = None    # True or False within compiled_scan; None: parallel_scan decides
@@ -37,7 +37,7 @@ def two_chunks(scan, x, dt, A, B, C, h):
     """The idea, for two chunks. scan: mamba.selective_scan_ref. h (b, D, N); the rest as there."""
     (x1, x2), (dt1, dt2), (B1, B2), (C1, C2) = (v.chunk(2, dim=1) for v in (x, dt, B, C))
     _, end1 = scan(x1, dt1, A, B1, C1)                                   # 1. from zero
-    start2 = torch.exp(A * dt1.sum(1)[..., None]) * h + end1             # 2. h has only decayed
+    start2 = torch.exp(A * dt1.sum(1)[..., None]) * h + end1             # 2. decayed h + end1
     y1, _ = scan(x1, dt1, A, B1, C1, h)                                  # 3. now independent
     y2, last = scan(x2, dt2, A, B2, C2, start2)
     return torch.cat([y1, y2], dim=1), last
@@ -72,8 +72,8 @@ def _stored(x, A):     # dtype of starts, carries and parts of dA in memory
 
 # ---- Inside a chunk ------------------------------------------------------------------------------
 # Compiled, each function from _spans on is a kernel, its loop over steps unrolled. Step 3 of the
-# gradient takes three: dx, ddt and dA need g and h_{t-1}, dx and ddt sum over states; dB (of g,
-# backwards) and dC (of h, forwards) sum over channels. Rules 1 to 5: mamba.py, section 3.
+# gradient takes three: one for dx, ddt and dA (from g and h_{t-1}), one for dB (from g, backwards)
+# and one for dC (from h, forwards). Rules 1 to 5: mamba.py, section 3.
 
 def _decay(dt, A):     # exp(dt A) for one step's dt (b, c, D): (b, c, D, N)
     return torch.exp2(dt[..., None] * (A * math.log2(math.e)))     # with exp, a fifth slower
@@ -138,7 +138,7 @@ def _gradients_x_dt_A(x, dt, A, B, C, dy, start, carries):
 
 
 def _gradient_B(x, dt, A, B, C, dy, carry):
-    """A sum over channels, (b, c, T, N), in the dtype of B."""
+    """dB, summed over channels, (b, c, T, N), in the dtype of B."""
     u, dB = dt.to(A.dtype) * x, []
     for t in reversed(range(x.shape[2])):
         g, carry = _step_back(carry, t, dt, A, C, dy)                    # (b, c, D, N)
@@ -147,7 +147,7 @@ def _gradient_B(x, dt, A, B, C, dy, carry):
 
 
 def _gradient_C(x, dt, A, B, C, dy, start):
-    """A sum over channels, (b, c, T, N), in the dtype of C."""
+    """dC, summed over channels, (b, c, T, N), in the dtype of C."""
     h, dC = start, []
     for t in range(x.shape[2]):
         h = _next_state(h, t, x, dt, A, B)
@@ -168,14 +168,14 @@ def _chunk_starts(span, A, ends, h, dtype, backwards):
     and every group's last state."""
     c = span.shape[1]
     span, ends = _groups(span), _groups(ends)                            # (b, groups, chunks, ...)
-    if h is None:      # zeros: never true, but as constants they would be stored by another kernel
+    if h is None:      # zeros: nothing exceeds inf. Constants would be stored by another kernel
         h = (ends[:, :, 0] > math.inf).to(A.dtype)
     n = span.shape[2]
     starts = [None] * n
     for k in reversed(range(n)) if backwards else range(n):
         starts[k] = h.to(dtype)                                          # (b, groups, D, N)
         h = _decay(span[:, :, k], A) * h + ends[:, :, k]
-    if n == 8 and dtype != A.dtype:      # a 9th, dropped: torch 2.11 rounds 9 here, 8 in another
+    if n == 8 and dtype != A.dtype:      # a 9th, dropped: torch 2.11 rounds 8 in another kernel
         starts.append(h.to(dtype))
     return torch.stack(starts, dim=2)[:, :, :n].flatten(1, 2)[:, :c], h
 
@@ -197,12 +197,11 @@ def _across(span, A, ends, h, dtype, backwards, compiled):
     return chunk_starts(span, A, ends, group_starts, dtype, backwards)[0], last
 
 
-# ---- Compiled kernels ----------------------------------------------------------------------------
+# ---- Compiled kernels, and the scan --------------------------------------------------------------
 
 def compile_each_shape(function, options):
     """torch.compile, anew for each shape, up to 10^4: a limit set for the whole process."""
-    config = torch._dynamo.config
-    config.recompile_limit = config.accumulated_recompile_limit = 10**4
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10**4
     return torch.compile(function, dynamic=False, options=options)
 
 
@@ -215,10 +214,9 @@ def _kernel(function, compiled, summands=math.inf):
         # _chunk_starts ran out of registers at 32 chunks in bfloat16: 98 us, not 8.
         "triton.autotune_pointwise": function is _chunk_starts,
         "triton.max_tiles": 1,                 # 2-d tiles grew too large for the registers
-        "deterministic": summands <= 16})      # no timing for short sums: half the compile time
+        "deterministic": summands <= 16})      # no timing of short sums: half the compile time
 
 
-# ---- The scan ------------------------------------------------------------------------------------
 # torch.compile of a model does not look into a custom operator; register_fake gives it the shapes.
 @torch.library.custom_op("mamba::scan", mutates_args=())
 def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor | None,
@@ -246,7 +244,7 @@ def _scan_backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start
 
 @_scan.register_fake
 def _(x, dt, A, B, C, h, compiled):
-    ends = A.new_empty(*x.shape[:2], *A.shape)       # (b, c, D, N); starts can be a slice of more
+    ends = A.new_empty(*x.shape[:2], *A.shape)       # (b, c, D, N); starts can be a view of more
     starts, _ = _chunk_starts(ends[..., 0], A, ends, None, _stored(x, A), backwards=False)
     return x.new_empty(x.shape), A.new_empty(len(x), *A.shape), starts
 
@@ -286,7 +284,9 @@ def compiled_scan(on):
 
 def parallel_scan(x, dt, A, B, C, h=None):
     """mamba.selective_scan_ref, for A and h at least float32; y has the dtype of x, states that of
-    A. Kernels are compiled as compiled_scan says, or else on CUDA while gradients are enabled."""
+    A. Compiled as compiled_scan says; by default on CUDA, with gradients enabled."""
+    if torch.autograd.forward_ad._current_level >= 0:        # it would find a derivative of zero
+        raise RuntimeError("the fused scan has no forward derivative; selective_scan_ref has one")
     compiled = _compiled if _compiled is not None else x.is_cuda and torch.is_grad_enabled()
     check_shapes(x, dt, A, B, C, h)
     if x.numel() == 0:

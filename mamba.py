@@ -44,20 +44,20 @@ from fused_scan import check_shapes, parallel_scan
 #
 #     h_t = exp(dt A) h_{t-1} + dt B x_t         y_t = C h_t
 #
-# They agree for small dt |A|: at 0.1 ours writes 5 % more, at 1.6 (about the largest at
-# initialization) twice as much. The exact factor never exceeds 1 / |A|, ours grows with dt: at
+# They agree for small dt |A|: at 0.1 ours writes 5 % more, at 1.6 (dt = 0.1, A = -16) twice as
+# much. The exact factor never exceeds 1 / |A|, ours grows with dt: at
 # A = -1 and dt = 10 ours writes 10 B x, the exact rule B x. The simple form lets one product, dt x,
 # serve all N states. LTI in family/ladder.py has the exact rule.
 #
 # Mamba runs D such models side by side, one per channel, each with its own A and dt; B and C are
-# shared. It computes dt, B and C from x_t (paper, section 3.2, algorithm 2). A stays fixed: the
-# decay depends on dt A, so dt already makes it depend on the token. For channel i and its state n:
+# shared. It computes dt, B and C from x_t (paper, section 3.2, algorithm 2). A is the same for
+# all tokens: the decay exp(dt A) depends on the token through dt. For channel i and its state n:
 #
 #     h_t[i,n] = exp(dt_t[i] A[i,n]) h_{t-1}[i,n] + dt_t[i] B_t[n] x_t[i]
 #     y_t[i]   = sum over n of C_t[n] h_t[i,n]
 #
-# Unrolled from a zero state, this is attention without a softmax: y_t[i] is the sum over s <= t of
-# dt_s[i] x_s[i], each times
+# Unrolled from a zero state, this is attention without a softmax: y_t[i] is a weighted sum of
+# dt_s[i] x_s[i] over s <= t, with the weights
 #
 #     sum over n of C_t[n] B_s[n] exp(A[i,n] (dt_{s+1}[i] + ... + dt_t[i]))
 #
@@ -91,13 +91,13 @@ def selective_scan_ref(x, dt, A, B, C, h=None):
 # ---- 2. The layer --------------------------------------------------------------------------------
 
 class CausalConv1d(nn.Conv1d):
-    """A causal convolution, a filter of `taps` weights per channel: a token sees itself and the
-    taps - 1 tokens before it.
+    """A causal convolution: `taps` weights per channel, for the token itself and the taps - 1
+    tokens before it.
 
-    Without it, x, dt, B and C would depend on one token alone. In recall (data.py: find the value
-    that came after a key), B must see the key, one token earlier, while x is the value. Each
-    channel has its own filter, so some can pass the key on and others the token itself.
-    The sum is written as shifted products, which a compiler can fuse with the layer around it.
+    Without it, x, dt, B and C would depend on one token alone. In recall (data.py, tau = 1: which
+    token came after q?), B must see q, one token earlier, while x is the value. Each channel has
+    its own filter, so some can pass q on and others the token itself. It is written as a sum of
+    shifted products, which a compiler can fuse with the layer around it.
     """
 
     def __init__(self, channels, taps):
@@ -108,7 +108,7 @@ class CausalConv1d(nn.Conv1d):
         y (b, L, D) and the next window."""
         L, before = x.shape[1], self.kernel_size[0] - 1
         x = F.pad(x, (0, 0, before, 0)) if window is None else torch.cat([window.mT, x], dim=1)
-        if L == 1:                               # a decode step: 3 operations, not 8
+        if L == 1:                               # a decode step: 3 operations, not 2 * taps
             y = ((x.mT * self.weight[:, 0]).sum(-1) + self.bias)[:, None]
         else:
             taps = self.weight[:, 0].unbind(1)                           # (D,) each
@@ -145,10 +145,10 @@ class Mamba(nn.Module):
     token to its dt, None for ceil(d_model / 16). Parameters have the names, shapes and initial
     distributions of mamba_ssm.Mamba with its default arguments; state dicts fit both.
 
-    in_proj has no bias, as in mamba_ssm. That may hurt a first layer before attention, which has to
+    in_proj has no bias, as in mamba_ssm. This can hurt a layer in front of attention, which has to
     tell each token what came before it. Without a bias no channel has z > 0 at all 16 of our tokens
-    (d_model = 8): their embeddings do not lie on one side of any plane through 0. Where z <= 0,
-    SiLU(z) weakens what the channel passes on, or flips its sign. Mamba before attention learned 16
+    (d_model = 8): the embeddings in data.py do not lie on one side of any plane through 0. Where
+    z < 0, SiLU(z) passes on at most 28 %, with its sign flipped. Mamba before attention learned 16
     queries in 0 of 12 runs, and in 3 of 3 with a bias in the norm before it (report/README.md,
     appendix on defaults). `takes_bias` asks hybrid.Model for that bias.
     """
@@ -206,12 +206,13 @@ class Mamba(nn.Module):
 # The loop of selective_scan_ref is slow: it makes a dozen small calls per step, and autograd stores
 # each step's decay and state. With the decays a = exp(dt A) and u = dt x, only
 # h_t = a_t h_{t-1} + u_t B_t has to run step by step, with one call per step. All else is computed
-# for a chunk of T steps at once; a small chunk fits in the CPU's cache. The backward pass is given
-# the arguments and the state before each chunk; those states take N / T times the memory of x.
+# for a chunk of T steps at once; a small chunk fits in the CPU's cache. Kept for the
+# backward pass: time-first copies of the arguments, and the state before each chunk, N / T times
+# the memory of x.
 #
 # The gradient. dx is the gradient of the loss with respect to x, and so on (that of the step size
 # dt is ddt); that of h is called g. Indices are left out: C_t dy_t is C_t[n] dy_t[i], for every
-# state n and channel i. Nothing is summed unless it says so.
+# state n and channel i. Sums are always written out.
 #
 # 1.  h_t is used twice, by y_t and by h_{t+1}. So g obeys the same recurrence, backwards in time:
 #         g_t = C_t dy_t + a_{t+1} g_{t+1}         (dy_t, the gradient of y_t, is given)
@@ -235,7 +236,7 @@ class Mamba(nn.Module):
 # In the code, _k is a chunk and _t a step. Inside both passes time comes first: x, dt, y (L, b, D);
 # B, C (L, b, N). States are (N, b, D), so that torch's innermost loops, over b and D, are long.
 
-CHUNK_ELEMENTS = 2**18   # of a buffer (T, N, b, D), if that allows 8 steps: 1 MiB in float32
+CHUNK_ELEMENTS = 2**18   # numbers in a buffer (T, N, b, D), unless T < 8: 1 MiB in float32
 
 
 def _broadcast(x, dt, A, B, C):
@@ -268,17 +269,17 @@ class ChunkedScan(torch.autograd.Function):
         y = torch.empty_like(x[:, 0])
         # All chunks share two buffers: fresh memory for each would cost time in page faults.
         a, hs = x.new_empty(2, T, *A.shape)                              # (T, N, b, D) each
-        # Cut into single steps once: done for every chunk, it took up to a third of a short scan.
+        # Cut into single steps once: once per chunk took up to a third of a short scan.
         a_steps, h_steps = a.unbind(), hs.unbind()
         starts = []                                      # the state before each chunk (N, b, D)
         for dt_k, u_k, B_k, C_k, y_k in zip(*(v.split(T) for v in (dt, u, B, C, y))):
             starts.append(h)
             steps = len(dt_k)                                            # T, or fewer in the last
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
-            # In float32, exp of dt A between -104 and -87, say dt = 6 and A = -16, is a denormal
-            # number, which takes a CPU 10 to 50 times as long. So both passes clamp at -80: a decay
-            # of 2e-35 is effectively 0, and so is d(dt A), a multiple of it. A trained model runs
-            # up to twice as fast. The other forms do not clamp.
+            # A CPU's float32 exp takes 10 to 50 times as long below -87 (say dt = 6, A = -16),
+            # where it gives denormal numbers or 0. So both passes clamp at -80: a decay of 2e-35 is
+            # effectively 0, and so is d(dt A), a multiple of it. A trained model runs up to twice
+            # as fast. The other forms do not clamp.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)         # h_k is u_t B_t, and after _recur h_t
             h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs
@@ -300,8 +301,8 @@ class ChunkedScan(torch.autograd.Function):
         du, ddt = torch.empty_like(x[:, 0]), torch.empty_like(x[:, 0])   # (L, b, D)
         dB, dC = torch.empty_like(B[..., 0]), torch.empty_like(C[..., 0])    # (L, N, b)
         dA = x.new_zeros(T, *A.shape)            # (T, N, b, D), summed over T and b at the end
-        # What later chunks add to g at this chunk's last step (N, b, D): at first dh, then the a g
-        # of the next chunk's first step.
+        # What later chunks add to g at this chunk's last step (N, b, D): dh, then a_1 g_1 of the
+        # chunk after it.
         later = torch.zeros_like(starts[0]) if dh is None else dh.contiguous()
         a, g = x.new_empty(2, T, *A.shape)
         hs = x.new_empty(T + 1, *A.shape)                # row 0: the state before the chunk
@@ -359,16 +360,16 @@ def chunked_scan(x, dt, A, B, C, h=None):
 #     CPU, MPS                  chunked_scan: one chunk after another, small enough for a cache
 #
 # The fast forms have no second derivative: backward with create_graph=True raises a RuntimeError.
-# Call selective_scan_ref or, for Mamba layers in float32 or float64, set mamba.selective_scan =
-# mamba.selective_scan_ref, which does not promote bfloat16.
+# Call selective_scan_ref. For Mamba layers in float32 or float64, set mamba.selective_scan to it;
+# it does not promote bfloat16.
 
 def selective_scan(x, dt, A, B, C, h=None):
-    """The fastest form for the device: arguments and results of selective_scan_ref, up to rounding.
+    """The form of the table above: arguments and results of selective_scan_ref, up to rounding.
 
     States and sums have the dtype of A, or float32 if that is wider; y has the dtype of x. If x is
-    bfloat16, parallel_scan also rounds the states that it stores, one per chunk. Then y and all
-    gradients differ from those in float64, of the same rounded arguments, by 1e-3 to 3e-3 of their
-    norm, however long the sequence.
+    bfloat16, parallel_scan also rounds what it stores for each chunk. Then y and all gradients
+    differ from those in float64, of the same rounded arguments, by up to 3e-3 of their norm,
+    however long the sequence.
     """
     dtype = torch.promote_types(A.dtype, torch.float32)
     A = A.to(dtype)

@@ -344,6 +344,14 @@ def test_refuses_a_second_derivative(scan):
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
+@scans
+def test_refuses_a_forward_derivative(scan):
+    """It would be zero."""
+    x, *others = operands(20)
+    with pytest.raises(RuntimeError):                    # of which NotImplementedError is a kind
+        torch.func.jvp(lambda x: scan(x, *others)[0], (x,), (torch.ones_like(x),))
+
+
 def test_a_layer_has_a_second_derivative_with_the_recurrence(monkeypatch):
     monkeypatch.setattr(mamba, "selective_scan", mamba.selective_scan_ref)
     layer = mamba.Mamba(2, d_state=2).double()
