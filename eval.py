@@ -280,9 +280,7 @@ def main(argv=None):
     found, unwritten = [], []
     for path, digest, model, c in checkpoints:
         tested = lengths or lengths_to_test(c["L"], c["M"], c["tau"], c["task"])
-        torch.set_flush_denormal(True)       # a CPU computes denormal floats 10 to 50 times slower
         accuracies = evaluate(model, c, tested, args.sequences, device, args.seed, bar=True)
-        torch.set_flush_denormal(False)
         found.append((tested, accuracies))
         say(path)
         print_table({"config": c, "eval": {"length": tested, "accuracy": accuracies}}, lengths)
