@@ -206,9 +206,9 @@ class Mamba(nn.Module):
 # The loop of selective_scan_ref is slow: it makes a dozen small calls per step, and autograd stores
 # each step's decay and state. With the decays a = exp(dt A) and u = dt x, only
 # h_t = a_t h_{t-1} + u_t B_t has to run step by step, with one call per step. All else is computed
-# for a chunk of T steps at once; a small chunk fits in the CPU's cache. Kept for the
-# backward pass: time-first copies of the arguments, and the state before each chunk, N / T times
-# the memory of x.
+# for a chunk of T steps at once; a small chunk fits in the CPU's cache. Kept for the backward
+# pass: time-first copies of the arguments, and the state before each chunk, N / T times the memory
+# of x.
 #
 # The gradient. dx is the gradient of the loss with respect to x, and so on (that of the step size
 # dt is ddt); that of h is called g. Indices are left out: C_t dy_t is C_t[n] dy_t[i], for every

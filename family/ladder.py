@@ -164,8 +164,8 @@ class Retention(nn.Module):
     with a gamma per head, 1 - 2^-5, 1 - 2^-6, ... (equation 8), and k_t = (W_k x_t + bias) /
     sqrt(P). In parallel form y_t is the sum over s <= t of (q_t . k_s) gamma^(t-s) v_s: attention
     with a decay instead of a softmax. That is mamba2.ssd with x = v, B = k, C = q, dt = 1 and
-    A = log gamma, whose chunks are the chunked form (equation 7). Then each head is
-    normalized by itself and gated.
+    A = log gamma, whose chunks are the chunked form (equation 7). Then each head is normalized by
+    itself and gated.
 
     Left out: xPos (the rotation of q and k), values twice as wide, and two normalizations of the
     scores, which the norm of each head cancels. Differs: q, k and v have biases; the norm is
@@ -193,7 +193,7 @@ class Retention(nn.Module):
 
 
 def log_gamma(n_heads, x):
-    """The logarithms of RetNet's decays (equation 8), (H,), at least float32; x says where."""
+    """(H,): log gamma of each head (equation 8), on the device of x, at least float32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     heads = torch.arange(n_heads, device=x.device, dtype=dtype)
     return torch.log1p(-2.0 ** (-5 - heads))
