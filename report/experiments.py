@@ -88,15 +88,15 @@ EXPERIMENTS = {
                   "--d 64 --M 16 --tau 1 2 3 4 5 --model mamba-noconv+attention"],
         "draw": {
             "{}/filter/*_d32_* --against tau --name filter":
-                "Four taps reach three tokens back; with its state, Mamba reaches further if there "
-                "are few queries",
+                "At d = 32 four taps reach three tokens back; with its state, Mamba reaches further "
+                "if there are few queries",
             "{}/filter/conv*_M1_*_d16_* --against tau --name filter_taps":
                 "2, 4 (conv) and 8 taps reach 1, 3 and 7 tokens back",
             "{}/filter/mamba-noconv*_M4_tau1_* {}/filter/mamba-noconv*_M16_tau1_* "
             "{}/filter/mamba+*_M4_tau5_* {}/filter/mamba+*_M16_tau4_* "
             "--against d --panels M tau --name filter_width":
-                "Left: the state alone at delay 1; right: Mamba just beyond its convolution. Both "
-                "need width"}},
+                "Left: the state alone at delay 1; right: Mamba at delays that its convolution does "
+                "not reach. Both need width"}},
     "long": {
         "train": ["--steps 200000 --d 32 --M 16 --tau 4 --model mamba+attention",
                   "--steps 200000 --d 32 --M 4 --tau 10 --model mamba+attention",
