@@ -268,12 +268,12 @@ def main(argv=None):
     add("--d", type=int, default=8, metavar="N", help="width in the table step (default: 8)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the scans' inputs")
     add("--device", help="cuda, cuda:1 or cpu (default: the best one here)")
-    add("--out", metavar="FILE.json", help="also write the numbers to this file")
-    add("--draw", metavar="FILE.json", help="only draw the table length of this file")
+    add("--out", metavar="FILE", help="write the numbers too; with --draw, the figure")
+    add("--draw", metavar="FILE.json", help="only draw the table length of this file, to --out")
     args = parser.parse_args(argv)
     try:
         if args.draw:
-            return draw_lengths(args.draw, os.path.splitext(args.draw)[0] + ".png")
+            return draw_lengths(args.draw, args.out or os.path.splitext(args.draw)[0] + ".png")
         device = gpu.pick_device(args.device or (None if torch.cuda.is_available() else "cpu"))
         if device.type not in LENGTHS:
             raise ValueError(f"--device is {args.device!r}, but bench.py times cuda and cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bench
-from conftest import relative
+from conftest import ROOT, relative
 
 
 @pytest.fixture
@@ -83,6 +83,8 @@ def test_figure_of_lengths(tiny, tmp_path, capsys):
     out = tmp_path / "length.json"
     bench.main(["--tables", "length", "--model", "mamba", "--device", "cpu", "--out", str(out)])
     bench.main(["--draw", str(out)])
+    bench.main(["--draw", str(out), "--out", str(tmp_path / "own.svg")])
+    assert b"<svg" in (tmp_path / "own.svg").read_bytes()
     assert (tmp_path / "length.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -99,6 +101,7 @@ def test_a_file_of_another_table_is_refused(text, tmp_path, refuses):
     ("--device nonsense", "nonsense"),
     ("--model nonsense", "--model"), ("--out none/x.json", "none"), ("--out .", "--out"),
     ("--draw none.json", "none.json"), ("--scan", "--scan"),
+    (f"--draw {ROOT}/report/bench/length_cpu.json --out x.json", "json"),
     (f"--draw {__file__}", "no file of --tables length")])
 def test_wrong_flags(tiny, refuses, flags, word):
     assert word in refuses(bench.main, flags.split())
