@@ -62,14 +62,8 @@ class MixtureOfExperts(nn.Module):
         y = sum over the k largest w_e of w_e MLP_e(x)
 
     As in Jamba (Lieber et al. 2024, arXiv 2403.19887), the k weights are not scaled to sum to 1;
-    Mixtral scales them. Left out: the load-balancing loss.
-
-    How many tokens an expert gets is known only at run time, but a CUDA graph needs fixed shapes.
-    So `forward` sorts the n k (token, expert) pairs by expert, and pads each expert's rows to whole
-    blocks. There are at most n k / block + E blocks, each for one expert, and one batched matmul
-    computes them all. With two experts, blocks of two rows and three tokens with experts 1, 0, 1:
-    expert 0 gets rows 0 and 1, of which one stays empty, expert 1 rows 2 and 3; the tokens go to
-    rows 2, 0, 3.
+    Mixtral scales them. Left out: the load-balancing loss. `forward` sorts the tokens by expert, so
+    that one batched matmul computes them all; `mixture_ref` is the definition.
     """
 
     def __init__(self, d_model, experts=4, top_k=2):
@@ -94,32 +88,43 @@ class MixtureOfExperts(nn.Module):
 
         # Sort the (token, expert) pairs by expert. pair = token * top_k + choice.
         expert, pair = chosen.flatten().sort(stable=True)                # (n k,) each
-        experts = torch.arange(self.experts, device=x.device)
-        counts = (expert[:, None] == experts).sum(0)                     # (E,) pairs per expert
+        row, owner, block = blocks_of_rows(expert, self.experts)
+        inputs = x.new_zeros(len(owner) * block, x.shape[-1])
+        inputs = inputs.index_copy(0, row, tokens[pair // self.top_k]).view(len(owner), block, -1)
 
-        # Give each expert whole blocks of rows. Each block copies its expert's weights, so many are
-        # expensive; few large ones waste rows. So about 8 blocks per expert, of at least 16 rows.
-        block = max(16, len(expert) // (8 * self.experts))
-        rows = (counts + block - 1) // block * block                     # (E,) rows per expert
-        end = rows.cumsum(0)                                             # (E,) end of its rows
-        first_pair = counts.cumsum(0) - counts                           # (E,)
-        within = torch.arange(len(expert), device=x.device) - first_pair[expert]
-        row = (end - rows)[expert] + within                              # (n k,)
-
-        # The expert of each block. Unused blocks at the end are zeros; the last expert gets them.
-        blocks = len(expert) // block + self.experts
-        first_row = torch.arange(blocks, device=x.device) * block
-        owner = (first_row[:, None] >= end).sum(1).clamp(max=self.experts - 1)
-
-        # index_select: on a CPU, unlike indexing, its gradient adds up in the same order each time.
+        # The MLPs of all blocks, then back to the order of tokens. index_select: on a CPU, unlike
+        # indexing, its gradient adds up in the same order each time.
         up_maps, down_maps = self.up.index_select(0, owner), self.down.index_select(0, owner)
-        inputs = x.new_zeros(blocks * block, x.shape[-1])
-        inputs = inputs.index_copy(0, row, tokens[pair // self.top_k]).view(blocks, block, -1)
         gate, up = (inputs @ up_maps).chunk(2, dim=-1)                   # (blocks, block, f) each
         y = ((F.silu(gate) * up) @ down_maps).flatten(0, 1)[row]         # (n k, d), by expert
         y = torch.empty_like(y).index_copy(0, pair, y)                   # (n k, d), by token
-        y = weights[..., None] * y.view(*chosen.shape, x.shape[-1])     # (n, k, d)
+        y = weights[..., None] * y.view(*chosen.shape, x.shape[-1])      # (n, k, d)
         return y.sum(1).view_as(x), None
+
+
+def blocks_of_rows(expert, E):
+    """Place the n k (token, expert) pairs in rows, whole blocks of rows for each expert.
+
+    How many tokens an expert gets is known only at run time, but a CUDA graph needs fixed shapes.
+    So there are always n k / block + E blocks. With two experts, blocks of two rows and three
+    tokens with experts 1, 0, 1: expert 0 gets rows 0 and 1, of which one stays empty, expert 1 rows
+    2 and 3; the tokens go to rows 2, 0, 3.
+
+    expert (n k,), sorted -> the row of each pair (n k,), the expert of each block (blocks,), and
+    the number of rows in a block. Unused blocks at the end get the last expert.
+    """
+    counts = (expert[:, None] == torch.arange(E, device=expert.device)).sum(0)   # (E,) pairs each
+    # Each block copies its expert's weights, so many are expensive; few large ones waste rows. So
+    # about 8 blocks per expert, of at least 16 rows.
+    block = max(16, len(expert) // (8 * E))
+    rows = (counts + block - 1) // block * block                         # (E,) rows per expert
+    end = rows.cumsum(0)                                                 # (E,) end of its rows
+    first_pair = counts.cumsum(0) - counts                               # (E,)
+    within = torch.arange(len(expert), device=expert.device) - first_pair[expert]
+    row = (end - rows)[expert] + within                                  # (n k,)
+    first_row = torch.arange(len(expert) // block + E, device=expert.device) * block     # (blocks,)
+    owner = (first_row[:, None] >= end).sum(1).clamp(max=E - 1)          # (blocks,)
+    return row, owner, block
 
 
 class NormedMamba(Mamba):
