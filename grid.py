@@ -35,7 +35,7 @@ from runs import check, is_current, path_of, read_result
 from summary import DEFAULTS, GRID, IGNORED, defaults_at
 
 LOCKS = ".locks"      # the folder of lock files, inside the results folder
-CONNECT_SECONDS = 300      # for all processes to start
+CONNECT_SECONDS = 300      # for all processes to start; torch may try for twice as long
 # These errors end one run, but not the others. Any other is a mistake in the code, and ends all.
 FAILURES = FloatingPointError, OSError, torch.OutOfMemoryError
 
