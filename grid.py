@@ -31,7 +31,7 @@ except ImportError:                              # Windows
 
 from gpu import has_compiler, pick_device, shape_of
 from output import rank_and_processes, remove, say
-from runs import check, is_current, path_of, read_result
+from runs import check, is_current, path_of, read_result, run_name
 from summary import DEFAULTS, GRID, IGNORED, defaults_at
 
 LOCKS = ".locks"      # the folder of lock files, inside the results folder
@@ -156,7 +156,7 @@ def clear(run):
 
 def report_if_finished(run, show):
     """Say so, also if the code has changed since, and show the result."""
-    result = finished_result(run.path)
+    result = finished_result(run)
     if result:
         current = is_current(result.get("env", {}).get("code"))
         changed = "" if current else ", but the code has changed since"
@@ -165,9 +165,12 @@ def report_if_finished(run, show):
             show(result)
 
 
-def finished_result(path):
-    """The result of a run that has its model, too; otherwise None. path: OUT/NAME."""
-    return read_result(path + ".json") if os.path.exists(path + ".pt") else None
+def finished_result(run):
+    """The run's result, if its model is there, too; otherwise None. A copy of another run's files
+    does not count."""
+    result = read_result(run.path + ".json") if os.path.exists(run.path + ".pt") else None
+    own = result and run_name({**DEFAULTS, **result["config"]}) == os.path.basename(run.path)
+    return result if own else None
 
 
 def make_if_free(run, train_one, count_left):
@@ -176,12 +179,12 @@ def make_if_free(run, train_one, count_left):
     False: another process is working on it. True: nothing is left to do, because it is finished or
     has failed, now or before.
     """
-    if finished_result(run.path):                # needs no lock
+    if finished_result(run):                # needs no lock
         return True
     try:
         with locked(run.path) as mine:
             # Ask again: another process may have finished the run before this one got the lock.
-            if mine and not finished_result(run.path) and not os.path.exists(failure_of(run)):
+            if mine and not finished_result(run) and not os.path.exists(failure_of(run)):
                 remove(*glob.glob(glob.escape(run.path) + ".*.tmp"))     # of a killed process
                 try:
                     train_one(run.config, run.path, run.title, count_left(run))

@@ -84,6 +84,7 @@ EVAL = [
 ]
 
 RUNS = [
+    ("        whole = whole and set(GRID) <= set(result[\"config\"])\n", ""),
     ("[*git, \"ls-files\", \"--error-unmatch\", \"runs.py\"]", "[*git, \"status\"]"),
     ("v.dtype != torch.int64 or v.min() < 0", "v.min() < 0"),
     ("v.min() < 0 or v.max() >= K", "v.max() >= K"),
@@ -153,9 +154,9 @@ GRID = [
     ("            return mine     ", "            return True     "),
     ("            show(result)\n", "            pass\n"),
     ("is_current(result.get(\"env\", {}).get(\"code\"))", "True"),
-    ("if os.path.exists(path + \".pt\") else None", ""),
-    ("read_result(path + \".json\") if", "os.path.exists(path + \".json\") if"),
-    ("if mine and not finished_result(run.path)", "if mine"),
+    ("if os.path.exists(run.path + \".pt\") else None", ""),
+    ("    return result if own else None", "    return result"),
+    ("if mine and not finished_result(run)", "if mine"),
     ("if other is not run and not os.path.exists(other.path + \".json\")]", "if other is not run]"),
     ("shapes[first:] + shapes[:first]", "shapes"),
     ("[run for shape in shapes[first:] + shapes[:first] for run in of_shape[shape]]", "grid"),

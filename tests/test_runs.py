@@ -181,14 +181,24 @@ def test_a_failure_is_said_before_others_can_know_of_it(train_tiny, tmp_path, mo
     assert held == [(True, True)]
 
 
-@pytest.mark.parametrize("text", ["", "{", "\0" * 400, "[]", "null", '{"config": {}}',
-                                  "[" * 100000])
+@pytest.mark.parametrize("text", [
+    "", "{", "\0" * 400, "[]", "null", '{"config": {}}', "[" * 100000,
+    '{"config": {}, "seconds": {}, "eval": {"length": [1], "accuracy": [1], "sequences": 1}}'])
 def test_a_json_that_does_not_read_is_not_finished(text, train_tiny, tmp_path):
     first, = train_tiny()
     path = tmp_path / "out" / (NAME + ".json")
     path.write_text(text)
     again, = train_tiny()
     assert numbers(again) == numbers(first) == numbers(json.loads(path.read_text()))
+
+
+def test_a_copy_of_another_runs_files_is_not_its_result(train_tiny, tmp_path):
+    first, = train_tiny()
+    for ending in ".json", ".pt":
+        path = tmp_path / "out" / (NAME + ending)
+        path.with_name(path.name.replace("seed0", "seed1")).write_bytes(path.read_bytes())
+    second, = train_tiny("--seed", 1)
+    assert second["config"]["seed"] == 1 and numbers(second) != numbers(first)
 
 
 def test_a_result_without_its_model_is_not_finished(train_tiny, tmp_path):
