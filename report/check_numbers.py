@@ -95,10 +95,10 @@ ROWS = re.findall(r"^\| `([\w-]+)` \| [^|]* \| ([\d,]+) \| ([\d,]+) / ([\d,]+) \
                   r"\| ([\d.]*) *\|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
 
 
-def lowest(folder, model, M):
+def lowest(folder, model, M, d=8):
     """The median over seeds of the lowest accuracy from 64 to 192, as the page writes it."""
     found = []
-    for path in ROOT.glob(f"report/{folder}/{model}_M{M}_tau1_K16_d8_L64_*.json"):
+    for path in ROOT.glob(f"report/{folder}/{model}_M{M}_tau1_K16_d{d}_L64_*.json"):
         tested = json.loads(path.read_text())["eval"]
         pairs = zip(tested["length"], tested["accuracy"])
         found.append(min(accuracy for length, accuracy in pairs if 64 <= length <= 192))
@@ -114,6 +114,17 @@ def test_the_models_of_the_front_page():
         assert at_4096 == f"{state_bytes(network, 4096):,}", model
         assert one == lowest("problem1", model, 1), model
         assert sixteen == (lowest("problem2", model, 16) or lowest("sixteen", model, 16)), model
+
+
+def test_the_widths_of_the_front_page():
+    rows = re.findall(r"^\| (\d+)" + r" \| ([\d.]+)" * 4 + r" \|$",
+                      (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert [row[0] for row in rows] == ["8", "16", "32", "64"]
+    for d, rope, mamba, conv, hybrid in rows:
+        folder = "problem2" if d == "8" else "width"
+        found = [lowest(folder, model, 16, d) for model in ("rope", "mamba", "hybrid-a")]
+        assert [rope, mamba, hybrid] == found, d
+        assert conv == lowest("filter", "conv+attention", 16, d), d
 
 
 REACH = re.findall(r"^\| (\d+) \| (\d+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$",

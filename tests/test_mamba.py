@@ -348,7 +348,7 @@ def test_refuses_a_second_derivative(scan):
 def test_refuses_a_forward_derivative(scan):
     """It would be zero."""
     x, *others = operands(20)
-    with pytest.raises(RuntimeError):                    # of which NotImplementedError is a kind
+    with pytest.raises(RuntimeError):
         torch.func.jvp(lambda x: scan(x, *others)[0], (x,), (torch.ones_like(x),))
 
 
