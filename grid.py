@@ -179,7 +179,7 @@ def make_if_free(run, train_one, count_left):
     False: another process is working on it. True: nothing is left to do, because it is finished or
     has failed, now or before.
     """
-    if finished_result(run):                # needs no lock
+    if finished_result(run):                     # needs no lock
         return True
     try:
         with locked(run.path) as mine:
