@@ -170,9 +170,10 @@ def training_accuracy(model, config, generator):
 def evaluate(model, config, lengths, sequences, device, seed=0, bar=False):
     """Accuracy of a run's model at these lengths, on its own task: a list like `lengths`."""
     K, M, tau, task = (config[flag] for flag in ("K", "M", "tau", "task"))
-    tokens, _, _ = TASKS[task](1, max(lengths), K, M, tau, "cpu", None, False)   # for its length
-    torch.manual_seed(seed)                                  # for rows that extend_positions adds
-    model.extend_positions(tokens.shape[1])
+    with torch.random.fork_rng(devices=[]):                  # the caller's generator stays as it is
+        tokens, _, _ = TASKS[task](1, max(lengths), K, M, tau, "cpu", None, False)   # its length
+        torch.default_generator.manual_seed(seed)            # for rows that extend_positions adds
+        model.extend_positions(tokens.shape[1])
     if task == "recall":
         return accuracy_by_length(model, lengths, K, M, tau, sequences, device, seed, bar)
     return accuracy_one_by_one(model, lengths, K, M, tau, sequences, device, seed, task, bar)

@@ -94,7 +94,7 @@ class Model(nn.Module):
         """
         x = embedding = self.embedding(tokens)                                   # (B, L, d)
         states = list(states or [None] * len(self.layers))
-        for i, (norm, layer) in enumerate(zip(self.norms, self.layers)):
+        for i, (norm, layer, state) in enumerate(zip(self.norms, self.layers, states, strict=True)):
             options = {}
             if getattr(layer, "needs_embedding", False):
                 options["embedding"] = embedding
@@ -104,7 +104,7 @@ class Model(nn.Module):
             normed = norm(x)                                                     # (B, L, d)
             if "last_only" in options:
                 x = x[:, -1:]                                                    # (B, 1, d)
-            y, states[i] = checked(layer, layer(normed, states[i], **options), x.shape)
+            y, states[i] = checked(layer, layer(normed, state, **options), x.shape)
             x = x + y
         return x[:, -1:] if last_only else x, states
 

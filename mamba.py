@@ -363,6 +363,12 @@ def chunked_scan(x, dt, A, B, C, h=None):
 # Call selective_scan_ref. For Mamba layers in float32 or float64, set mamba.selective_scan to it;
 # it does not promote bfloat16.
 
+def is_transformed():
+    """Whether torch.func or forward AD is active; torch has no public way to ask. Then a custom
+    autograd.Function may raise an error, so each layer runs its recurrence."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def selective_scan(x, dt, A, B, C, h=None):
     """The form of the table above: arguments and results of selective_scan_ref, up to rounding.
 
@@ -374,9 +380,7 @@ def selective_scan(x, dt, A, B, C, h=None):
     dtype = torch.promote_types(A.dtype, torch.float32)
     A = A.to(dtype)
     h = None if h is None else h.to(dtype)
-    # torch has no public way to ask whether a torch.func transform or forward-mode AD is active.
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if x.shape[1] == 1 or x.numel() == 0 or transformed:
+    if x.shape[1] == 1 or x.numel() == 0 or is_transformed():
         scan = selective_scan_ref
     elif x.is_cuda or torch.compiler.is_compiling():
         return parallel_scan(x, dt, A, B, C, h)      # its kernels convert to A's dtype themselves

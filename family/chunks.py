@@ -9,6 +9,7 @@ fills up the last one with zeros, which write nothing and do not decay: the stat
 the checks that the files of family/ print.
 """
 
+import contextlib
 import time
 
 import torch
@@ -40,6 +41,13 @@ def at_least_float32(v):
     return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
+def without_autocast(device):
+    """A context in which torch.autocast is off. (The device "meta" has none.)"""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def widest(device):
     """float64, or float32 on Apple's GPUs, which have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -68,7 +76,7 @@ class AcrossChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, decay, ends, h):
-        starts = []
+        starts, h = [], h.expand_as(ends[:, 0])      # one h may serve all sequences
         for decay_i, end_i in zip(decay.unbind(1), ends.unbind(1)):
             starts.append(h)
             h = decay_i * h + end_i

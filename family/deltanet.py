@@ -40,7 +40,7 @@ from family.chunks import (at_least_float32, clamped_exp, set_nan_aside, show_ag
                            show_steps, widest)
 from family.triangular import UnitTriangularSolve
 from fused_scan import split
-from mamba import CausalConv1d, initial_dt_bias
+from mamba import CausalConv1d, initial_dt_bias, is_transformed
 
 
 def delta_rule_ref(q, k, v, beta, log_a, S=None):
@@ -188,7 +188,7 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     if T is None:
         T = 64 if v.is_cuda else 16
     S = None if S is None else S.to(dtype)
-    if L == 1:                                                           # there is nothing to cut
+    if L == 1 or is_transformed():                   # nothing to cut, or torch.func
         y, S = delta_rule_ref(*(w.to(dtype) for w in (q, k, v, beta, log_a)), S)
         return y.to(y_dtype), S
     q, k, v = (w.to(matmul_dtype) for w in (q, k, v))
@@ -251,7 +251,8 @@ class DeltaAcrossChunks(torch.autograd.Function):
         starts, corrections = [], []
         P, N = U.shape[-1], keys.shape[-1]
         if S is None:
-            S = decay.new_zeros(*U.shape[1:3], P, N)                     # (b, H, P, N)
+            S = decay.new_zeros(1, 1, P, N)
+        S = S.expand(*U.shape[1:3], P, N)            # (b, H, P, N); one S may serve all sequences
         for U_i, W_i, decay_i, keys_i in zip(U, W, decay, keys):
             starts.append(S.to(keys.dtype))
             corrections.append(U_i - W_i @ starts[-1].mT)                # (b, H, T, P)

@@ -135,7 +135,8 @@ class NormedMamba(Mamba):
 
     def __init__(self, d_model, d_state=16):
         super().__init__(d_model, d_state, dt_rank=d_model)
-        self.inner_norms = nn.ModuleList([nn.RMSNorm(size) for size in (d_model, d_state, d_state)])
+        eps, sizes = torch.finfo(torch.float32).eps, (d_model, d_state, d_state)
+        self.inner_norms = nn.ModuleList([nn.RMSNorm(size, eps=eps) for size in sizes])
 
     def low_rank_dt_B_C(self, x):
         """x (b, L, d_inner) -> low_rank_dt (b, L, dt_rank); B, C (b, L, d_state)."""

@@ -28,7 +28,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from family.chunks import at_least_float32, difference, set_nan_aside, show_steps
+from family.chunks import (at_least_float32, difference, set_nan_aside, show_steps,
+                           without_autocast)
 from family.mamba2 import ssd
 from mamba import CausalConv1d, selective_scan
 
@@ -126,7 +127,8 @@ class LTI(nn.Module):
         return torch.stack(y, dim=1), h
 
     def convolve(self, x, h):
-        """All steps at once, through the Fourier transform; the same results."""
+        """All steps at once, through the Fourier transform. Rounding errors are relative to the
+        largest number of a channel, so a huge x_t also changes the last digits of earlier y."""
         (x,), nan = set_nan_aside(x)         # the transform spreads one NaN over all of a sequence
         dtA, Bbar = self.discretized()
         L, C = x.shape[1], self.C.to(dtA.dtype)
@@ -150,7 +152,8 @@ class LTI(nn.Module):
         h = wide.new_zeros(len(x), *self.B.shape) if state is None else state.to(wide.dtype)
         empty = len(x) == 0                          # has no Fourier transform
         form = self.recur if x.shape[1] == 1 or empty else self.convolve
-        y, h = form(wide, h)
+        with without_autocast(x.device):             # CUDA has no transform of bfloat16
+            y, h = form(wide, h)
         y = y.to(x.dtype) + self.D * x
         return self.out_proj(F.gelu(y)), h
 

@@ -45,7 +45,7 @@ from torch.utils.checkpoint import checkpoint
 from family.chunks import (AcrossChunks, clamped_exp, difference, set_nan_aside,
                            show_agreement, show_steps, widest)
 from fused_scan import split
-from mamba import CausalConv1d, initial_dt_bias
+from mamba import CausalConv1d, initial_dt_bias, is_transformed
 
 
 def ssd_ref(x, dt, A, B, C, h=None):
@@ -174,7 +174,7 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     matmul_dtype = x_dtype if x_dtype == torch.bfloat16 else dtype
     L, H, P = x.shape[1:]
     G, N = B.shape[2:]
-    if L == 1:                                       # there is nothing to cut
+    if L == 1 or is_transformed():                   # nothing to cut, or torch.func
         y, h = ssd_ref(*(v.to(dtype) for v in (x, dt, A, B, C)), None if h is None else h.to(dtype))
         return y.to(x_dtype), h
     if T is None:

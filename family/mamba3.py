@@ -54,7 +54,7 @@ import torch.nn.functional as F
 from family.chunks import (AcrossChunks, at_least_float32, clamped_exp, set_nan_aside,
                            show_agreement, show_steps, widest)
 from fused_scan import split
-from mamba import initial_dt_bias
+from mamba import initial_dt_bias, is_transformed
 
 
 def trapezoid_ref(x, log_a, before, now, B, C, h=None, last=None):
@@ -236,7 +236,7 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     x, log_a, before, now, B, C = (at_least_float32(v) for v in (x, log_a, before, now, B, C))
     h = x.new_zeros(b, H, P, N) if h is None else h.to(x.dtype)
     last = None if last is None else [v.to(x.dtype) for v in last]
-    if L == 1:                                                           # there is nothing to cut
+    if L == 1 or is_transformed():                   # nothing to cut, or torch.func
         y, h = trapezoid_ref(x, log_a.to(x.dtype), before, now, B, C, h, last)
         return y.to(x_dtype), h
     (x, log_a, before, now, B), nan = set_nan_aside(x, log_a, before, now, B)    # nan (b, L)

@@ -12,7 +12,7 @@ beta = 1 it is off by a factor of 10^9 in float32, where blocks are exact.
 import torch
 import torch.nn.functional as F
 
-from family.chunks import difference
+from family.chunks import difference, without_autocast
 
 
 class UnitTriangularSolve(torch.autograd.Function):
@@ -26,7 +26,7 @@ class UnitTriangularSolve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, system, right):
-        with torch.autocast(system.device.type, enabled=False):
+        with without_autocast(system.device):
             inverse = unit_inverse(system).to(right.dtype)
             u = inverse @ right
         ctx.save_for_backward(inverse, u)
@@ -38,7 +38,7 @@ class UnitTriangularSolve(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the inverse would count as a constant
             raise RuntimeError("UnitTriangularSolve has no second derivative")
         inverse, u = ctx.saved_tensors
-        with torch.autocast(du.device.type, enabled=False):
+        with without_autocast(du.device):
             d_right = inverse.mT @ du
             return -(d_right @ u.mT).tril(-1).to(ctx.system_dtype), d_right
 

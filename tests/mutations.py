@@ -241,6 +241,7 @@ DELTANET = [
     ("-torch.exp(self.A_log) * self.step_size(x)", "-self.step_size(x)"),
     ("y = F.rms_norm(y, (self.headdim,), self.o_norm, eps=1e-5)", "y = y * self.o_norm"),
     ("S = decay.new_zeros(", "S = decay.new_ones("),
+    ("S = S.expand(*U.shape[1:3], P, N)", "pass"),
     ("dS = dS if ctx.needs_input_grad[4] else None", ""),
 ]
 
@@ -399,6 +400,7 @@ CHUNKS = [
     ("finite[-1].nan_to_num_(0.0, 0.0, 0.0)", "pass"),
     ("(v - finite[-1]).flatten(2)", "(finite[-1] - finite[-1]).flatten(2)"),
     (".clamp(-80, 0)", ""),
+    ("h.expand_as(ends[:, 0])", "h"),
     ('torch.float32 if device.type == "mps" else torch.float64', "torch.float32"),
 ]
 

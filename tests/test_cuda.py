@@ -208,6 +208,20 @@ def test_a_compiled_model_has_the_same_gradients(word):
         assert (found - expected).norm() < 1e-3 * (expected.norm() + 1e-3 * plain[0].norm())
 
 
+@pytest.mark.parametrize("word", hybrid.LAYERS)
+def test_autocast(word):
+    torch.manual_seed(0)
+    layer, x = hybrid.build_layer(word, 16, 40, 1, 16, []).cuda(), torch.randn(2, 40, 16).cuda()
+    options = {"embedding": x} if getattr(layer, "needs_embedding", False) else {}
+    with compiled_scan(False):
+        exact, _ = layer(x, **options)
+        with torch.autocast("cuda", torch.bfloat16):
+            y, _ = layer(x, **options)
+        y.float().square().sum().backward()
+    assert relative(y, exact) < 0.05
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+
+
 def test_compiling_in_the_middle_of_a_run():
     assert losses("mamba", "off", switch=6) == pytest.approx(losses("mamba", "none"), rel=1e-3)
 

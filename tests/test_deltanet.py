@@ -11,12 +11,12 @@ from family.deltanet import GatedDeltaNet, delta_rule, delta_rule_ref, unit
 from family.triangular import UnitTriangularSolve, unit_inverse, unit_inverse_by_blocks
 
 
-def operands(b=2, L=37, H=2, N=5, P=3, first=True, decay=1.0):
+def operands(b=2, L=37, H=2, N=5, P=3, first=True, decay=1.0, states=None):
     torch.manual_seed(0)
     q, k = torch.randn(2, b, L, H, N).double()
     v, beta = torch.randn(b, L, H, P).double(), torch.rand(b, L, H).double()
     log_a = -decay * torch.rand(b, L, H).double()
-    S = torch.randn(b, H, P, N).double() if first else None
+    S = torch.randn(states or b, H, P, N).double() if first else None
     return [F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, beta, log_a, S]
 
 
@@ -44,7 +44,8 @@ def test_recurrence_is_the_formula_of_the_paper():
 
 
 @pytest.mark.parametrize("shape", [
-    {}, dict(L=1), dict(L=16), dict(L=65), dict(H=1), dict(first=False)])
+    {}, dict(L=1), dict(L=16), dict(L=65), dict(H=1), dict(first=False), dict(states=1),
+    dict(states=1, L=9)])
 @pytest.mark.parametrize("T", [1, 4, 16, 100])
 def test_chunks_equal_the_recurrence(shape, T):
     inputs = operands(**shape)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 import eval as evaluation
 from conftest import assert_uniform
 from data import stream
-from eval import accuracy_by_length, accuracy_one_by_one, groups, merged
+from eval import accuracy_by_length, accuracy_one_by_one, evaluate, groups, merged
 from hybrid import build_model
+from summary import DEFAULTS, GRID
 
 
 class Oracle:
@@ -240,6 +241,16 @@ def test_scores_that_attention_stores_are_bounded(monkeypatch):
     monkeypatch.setattr(evaluation, "SCORES_PER_FLOAT", 4)
     assert accuracy_by_length(Attends(16, 1), [3, 100, 500], 16, 4, 1, 60) == [1.0] * 3
     assert 4000 < max(scores) <= 2000 * 4 + 500
+
+
+def test_evaluation_leaves_the_global_generator_alone():
+    config = {**DEFAULTS, **GRID, "L": 8}
+    for name in "rope", "learned":
+        torch.manual_seed(5)
+        model = build_model(name, L=8)
+        before = torch.get_rng_state()
+        evaluate(model, config, [8, 40], 16, torch.device("cpu"))
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_evaluation_reads_its_own_stream(half_trained, monkeypatch):

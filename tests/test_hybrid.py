@@ -248,6 +248,75 @@ def test_float32_is_near_float64(name):
     assert relative(model.float()(tokens), exact) < 1e-4
 
 
+@pytest.mark.parametrize("word", EVERY_WORD)
+def test_norms_add_the_same_in_float32_and_float64(word):
+    torch.manual_seed(0)
+    layer, x = build_layer(word, 8, 13, 1, 16, []), 1e-4 * torch.randn(2, 13, 8)
+    exact, _ = call_layer(layer.double(), x.double())
+    found, _ = call_layer(layer.float(), x)
+    assert relative(found, exact) < 1e-4
+
+
+def call_layer(layer, x, state=None):
+    if getattr(layer, "needs_embedding", False):
+        return layer(x, state, embedding=x)
+    return layer(x, state)
+
+
+def test_states_of_another_model_are_refused():
+    model, tokens = model_and_tokens("2xmamba")
+    for other in "1xmamba", "3xmamba":
+        _, states = model_and_tokens(other)[0].run_layers(tokens)
+        with pytest.raises(ValueError):
+            model.run_layers(tokens, states)
+
+
+# ---- torch.func, and the device "meta" -----------------------------------------------------------
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")    # of vmap over attention
+@pytest.mark.parametrize("word", EVERY_WORD)
+def test_an_ensemble_and_gradients_per_sample(word):
+    def loss(p, x):
+        y, _ = torch.func.functional_call(layer, p, (x[None], None, *embedding(x)))
+        return y.square().sum()
+
+    def embedding(x):
+        return (x[None],) if getattr(layer, "needs_embedding", False) else ()
+    torch.manual_seed(0)
+    layers = [build_layer(word, 8, 20, 1, 16, []).double() for _ in range(2)]
+    layer, xs = layers[0], torch.randn(3, 20, 8).double()
+    parameters, _ = torch.func.stack_module_state(layers)
+    found = torch.func.vmap(loss, in_dims=(0, None))(parameters, xs[0])
+    for layer, value in zip(layers, found, strict=True):
+        assert relative(value, loss(dict(layer.named_parameters()), xs[0])) < 1e-10
+
+    layer, own = layers[0], dict(layers[0].named_parameters())
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(own, xs)
+    for i, x in enumerate(xs):
+        expected = torch.autograd.grad(loss(own, x), own.values(), materialize_grads=True)
+        for found, exact in zip(gradients.values(), expected, strict=True):
+            assert torch.allclose(found[i], exact, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("word", [word for word in RECURRENT if word != "position"])
+def test_forward_mode(word):
+    torch.manual_seed(0)
+    layer = build_layer(word, 8, 20, 1, 16, []).double()
+    x, direction = torch.randn(2, 2, 20, 8).double()
+    y, tangent = torch.func.jvp(lambda x: call_layer(layer, x)[0], (x,), (direction,))
+    ahead = call_layer(layer, x + 1e-6 * direction)[0]
+    behind = call_layer(layer, x - 1e-6 * direction)[0]
+    assert relative(y, call_layer(layer, x)[0]) < 1e-12
+    assert relative(tangent, (ahead - behind) / 2e-6) < 1e-6
+
+
+@pytest.mark.parametrize("word", EVERY_WORD)
+def test_shapes_on_meta(word):
+    layer = build_layer(word, 8, 40, 1, 16, []).to("meta")
+    y, _ = call_layer(layer, torch.empty(2, 40, 8, device="meta"))
+    assert y.shape[1:] == (40, 8) and y.is_meta
+
+
 # ---- norms, embedding, options -------------------------------------------------------------------
 
 def test_norm():

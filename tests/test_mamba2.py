@@ -9,11 +9,11 @@ from conftest import in_segments, relative
 from family.mamba2 import GatedNorm, Mamba2, ssd, ssd_ref
 
 
-def operands(b=2, L=13, H=4, P=3, G=2, N=5, h=True):
+def operands(b=2, L=13, H=4, P=3, G=2, N=5, h=True, states=None):
     torch.manual_seed(0)
     x, dt, A = torch.randn(b, L, H, P), 2 * torch.rand(b, L, H), -3 * torch.rand(H)
     B, C = torch.randn(2, b, L, G, N).unbind()
-    first = torch.randn(b, H, P, N).double() if h else None
+    first = torch.randn(states or b, H, P, N).double() if h else None
     return [*(v.double() for v in (x, dt, A, B, C)), first]
 
 
@@ -27,7 +27,8 @@ def everything(scan, inputs):
 
 
 @pytest.mark.parametrize("shape", [
-    {}, dict(L=1), dict(L=16), dict(L=65), dict(G=1), dict(G=4), dict(H=1, G=1), dict(h=False)])
+    {}, dict(L=1), dict(L=16), dict(L=65), dict(G=1), dict(G=4), dict(H=1, G=1), dict(h=False),
+    dict(states=1), dict(states=1, L=65)])
 @pytest.mark.parametrize("T", [1, 4, 16, 100])
 def test_chunks_equal_the_recurrence(shape, T):
     inputs = operands(**shape)

@@ -10,14 +10,14 @@ from conftest import in_segments, relative
 from family.mamba3 import Mamba3, trapezoid, trapezoid_ref
 
 
-def operands(b=2, L=37, R=1, H=2, P=3, N=4, first=True, decay=1.0):
+def operands(b=2, L=37, R=1, H=2, P=3, N=4, first=True, decay=1.0, states=None):
     torch.manual_seed(0)
     x, B, C = (torch.randn(b, L, R, H, size).double() for size in (P, N, N))
     before, now = torch.rand(2, b, L, H).double()
     log_a = -decay * torch.rand(b, L, H).double()
     if not first:
         return [x, log_a, before, now, B, C]
-    h, last_B = torch.randn(b, H, P, N).double(), torch.randn(b, R, H, N).double()
+    h, last_B = torch.randn(states or b, H, P, N).double(), torch.randn(b, R, H, N).double()
     return [x, log_a, before, now, B, C, h, last_B, torch.randn(b, R, H, P).double()]
 
 
@@ -59,7 +59,7 @@ def test_recurrence_is_the_formula_of_the_paper():
 
 @pytest.mark.parametrize("shape", [
     {}, dict(L=1), dict(L=16), dict(L=65), dict(H=1), dict(R=3), dict(R=2, first=False),
-    dict(first=False)])
+    dict(first=False), dict(states=1), dict(states=1, L=9)])
 @pytest.mark.parametrize("T", [1, 4, 16, 100])
 def test_chunks_equal_the_recurrence(shape, T):
     inputs = operands(**shape)
