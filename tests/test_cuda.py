@@ -218,7 +218,7 @@ def test_autocast(word):
         with torch.autocast("cuda", torch.bfloat16):
             y, _ = layer(x, **options)
         y.float().square().sum().backward()
-    assert relative(y, exact) < 0.05
+    assert relative(y, exact) < (0.3 if word == "experts" else 0.03)     # it may choose others
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
 
 
