@@ -100,7 +100,7 @@ def recall(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, unifor
     if uniform:
         lengths = torch.randint(tau + 1, L + 1, (batch_size,), device=device, generator=generator)
     tokens, labels = recall_batch(batch_size, L, K, M, tau, device, generator, lengths)
-    return tokens, labels, lengths
+    return tokens, labels, lengths       # the query follows the context: its index is the length
 
 
 def mqar(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=False):

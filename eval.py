@@ -23,7 +23,7 @@ from data import TASKS, recall_batch, shortest, stream
 from gpu import pick_device
 from grid import locked
 from output import Parser, Progress, say
-from runs import counts_of, digest_of, load_run, read_result, write_json
+from runs import counts_of, digest_of, is_current, load_run, read_result, write_json
 
 TEST_SEQUENCES = 512     # of a test during training
 SEGMENT = 4096           # a long context is read in segments of at most this many tokens
@@ -86,8 +86,8 @@ def per_call(model, length, most=SEGMENT):
 def accuracy_by_length(model, lengths, K, M, tau, sequences=1024, device="cpu", seed=0, bar=False):
     """Accuracy on recall at each length, from at least `sequences` contexts: a list like `lengths`.
 
-    Cut a context short after n tokens. If its value is still among them, it is a context of length
-    n, and the position of its query is still uniform. So, for each group of lengths:
+    Cut a context short after n tokens. If its value is still among them, it is distributed like a
+    context of length n: the position of its query is still uniform. So, for each group of lengths:
 
     1. draw contexts of its longest length, with the query's positions spread evenly;
     2. read them once, and ask the query at every length of the group;
@@ -228,15 +228,16 @@ def result_of(stem, digest):
 
 def save(path, digest, lengths, accuracies, sequences):
     """Add the numbers of a checkpoint, which had this SHA-256, to the JSON of the same model."""
-    stem = os.path.splitext(path)[0]
+    stem, why = os.path.splitext(path)[0], "missing, damaged or of another model"
     if result_of(stem, digest):                      # else no need to wait for the lock
         with locked(stem, wait=True):                # two processes must not overwrite each other
             result = result_of(stem, digest)
-            if result:
+            if result and is_current(result.get("env", {}).get("code")):
                 result["eval"] = merged(result["eval"], lengths, accuracies, sequences)
                 write_json(stem + ".json", result)
                 return
-    say(f"{stem}.json is missing, damaged or of another model: only printed")
+            why = "of another version of the code" if result else why
+    say(f"{stem}.json is {why}: only printed")
 
 
 def main(argv=None):

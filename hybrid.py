@@ -247,7 +247,7 @@ def layer_words(name):
         count, word = re.fullmatch(r"(?:(\d+)x)?(.*)", part, re.DOTALL).groups()
         repeats = int(count or 1)
         if word not in LAYERS:
-            known = [*MODELS, *FAMILY] if name == word else []      # no part of a stack
+            known = [*MODELS, *FAMILY] if name == word else []      # names stand alone
             near = difflib.get_close_matches(word.lower(), [*known, *LAYERS], 1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(

@@ -45,9 +45,9 @@ from fused_scan import check_shapes, parallel_scan
 #     h_t = exp(dt A) h_{t-1} + dt B x_t         y_t = C h_t
 #
 # They agree for small dt |A|: at 0.1 ours writes 5 % more, at 1.6 (dt = 0.1, A = -16) twice as
-# much. The exact factor never exceeds 1 / |A|, ours grows with dt: at
-# A = -1 and dt = 10 ours writes 10 B x, the exact rule B x. The simple form lets one product, dt x,
-# serve all N states. LTI in family/ladder.py has the exact rule.
+# much. The exact factor differs from state to state and never exceeds 1 / |A|; ours grows with dt
+# (at A = -1 and dt = 10 it writes 10 B x, the exact rule B x), but one product, dt x, serves all N
+# states. LTI in family/ladder.py has the exact rule.
 #
 # Mamba runs D such models side by side, one per channel, each with its own A and dt; B and C are
 # shared. It computes dt, B and C from x_t (paper, section 3.2, algorithm 2). A is the same for
@@ -146,11 +146,11 @@ class Mamba(nn.Module):
     distributions of mamba_ssm.Mamba with its default arguments; state dicts fit both.
 
     in_proj has no bias, as in mamba_ssm. This can hurt a layer in front of attention, which has to
-    tell each token what came before it. Without a bias no channel has z > 0 at all 16 of our tokens
-    (d_model = 8): the embeddings in data.py do not lie on one side of any plane through 0. Where
-    z < 0, SiLU(z) passes on at most 28 %, with its sign flipped. Mamba before attention learned 16
-    queries in 0 of 12 runs, and in 3 of 3 with a bias in the norm before it (report/README.md,
-    appendix on defaults). `takes_bias` asks hybrid.Model for that bias.
+    tell each token what came before it. Without a bias every channel has z < 0 at some of our 16
+    tokens (d_model = 8): the embeddings in data.py do not lie on one side of any plane through 0.
+    There the gate, SiLU(z), is between -0.28 and 0: the channel passes on little, with its sign
+    flipped. Mamba before attention learned 16 queries in 0 of 12 runs, and in 3 of 3 with a bias in
+    the norm before it (report/README.md, appendix on defaults). `takes_bias` asks for that bias.
     """
 
     takes_bias = True
@@ -278,8 +278,8 @@ class ChunkedScan(torch.autograd.Function):
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
             # A CPU's float32 exp takes 10 to 50 times as long below -87 (say dt = 6, A = -16),
             # where it gives denormal numbers or 0. So both passes clamp at -80: a decay of 2e-35 is
-            # effectively 0, and so is d(dt A), a multiple of it. A trained model runs up to twice
-            # as fast. The other forms do not clamp.
+            # effectively 0, as is d(dt A), a multiple of it, but not yet denormal, even times
+            # 0.001. A trained model runs up to twice as fast. The other forms do not clamp.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)         # h_k is u_t B_t, and after _recur h_t
             h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs

@@ -91,7 +91,7 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(flag.lower(), known, 1, cutoff=0.75)
             message += f"; did you mean {known[near[0]]}?" if near else "; --help lists the flags"
         elif message.startswith("unrecognized arguments"):
-            message += "; a value needs its flag, and --help says what takes several values"
+            message += "; a value needs its flag, and only some flags take several: see --help"
         elif message.startswith("the following arguments are required"):
             message += "; they come before flags that take several values"
         elif " value: " in message and "," in message:

@@ -222,7 +222,7 @@ def read_result(path):
         evaluation = result["eval"]
         n, counts = len(evaluation["length"]), counts_of(evaluation)
         whole = n == len(evaluation["accuracy"]) == len(counts) > 0 and min(counts) > 0
-        whole = whole and isinstance(result["config"], dict) and isinstance(result["seconds"], dict)
+        whole = whole and all(type(result[part]) is dict for part in ("config", "env", "seconds"))
         whole = whole and set(GRID) <= set(result["config"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -33,9 +33,9 @@ BETAS = (0.9, 0.98)      # of AdamW
 CLIP = 0.2               # maximum norm of the gradient
 TESTS = 200              # about so many in a run of 2,000 steps or more,
 STEPS_APART = 10         # in a shorter one a test every 10 steps, or 20 in all if that is more
-SOLVED_TESTS = 3         # a task is solved when this many tests in a row reach SOLVED
-COOLDOWN_SHARE = 1 / 5   # the learning rate falls over this share of a run, or over
-COOLDOWN_STEPS = 1000    # so many steps if that is more, but at most over a quarter of the run
+SOLVED_TESTS = 3         # a task is solved when this many tests in a row reach SOLVED, 0.99
+COOLDOWN_SHARE = 1 / 5   # the learning rate falls over this share of a run, or COOLDOWN_STEPS if
+COOLDOWN_STEPS = 1000    # that is more, but at most over its last quarter
 EVAL_SEQUENCES = 1024    # of each length, after training
 STATE_TOKENS = 64, 4096  # contexts after which the size of the state is reported
 SAVE_SECONDS = 5         # at least, between saves of an unfinished run
@@ -68,8 +68,8 @@ def parse(argv):
     add("--seed", **several, help="* seed of weights and data (default: 0)")
     add("--steps", type=int, metavar="N", help="maximum number of training steps (default: 20000)")
     add("--batch-size", type=int, metavar="N", help="sequences per step (default: 64)")
-    add("--lr", type=float, metavar="X", help=f"learning rate, after a rise of {WARMUP} steps "
-        "(default: min(0.008, 0.128 / d))")
+    add("--lr", type=float, metavar="X", help=f"learning rate, after a rise of {WARMUP} steps; a "
+        f"run under {1 + WARMUP * 4 // 3} steps stays below it (default: min(0.008, 0.128 / d))")
     add("--weight-decay", type=float, metavar="X", help="of AdamW (default: 0)")
     add("--stop-early", action=argparse.BooleanOptionalAction,
         help="cool down and stop once the task is solved (default: on)")
@@ -136,7 +136,7 @@ def make_training_step(model, optimizer, config, generator):
     uniform, device = config["train_lengths"] == "uniform", generator.device
 
     def compute_loss(tokens, labels, at):
-        logits = model(tokens, at)                                        # (B, K), or (B, Q, K)
+        logits = model(tokens, at)       # (B, K) or (B, Q, K): only at the positions that count
         return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
     def training_step(draw_batch, compute_loss, clip):   # it must draw from `generator` alone

@@ -13,6 +13,7 @@ import torch
 
 import eval as evaluation
 import output
+import runs
 import train
 from conftest import names, tiny
 from hybrid import build_model
@@ -178,6 +179,17 @@ def test_a_model_of_another_run_is_only_tested(folder, capsys):
                      "--device", "cpu"])
     assert (folder / (HYBRID + ".json")).read_text() == before
     assert "of another model: only printed" in capsys.readouterr().out
+
+
+def test_numbers_of_other_code_do_not_join_a_result(folder, capsys, monkeypatch):
+    before = (folder / (HYBRID + ".json")).read_text()
+    monkeypatch.setattr(runs, "code_digest", lambda: "that of changed code")
+    evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "5", "--sequences", "4096",
+                     "--device", "cpu"])
+    assert (folder / (HYBRID + ".json")).read_text() == before
+    said = capsys.readouterr().out
+    assert "the code has changed since" in said
+    assert "of another version of the code: only printed" in said
 
 
 def test_a_result_made_before_a_flag_existed_takes_new_numbers(folder):
