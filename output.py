@@ -50,6 +50,15 @@ def text(value, most=40):
     return value if len(value) <= most else value[:half] + "…" + value[1 + half - most:]
 
 
+def sort_key(value):
+    """A sort key: numbers by size, models as in ORDER, everything else by name."""
+    if isinstance(value, tuple):
+        return tuple(sort_key(part) for part in value)
+    if isinstance(value, (int, float)):
+        return 0, value, ""
+    return 1, ORDER.index(value) if value in ORDER else len(ORDER), str(value)
+
+
 def listed(names):
     """Join names as English does."""
     *others, last = names

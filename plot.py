@@ -35,13 +35,15 @@ SMALL = dict(textcoords="offset points", color=GREY, fontsize=9)
 
 
 def curve_styles(curves):
-    """{curve: (colour, dashes)}. Variants of a model differ in dashes, as do models after rope."""
+    """{curve: (colour, dashes)}. Models after rope, and variants of a model, differ in dashes."""
     styles, leading = {}, list(dict.fromkeys(curve[0] for curve in curves))
     unlisted = [pair for pair in leading if pair[1] not in COLOURS]
-    for curve in curves:
+    for k, curve in enumerate(curves):
         flag, value = curve[0]
         dashes = sum(other[0] == curve[0] for other in styles)
-        if flag != "model":
+        if len(leading) == 1 < len(curves):                  # variants differ in colour, too
+            colour = matplotlib.colormaps["viridis"](0.9 * k / len(curves))
+        elif flag != "model":
             colour = matplotlib.colormaps["viridis"](0.9 * leading.index(curve[0]) / len(leading))
         elif value in COLOURS:
             colour, dashes = COLOURS[value], dashes + max(0, ORDER.index(value) - 2)
@@ -188,8 +190,7 @@ def draw(runs, view, title=None):
     # Inches: the width follows the longest name, the height the number of names and the title.
     columns = 2 if view.kind == "state" or len(places) == 4 else min(3, len(places))
     rows = -(-len(places) // columns)
-    longest = max(len(name_of(curve)) for curve in styles)
-    wide = max(8, columns * max(4.6, 3.8 + 0.09 * longest))
+    wide = max(8, columns * max(4.6, 3.8 + 0.09 * max(len(name_of(curve)) for curve in styles)))
     title = (finding(runs, view) if title is None else title).replace(" = ", "\u00a0=\u00a0")
     title = textwrap.fill(title, int(9.5 * wide), break_on_hyphens=False, max_lines=6)
     height = 0.42 * len(styles) + 0.8 if view.kind == "model" else max(3.8, 0.22 * len(styles))
@@ -198,7 +199,6 @@ def draw(runs, view, title=None):
     fig.suptitle(title, fontsize=13, x=0.02, ha="left")
     words = [textwrap.fill(line, int(14 * wide)) for line in caption(runs, view)]
     fig.supxlabel("\n".join(words), fontsize=9, color=GREY, x=0.02, ha="left")
-
     for i, (setting, own, tokens) in enumerate(places):
         ax = fig.add_subplot(rows, columns, 1 + i)
         names = [name_of([pair]) for pair in zip(view.panels, setting)]
@@ -246,9 +246,9 @@ def main(argv=None, add_to=lambda fig, runs, view: None):
     add("--against", **flag, help="accuracy against a flag of train.py, model, or state")
     add("--lowest", dest="measure", action="store_const", const="lowest", default="at",
         help="with --against: the lowest accuracy from L to 3L, not that at L")
-    add("--title", type=lambda word: text(word, 999), help="for all figures but that of steps")
+    add("--title", type=lambda word: text(word, 999), help="of figures, except of training")
     add("--table", nargs="*", type=length, metavar="LENGTH", help="print a table")
-    add("--name", help="name of a figure's file, without .png (default: what it shows)")
+    add("--name", help="of a figure's file, without .png (default: its settings, without models)")
     add("--format", choices=["png", "pdf", "svg"], default="png", help="default: png")
     add("--out", default="figures", metavar="DIR", help="folder of figures (default: figures)")
     args = parser.parse_args(argv)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from output import ORDER, listed, numbered, text
+from output import listed, numbered, sort_key, text
 
 GRID = dict(model="rope", M=1, tau=1, K=16, d=8, L=64, seed=0)     # flags that take several values
 DEFAULTS = dict(  # of the other flags that change a run; lr: see defaults_at
@@ -90,15 +90,6 @@ def values(run, flags):
     return tuple(run["config"].get(flag) for flag in flags)
 
 
-def sort_key(value):
-    """A sort key: numbers by size, models as in ORDER, everything else by name."""
-    if isinstance(value, tuple):
-        return tuple(sort_key(part) for part in value)
-    if isinstance(value, (int, float)):
-        return 0, value, ""
-    return 1, ORDER.index(value) if value in ORDER else len(ORDER), str(value)
-
-
 def group(runs, key):
     """Group runs by key(run), or by the values of a list of flags -> {key: its runs}, sorted."""
     found = {}
@@ -160,18 +151,25 @@ def name_curves(runs, view):
     """Give each run its "curve": ((flag, value), ...), which says how it differs from the others.
 
     It has the first flag of view.curves, and the others that vary. If runs with different settings
-    would still share a name, the flags in which they differ are added.
+    would still share a name, the flags in which they differ are added: a single one always, several
+    where they are not at their default.
     """
     flags = [flag for flag in view.curves
              if flag == view.curves[0] or len(different(runs, flag)) > 1]
-    named = set()
-    for same in group(runs, flags).values():
+    groups = group(runs, flags).values()
+
+    def differing(same):
         changed = [set(run["changed"].items()) for run in same]
-        named |= {flag for flag, _ in set.union(*changed) - set.intersection(*changed)}
-    named -= {*view.panels, view.x}
-    for run in runs:
-        more = sorted(pair for pair in run["changed"].items() if pair[0] in named)
-        run["curve"] = (*zip(flags, values(run, flags)), *more)
+        found = {flag for flag, _ in set.union(*changed) - set.intersection(*changed)}
+        return found - {*view.panels, view.x}
+
+    named = set().union(*map(differing, groups))
+    for same in groups:
+        single = differing(same) if len(differing(same)) == 1 else set()
+        for run in same:
+            shown = single | (named & set(run["changed"]))
+            more = sorted(pair for pair in run["config"].items() if pair[0] in shown)
+            run["curve"] = (*zip(flags, values(run, flags)), *more)
 
 
 def name_of(curve):
@@ -246,7 +244,9 @@ def caption(runs, view):
     found = {(text(model), numbered(run["config"]["seed"] for run in own))
              for (model, *_), own in settings_of(runs, view).items()}
     other = [": ".join(pair) for pair in sorted(found, key=sort_key) if pair[1] != seeds]
-    if len(found) > len(models):                             # a model has other seeds elsewhere
+    if "seed" in (view.x, *view.panels):                     # one in each place
+        other = []
+    elif len(found) > len(models):                           # a model has other seeds elsewhere
         other = ["not all of them in each setting"]
     notes = [f"seeds: {seeds}" + (f" ({', '.join(other)})" if other else "")]
     if max(map(len, settings_of(runs, view).values())) > 1 or view.kind == "model":

@@ -53,6 +53,8 @@ HYBRID = [
 
 EVAL = [
     ("NEIGHBOURS = 8", "NEIGHBOURS = 1"),
+    ("with torch.random.fork_rng(devices=[]):", "if True:"),
+    ('if result and is_current(result.get("env", {}).get("code")):', "if result:"),
     ("near[first::NEIGHBOURS]",
      "near[first * len(near) // NEIGHBOURS:][:len(near) // NEIGHBOURS + 1]"),
     ("lengths[-1] - tau <= 2 * (length - tau)", "lengths[-1] - tau <= 2 * (length - tau) + 1"),
@@ -306,8 +308,9 @@ PLOT = [
     ("if high <= 300 * low else (1,)", "if True else (1,)"),
     ("for run in all_runs if run[\"config\"][\"L\"] == L]", "for run in all_runs]"),
     ("get(\"train_lengths\") == \"uniform\"", "get(\"train_lengths\") == \"fixed\""),
-    ("0.09 * longest", "0"),
+    ("0.09 * max(len(name_of(curve)) for curve in styles)", "0"),
     ("64 * min(sizes) else 2", "64 * min(sizes) else 4"),
+    ("if len(leading) == 1 < len(curves):", "if False:"),
     ("not in (*panels, x)), \"seed\")", "not in (*panels, x)))"),
     ("if len(places) > 40:", "if False:"),
     ("type=lambda word: text(word, 999)", "type=str"),
@@ -326,7 +329,9 @@ PLOT = [
 ]
 
 SUMMARY = [
-    ("    named -= {*view.panels, view.x}\n", ""),
+    ("return found - {*view.panels, view.x}", "return found"),
+    ("differing(same) if len(differing(same)) == 1 else", ""),
+    ('if "seed" in (view.x, *view.panels):', "if False:"),
     ("set.union(*changed) - set.intersection(*changed)", "set.union(*changed)"),
     ("len({len(passed) for _, passed in verdicts}) == 1", "True"),
     ("if flag == view.curves[0] or len", "if len"),

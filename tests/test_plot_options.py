@@ -7,6 +7,7 @@ from test_plot import constants, figures, texts, thick, write  # noqa: F401: fig
 import plot
 import summary
 from data import TASKS, n_answers
+from output import sort_key
 
 
 def test_lowest(tmp_path, figures):  # noqa: F811
@@ -69,8 +70,8 @@ def test_format(tmp_path, ending, begins):
 def test_listed_stacks_have_a_place_and_a_colour():
     assert len(set(plot.ORDER)) == len(plot.ORDER) == len(plot.COLOURS)
     order = ["2xlinear-fixed", "2xlinear-decay", "2xgated-deltanet", "2xlinear-rotation"]
-    assert sorted(reversed(order), key=summary.sort_key) == order
-    assert summary.sort_key("rope") < summary.sort_key("2xrope") < summary.sort_key("2xunknown")
+    assert sorted(reversed(order), key=sort_key) == order
+    assert sort_key("rope") < sort_key("2xrope") < sort_key("2xunknown")
 
 
 @pytest.mark.parametrize("name", ["mamba+attention", "hybrid-a"])
@@ -124,13 +125,27 @@ def test_a_long_title_is_cut(tmp_path, figures):  # noqa: F811
     assert fig.get_suptitle().count("\n") == 5 and fig.get_suptitle().endswith("[...]")
 
 
-def test_a_flag_is_named_unless_it_is_at_its_default(tmp_path, figures):  # noqa: F811
+def test_the_flag_that_differs_is_named_and_several_unless_at_their_default(  # noqa: F811
+        tmp_path, figures):
     paths = [write(tmp_path), write(tmp_path, "mamba"), write(tmp_path, "mamba", d_state=4)]
     ax, = figures(*paths)["length_tau1_K16_d8_L64_M1.png"].axes
-    assert set(texts(ax)[2:]) == {"rope", "mamba", "mamba (d_state = 4)"}
+    assert set(texts(ax)[2:]) == {"rope", "mamba (d_state = 4)", "mamba (d_state = 16)"}
     paths.append(write(tmp_path, "mamba", lr=0.004))
     ax, = figures(*paths)["length_tau1_K16_d8_L64_M1.png"].axes
     assert set(texts(ax)[2:]) == {"rope", "mamba", "mamba (d_state = 4)", "mamba (lr = 0.004)"}
+
+
+def test_variants_of_one_model_differ_in_colour(tmp_path, figures):  # noqa: F811
+    paths = [write(tmp_path, "mamba", lr=lr) for lr in (0.002, 0.004, 0.02)]
+    for fig in figures(*paths).values():
+        names = [text for text in fig.axes[0].texts if "lr = " in text.get_text()]
+        assert len({to_hex(text.get_color()) for text in names}) == 3
+
+
+def test_a_figure_against_seeds_has_each_seed_once(tmp_path, figures):  # noqa: F811
+    paths = [write(tmp_path, seed=seed) for seed in range(2)]
+    fig, = figures(*paths, "--against", "seed", "--panels", "L").values()
+    assert "seeds: 0, 1;" in fig.get_supxlabel()
 
 
 def test_a_name_of_a_file_has_few_numbers(tmp_path, figures):  # noqa: F811
@@ -196,7 +211,7 @@ def test_a_caption_says_if_settings_have_other_seeds(tmp_path, figures):  # noqa
 def test_a_caption_speaks_of_a_median_where_there_is_one(tmp_path, figures):  # noqa: F811
     paths = [write(tmp_path, seed=seed) for seed in (0, 1)]
     caption = figures(*paths, "--panels", "seed")["length_by_seed_tau1_K16_d8_L64_M1.png"]
-    assert "seeds: 0, 1 (" in caption.get_supxlabel() and "median" not in caption.get_supxlabel()
+    assert "seeds: 0, 1;" in caption.get_supxlabel() and "median" not in caption.get_supxlabel()
     assert "their median" in figures(*paths).popitem()[1].get_supxlabel()
 
 
