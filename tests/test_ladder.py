@@ -140,6 +140,15 @@ def test_a_state_of_another_dtype(kind):
     assert y.dtype == torch.float64
 
 
+def test_the_transform_gets_float32_under_autocast(monkeypatch):
+    """CUDA has none of bfloat16, and there autocast does not convert its arguments."""
+    seen, rfft = [], torch.fft.rfft
+    monkeypatch.setattr(torch.fft, "rfft", lambda v, n: seen.append(v.dtype) or rfft(v, n))
+    with torch.autocast("cpu", torch.bfloat16):
+        LTI(8)(torch.randn(2, 9, 8))
+    assert set(seen) == {torch.float32}
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_causal_and_differentiable(kind):
     layer, x = kind(4).double(), torch.randn(1, 9, 4).double()
