@@ -277,9 +277,9 @@ class ChunkedScan(torch.autograd.Function):
             steps = len(dt_k)                                            # T, or fewer in the last
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
             # A CPU's float32 exp takes 10 to 50 times as long below -87 (say dt = 6, A = -16),
-            # where it gives denormal numbers or 0. So both passes clamp at -80: a decay of 2e-35 is
-            # effectively 0, as is d(dt A), a multiple of it, but not yet denormal, even times
-            # 0.001. A trained model runs up to twice as fast. The other forms do not clamp.
+            # where it gives denormal numbers or 0. So both passes clamp at -80, with some room
+            # left for products: a decay of 2e-35 is effectively 0, and so is d(dt A), a multiple of
+            # it. A trained model runs up to twice as fast. The other forms do not clamp.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)         # h_k is u_t B_t, and after _recur h_t
             h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs

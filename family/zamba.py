@@ -41,7 +41,7 @@ class SharedBlock(nn.Module):
         if n_heads < 1 or width % n_heads:
             raise ValueError(f"--n-heads is {n_heads}, but it must divide 2 d = {width}, "
                              "the width of the shared block")
-        eps = torch.finfo(torch.float32).eps                             # in float64, too
+        eps = torch.finfo(torch.float32).eps                     # torch's depends on the dtype
         self.norms = nn.ModuleList([nn.RMSNorm(width, eps=eps) for _ in range(2)])
         self.attention = Attention(width, n_heads, position)
         self.mlp = MLP(width)
