@@ -93,6 +93,7 @@ def test_normed_mamba_norms_dt_B_and_C():
     torch.manual_seed(0)
     layer, x = NormedMamba(8).double(), torch.randn(2, 7, 8).double()
     assert [norm.weight.numel() for norm in layer.inner_norms] == [8, 16, 16]
+    layer.x_proj.weight.data *= 1000.0                           # far above the norms' epsilon
     before = layer(x)[0]
     layer.x_proj.weight.data *= 3.0                              # a norm takes this away again
     assert torch.allclose(layer(x)[0], before, rtol=1e-4, atol=1e-8)
@@ -101,7 +102,7 @@ def test_normed_mamba_norms_dt_B_and_C():
 def test_shared_block_is_attention_and_mlp_with_residuals():
     torch.manual_seed(0)
     block, x = SharedBlock(8, n_heads=2).double(), torch.randn(2, 6, 8).double()
-    norm = lambda v: F.rms_norm(v, (8,))
+    norm = lambda v: F.rms_norm(v, (8,), eps=torch.finfo(torch.float32).eps)
     middle = x + block.attention(norm(x))[0]
     right = middle + block.mlp(norm(middle))[0]
     assert torch.allclose(block(x, None)[0], right, atol=1e-12)
