@@ -210,9 +210,11 @@ def draw_layer(part, layer, found, height):
         part.colorbar(image, ax=ax, label=panel.label, **bar).minorticks_off()
         ax.set_title(panel.title, pad=20, fontsize=11)
         ax.set_facecolor("0.9")
-        ax.set_xticks(range(len(tokens)), tokens, fontsize=9, rotation=90)
+        places = range(0, len(tokens), -(-len(tokens) // 40))    # more than 40 names would touch
+        names = [tokens[k] for k in places]
+        ax.set_xticks(places, names, fontsize=9, rotation=90)
         if attends:
-            ax.set_yticks(range(len(tokens)), tokens, fontsize=9)
+            ax.set_yticks(places, names, fontsize=9)
             ax.set(xlabel="token looked at (key)", ylabel="token that looks (query)")
         else:
             ax.set(ylabel=f"{len(panel.image)} channels", yticks=[])

@@ -165,7 +165,7 @@ EXPERIMENTS = {
                   "--M 16 --model mamba --train-lengths uniform",
                   "--M 16 --model 2xmamba-own 2xmamba2-shared"],
         "draw": {
-            "{}/narrow/* {}/problem2/mamba_M16_* {}/state/mamba2_M16_*_d8_* "
+            "{}/narrow/* {}/problem2/mamba_M16_* {}/state/mamba[23]_M16_*_d8_* "
             "{}/state/gated-deltanet_M16_*_d8_* --against model --name narrow":
                 "At d = 8, separate channels for keys help Mamba to learn sixteen queries, "
                 "and Mamba-2 fails without them"}},

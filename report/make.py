@@ -6,7 +6,8 @@
     torchrun --nproc-per-node 8 -- report/make.py problem1 problem2       eight runs at a time
 
 Runs go to results/EXPERIMENT/, figures to figures/; --out and --figures name other folders. The
-same command resumes a killed one. Other flags, such as --device, are passed on to train.py.
+same command resumes a killed one. Other flags, such as --device, come after the names and are
+passed on to train.py.
 """
 
 import fnmatch
@@ -47,9 +48,11 @@ def main(argv=None):
     parser.add_argument("--draw", action="store_true", help="only draw the runs that are there")
     parser.add_argument("--figures", default="figures", help="folder of figures (default: figures)")
     args, flags = parser.parse_known_intermixed_args(argv)
+    args.out = os.path.normpath(args.out)
     for name in args.names:
         if name not in EXPERIMENTS:
-            parser.error(f"{name!r} is none of the experiments {', '.join(EXPERIMENTS)}")
+            hint = "; flags of train.py come after the names" if flags else ""
+            parser.error(f"{name!r} is none of the experiments {', '.join(EXPERIMENTS)}{hint}")
     if not args.names:
         for name, experiment in EXPERIMENTS.items():
             print(name)
@@ -59,6 +62,8 @@ def main(argv=None):
     failed = None if args.draw else make(args, flags)
     if rank_and_processes()[0] == 0:
         for name in args.names:
+            if args.draw and "draw" not in EXPERIMENTS[name]:
+                print(f"{name} has no figure of its own")
             for line, title in EXPERIMENTS[name].get("draw", {}).items():
                 more = ["--title", title] if args.out == "report" else []
                 try:

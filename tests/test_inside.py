@@ -90,8 +90,8 @@ def test_channels_that_keep_the_value():
     assert inside.count_keepers(dt[:, :5], 1, 3, taps=4) == 0
 
 
-def a_look(layers, K=16):
-    tokens = np.arange(25) % K
+def a_look(layers, K=16, n=25):
+    tokens = np.arange(n) % K
     config = dict(model="a$b", M=4, tau=1, K=K, d=8, L=64, seed=3)
     return {"config": config, "tokens": tokens, "q": 11, "v": 12, "label": 12, "answer": 5,
             "layers": layers}
@@ -117,6 +117,15 @@ def test_the_figure_of_attention_says_who_looks_at_whom():
     assert marks == {("q", 11), ("v", 12), ("q", 24)}
     edges = {line.get_xdata()[0] for line in ax.lines if line.get_ydata() == [0, 1]}
     assert edges == {10.5, 11.5, 12.5, 23.5, 24.5}
+
+
+def test_a_long_sequence_names_some_of_its_tokens():
+    fig = inside.draw(a_look([{"maps": np.zeros((1, 65, 65))}], n=65))
+    ax = fig.subfigs[0].axes[0]
+    for axis in ax.xaxis, ax.yaxis:
+        assert axis.get_ticklocs().tolist() == list(range(0, 65, 2))
+        names = [label.get_text() for label in axis.get_ticklabels()]
+        assert names == [str(token % 16) for token in range(0, 65, 2)]
 
 
 def test_the_figure_of_mamba_keeps_channels_together():

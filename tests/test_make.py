@@ -109,6 +109,19 @@ def test_an_unknown_experiment(refuses):
     assert "problem1" in refuses(make.main, ["problem9"])
 
 
+def test_a_flag_before_the_names(refuses):
+    assert "come after the names" in refuses(make.main, ["--steps", "20", "problem1"])
+
+
+def test_a_folder_may_end_in_a_slash(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(make, "draw", lambda line, more: drawn.append((line, more)))
+    make.main(["ladder", "sixteen", "--draw", "--out", "report/", "--figures", str(tmp_path)])
+    assert drawn and all(line.startswith("report/ladder/") for line, _ in drawn)
+    assert all("--title" in more for _, more in drawn)
+    assert capsys.readouterr().out == "sixteen has no figure of its own\n"
+
+
 def test_nothing_to_draw(refuses, tmp_path):
     assert "no runs" in refuses(make.main, ["ladder", "--draw", "--out", tmp_path])
 
