@@ -68,8 +68,8 @@ def parse(argv):
     add("--seed", **several, help="* seed of weights and data (default: 0)")
     add("--steps", type=int, metavar="N", help="maximum number of training steps (default: 20000)")
     add("--batch-size", type=int, metavar="N", help="sequences per step (default: 64)")
-    add("--lr", type=float, metavar="X", help=f"learning rate, after a rise of {WARMUP} steps; a "
-        f"run under {1 + WARMUP * 4 // 3} steps stays below it (default: min(0.008, 0.128 / d))")
+    add("--lr", type=float, metavar="X", help=f"learning rate, after a rise of {WARMUP} steps; "
+        f"runs under {-(-4 * (WARMUP - 1) // 3)} stay below it (default: min(0.008, 0.128 / d))")
     add("--weight-decay", type=float, metavar="X", help="of AdamW (default: 0)")
     add("--stop-early", action=argparse.BooleanOptionalAction,
         help="cool down and stop once the task is solved (default: on)")
