@@ -41,10 +41,9 @@ def curve_styles(curves):
     for k, curve in enumerate(curves):
         flag, value = curve[0]
         dashes = sum(other[0] == curve[0] for other in styles)
-        if len(leading) == 1 < len(curves):                  # variants differ in colour, too
-            colour = matplotlib.colormaps["viridis"](0.9 * k / len(curves))
-        elif flag != "model":
-            colour = matplotlib.colormaps["viridis"](0.9 * leading.index(curve[0]) / len(leading))
+        if flag != "model" or len(leading) == 1 < len(curves):       # or variants of one model
+            place = k / len(curves) if len(leading) == 1 else leading.index(curve[0]) / len(leading)
+            colour = matplotlib.colormaps["viridis"](0.9 * place)
         elif value in COLOURS:
             colour, dashes = COLOURS[value], dashes + max(0, ORDER.index(value) - 2)
         else:
@@ -199,6 +198,7 @@ def draw(runs, view, title=None):
     fig.suptitle(title, fontsize=13, x=0.02, ha="left")
     words = [textwrap.fill(line, int(14 * wide)) for line in caption(runs, view)]
     fig.supxlabel("\n".join(words), fontsize=9, color=GREY, x=0.02, ha="left")
+
     for i, (setting, own, tokens) in enumerate(places):
         ax = fig.add_subplot(rows, columns, 1 + i)
         names = [name_of([pair]) for pair in zip(view.panels, setting)]

@@ -41,6 +41,11 @@ def relative(a, b):
     return ((a - b).norm() / b.norm().clamp(min=1e-20)).item()
 
 
+def embedding_for(layer, x):
+    """The arguments of a layer besides x and its state: an embedding of zeros, if it needs one."""
+    return {"embedding": torch.zeros_like(x)} if getattr(layer, "needs_embedding", False) else {}
+
+
 def in_segments(layer, x, sizes, state=None):
     """Feed x (B, L, ...) in segments of these sizes, and the rest one token at a time."""
     sizes = [*sizes, *[1] * (x.shape[1] - sum(sizes))]

@@ -310,7 +310,7 @@ PLOT = [
     ("get(\"train_lengths\") == \"uniform\"", "get(\"train_lengths\") == \"fixed\""),
     ("0.09 * max(len(name_of(curve)) for curve in styles)", "0"),
     ("64 * min(sizes) else 2", "64 * min(sizes) else 4"),
-    ("if len(leading) == 1 < len(curves):", "if False:"),
+    (" or len(leading) == 1 < len(curves):", ":"),
     ("not in (*panels, x)), \"seed\")", "not in (*panels, x)))"),
     ("if len(places) > 40:", "if False:"),
     ("type=lambda word: text(word, 999)", "type=str"),

@@ -12,7 +12,7 @@ import hybrid
 import runs
 import train
 from bench import peak_megabytes, time_forms
-from conftest import relative
+from conftest import embedding_for, relative
 from data import TASKS, stream
 from eval import training_accuracy
 from family.mamba2 import ssd, ssd_ref
@@ -212,11 +212,10 @@ def test_a_compiled_model_has_the_same_gradients(word):
 def test_autocast(word):
     torch.manual_seed(0)
     layer, x = hybrid.build_layer(word, 16, 40, 1, 16, []).cuda(), torch.randn(2, 40, 16).cuda()
-    options = {"embedding": x} if getattr(layer, "needs_embedding", False) else {}
     with compiled_scan(False):
-        exact, _ = layer(x, **options)
+        exact, _ = layer(x, **embedding_for(layer, x))
         with torch.autocast("cuda", torch.bfloat16):
-            y, _ = layer(x, **options)
+            y, _ = layer(x, **embedding_for(layer, x))
         y.float().square().sum().backward()
     assert relative(y, exact) < (0.3 if word == "experts" else 0.03)     # it may choose others
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hybrid
-from conftest import in_segments, relative
+from conftest import embedding_for, in_segments, relative
 from data import embedding_table
 from hybrid import (FAMILY, LAYERS, MODELS, RMSNorm, build_layer, build_model,
                     layer_words, state_bytes)
@@ -168,9 +168,7 @@ def test_a_token_that_is_not_finite_reaches_no_earlier_output(word, bad):
     layer = build_layer(word, d=8, L=40, n_heads=1, d_state=16, earlier=[]).double()
 
     def call(x, state=None):
-        if getattr(layer, "needs_embedding", False):
-            return layer(x, state, embedding=torch.zeros_like(x))
-        return layer(x, state)
+        return layer(x, state, **embedding_for(layer, x))
     x = torch.randn(3, 40, 8).double()
     right, _ = call(x)
     x[1, 21] = bad                                               # in the middle of a chunk
@@ -202,9 +200,8 @@ def test_work_grows_with_the_length_alone(word):
     """A loop that indexes a chunk, v[:, i], writes a gradient of the size of v for each chunk."""
     def work(L):
         layer, x = build_layer(word, 16, L, 1, 16, []), torch.randn(2, L, 16, requires_grad=True)
-        options = {"embedding": x.detach()} if getattr(layer, "needs_embedding", False) else {}
         with Written() as written:
-            layer(x, None, **options)[0].sum().backward()
+            layer(x, **embedding_for(layer, x))[0].sum().backward()
         return written.numbers
 
     assert work(512) < 4.1 * work(128), "use x.unbind(1), not x[:, t]: see hybrid.py"
@@ -252,15 +249,9 @@ def test_float32_is_near_float64(name):
 def test_norms_add_the_same_in_float32_and_float64(word):
     torch.manual_seed(0)
     layer, x = build_layer(word, 8, 13, 1, 16, []), 1e-4 * torch.randn(2, 13, 8)
-    exact, _ = call_layer(layer.double(), x.double())
-    found, _ = call_layer(layer.float(), x)
+    exact, _ = layer.double()(x.double(), **embedding_for(layer, x.double()))
+    found, _ = layer.float()(x, **embedding_for(layer, x))
     assert relative(found, exact) < 1e-4
-
-
-def call_layer(layer, x, state=None):
-    if getattr(layer, "needs_embedding", False):
-        return layer(x, state, embedding=x)
-    return layer(x, state)
 
 
 def test_states_of_another_model_are_refused():
@@ -277,11 +268,9 @@ def test_states_of_another_model_are_refused():
 @pytest.mark.parametrize("word", EVERY_WORD)
 def test_an_ensemble_and_gradients_per_sample(word):
     def loss(p, x):
-        y, _ = torch.func.functional_call(layer, p, (x[None], None, *embedding(x)))
+        x = x[None]
+        y, _ = torch.func.functional_call(layer, p, (x,), embedding_for(layer, x))
         return y.square().sum()
-
-    def embedding(x):
-        return (x[None],) if getattr(layer, "needs_embedding", False) else ()
     torch.manual_seed(0)
     layers = [build_layer(word, 8, 20, 1, 16, []).double() for _ in range(2)]
     layer, xs = layers[0], torch.randn(3, 20, 8).double()
@@ -303,17 +292,19 @@ def test_forward_mode(word):
     torch.manual_seed(0)
     layer = build_layer(word, 8, 20, 1, 16, []).double()
     x, direction = torch.randn(2, 2, 20, 8).double()
-    y, tangent = torch.func.jvp(lambda x: call_layer(layer, x)[0], (x,), (direction,))
-    ahead = call_layer(layer, x + 1e-6 * direction)[0]
-    behind = call_layer(layer, x - 1e-6 * direction)[0]
-    assert relative(y, call_layer(layer, x)[0]) < 1e-12
+
+    def outputs(x):
+        return layer(x, **embedding_for(layer, x))[0]
+    y, tangent = torch.func.jvp(outputs, (x,), (direction,))
+    ahead, behind = outputs(x + 1e-6 * direction), outputs(x - 1e-6 * direction)
+    assert relative(y, outputs(x)) < 1e-12
     assert relative(tangent, (ahead - behind) / 2e-6) < 1e-6
 
 
 @pytest.mark.parametrize("word", EVERY_WORD)
 def test_shapes_on_meta(word):
-    layer = build_layer(word, 8, 40, 1, 16, []).to("meta")
-    y, _ = call_layer(layer, torch.empty(2, 40, 8, device="meta"))
+    layer, x = build_layer(word, 8, 40, 1, 16, []).to("meta"), torch.empty(2, 40, 8, device="meta")
+    y, _ = layer(x, **embedding_for(layer, x))
     assert y.shape[1:] == (40, 8) and y.is_meta
 
 
