@@ -172,7 +172,7 @@ class LearnedPosition(nn.Module):
 
     positions: rows of the table. Rows beyond the training length get no gradient, so a model fails
     there; a sequence longer than the table is a ValueError. Rows start with length 0.1, a tenth of
-    the embeddings': `learned` then solved tau = 5 in 3 of 8 runs, and with length 1 in none.
+    the embeddings': in a search, `learned` so solved tau = 5 in 3 of 8 runs; with length 1 in none.
     """
 
     skips_norm = True

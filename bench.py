@@ -157,10 +157,8 @@ def time_forms(title, shape, forms, inputs, dtype):
         x, dt, B, C = (v.to(getattr(torch, dtype)) for v in (x, dt, B, C))
         operands = [v.detach().requires_grad_() for v in (x, dt, A, B, C)]
         dy = torch.randn_like(x)
-
         def call():
             return torch.autograd.grad(scan(*operands), operands, dy)
-
         try:
             first = seconds(call, device)
         except (ImportError, RuntimeError) as error:         # mamba_ssm may lack its kernels
@@ -243,11 +241,13 @@ def draw_lengths(path, out):
     fig = matplotlib.figure.Figure(figsize=(10, 7), layout="constrained")
     for ax, (cost, title) in zip(fig.subplots(2, 2, sharex=True).flat, COSTS.items()):
         for name, points in curves[cost].items():
-            ax.semilogx(*zip(*points), "o-", base=2, color=COLOURS.get(name, "black"), label=name)
+            width = 5 - 4 * len(ax.lines) / len(curves[cost])      # the last curve on top, thinner
+            ax.semilogx(*zip(*points), "o-", base=2, color=COLOURS.get(name, "black"), label=name,
+                        lw=width, ms=2 * width + 3)
         ax.set(title=title, yscale="log")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
     fig.supxlabel("context length of a single sequence, tokens")
-    fig.suptitle(f"Mamba's state does not grow, attention's does: d 64, {machine}")
+    fig.suptitle(f"Attention's state grows with the context, Mamba's does not (d = 64, {machine})")
     write_figure(out, fig)
     print(out)
 
@@ -269,7 +269,7 @@ def main(argv=None):
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the scans' inputs")
     add("--device", help="cuda, cuda:1 or cpu (default: the best one here)")
     add("--out", metavar="FILE", help="write the numbers too; with --draw, the figure")
-    add("--draw", metavar="FILE.json", help="only draw the table length of this file, to --out")
+    add("--draw", metavar="FILE.json", help="only draw the table length of this file")
     args = parser.parse_args(argv)
     try:
         if args.draw:

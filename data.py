@@ -6,8 +6,8 @@ tokens, at position i, its value v tau tokens later, and then asks for q again:
     position    1   2  ...  i  ...  i+tau  ...  L  |  L+1
     token       .   .       q         v         .  |   q      -> v
 
-M is the number of tokens that can be the query, K that of the vocabulary. Positions count from 1 in
-this picture, from 0 in the code. `python data.py` shows sequences of every task.
+M tokens can be the query, of a vocabulary of K. Positions count from 1 in this picture, from 0 in
+the code. `python data.py` shows sequences of every task.
 """
 
 import numpy as np
@@ -84,8 +84,8 @@ def recall_batch(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, 
 # alone: other tasks get False. On a GPU a task is captured in a CUDA graph, so it must draw from
 # `generator` alone and not ask for values (.item()).
 #
-# L is the length of the context, which tests vary. If M alone says how much there is to remember,
-# fill up with blanks, as copy does; marks after the context do not count.
+# L is the length of the context, which tests vary. If there are M things to remember whatever L is,
+# fill the context with blanks, as copy does; marks after it do not count towards L.
 #
 # To add a task, write such a function and give it a name in TASKS: train.py and eval.py do the
 # rest. Its limits belong in check_task and shortest, its number of answers in n_answers.
@@ -185,8 +185,8 @@ def shortest(M=1, tau=1, task="recall"):
 
 
 def n_answers(task, K):
-    """Chance is 1 over this, the number of possible answers, infinite if it is not known. In recall
-    K, although v is never q."""
+    """The number of possible answers; infinity if not known. Chance is 1 over it. Recall has K,
+    although v is never q."""
     known = {"recall": K, "mqar": K - K // 2, "copy": max(1, K - 2), "parity": 2}
     return known.get(task, float("inf"))
 

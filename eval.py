@@ -3,8 +3,8 @@
     python eval.py results/X.pt                         every length to 3L, if not too many
     python eval.py results/X.pt --lengths 64 1024 65536
 
-The numbers are printed and saved in results/X.json, where they replace those from as many sequences
-or fewer. Repeated on one device, a command draws the same sequences; other models can get others.
+The numbers are printed and saved in results/X.json, where they replace older ones, unless those are
+from more sequences. On one device, a command always draws the same sequences for a model.
 `evaluate` picks a method: accuracy_by_length for recall, accuracy_one_by_one for other tasks.
 """
 
@@ -135,7 +135,7 @@ def groups(lengths, tau):
 
 def n_contexts(group, tau, sequences):
     """How many contexts to draw, so that at least `sequences` are complete at the shortest length.
-    If they are over four per position, the next multiple of the positions: each equally often."""
+    Above four per position, the next multiple of the positions: each is used equally often."""
     positions = group[-1] - tau
     n = math.ceil(sequences * positions / (group[0] - tau))
     return math.ceil(n / positions) * positions if n > 4 * positions else n

@@ -127,7 +127,8 @@ def count_keepers(dt, q, v, taps):
     """How many channels could hold v for a million tokens. dt (D, L + 1).
 
     In such a channel, dt exceeds WRITES at a token where the convolution sees v, and its mean over
-    all other tokens, from q, the last query and the first few aside, is below IDLE.
+    the other tokens is below IDLE. Left out: the first few, whose convolution sees padding; those
+    from q on whose convolution sees q or v; and the last query.
     """
     idle = np.ones(dt.shape[1], bool)
     idle[:taps - 1] = False                              # here the convolution sees padding

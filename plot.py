@@ -31,7 +31,8 @@ CURVES = ["model", "M", "tau", "d"]      # not task, K or L: a panel marks one c
 MEASURES = {"at": "accuracy at L", "lowest": "lowest accuracy from L to 3L"}
 MORE_COLOURS = ["black", "#E31A1C", "#6A3D9A", "#33A02C", "#B15928", "#1F78B4", "#FF7F00"]
 DASHES = {"-": "o", (0, (7, 2)): "s", (0, (4.5, 4.5)): "D", (0, (1.5, 3)): "^"}      # and markers
-SMALL = dict(textcoords="offset points", color=GREY, fontsize=9)
+SMALL = dict(textcoords="offset points", color=GREY, fontsize=9,
+             bbox=dict(fc="white", ec="none", alpha=0.7, pad=1))     # readable over curves
 
 
 def curve_styles(curves):
@@ -246,9 +247,9 @@ def main(argv=None, add_to=lambda fig, runs, view: None):
     add("--against", **flag, help="accuracy against a flag of train.py, model, or state")
     add("--lowest", dest="measure", action="store_const", const="lowest", default="at",
         help="with --against: the lowest accuracy from L to 3L, not that at L")
-    add("--title", type=lambda word: text(word, 999), help="of figures, except of training")
+    add("--title", type=lambda word: text(word, 999), help="of the figures, but not of training")
     add("--table", nargs="*", type=length, metavar="LENGTH", help="print a table")
-    add("--name", help="of a figure's file, without .png (default: its settings, without models)")
+    add("--name", help="of the figure's file, without .png (default: made from its settings)")
     add("--format", choices=["png", "pdf", "svg"], default="png", help="default: png")
     add("--out", default="figures", metavar="DIR", help="folder of figures (default: figures)")
     args = parser.parse_args(argv)
@@ -274,8 +275,7 @@ def main(argv=None, add_to=lambda fig, runs, view: None):
     left_out += [f"{run['path']} was not tested at L or to 3L, or has no bytes of state"
                  for run in runs if args.against and lacks_number(run)]
     drawn = [run for run in runs if not (args.against and lacks_number(run))]
-    views, split_by = views_of(args)
-    written = []
+    (views, split_by), written = views_of(args), []
     for of_figure in group(drawn, split_by).values():
         for view in views:
             path = os.path.join(args.out, f"{file_name(of_figure, view, args)}.{args.format}")

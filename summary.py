@@ -133,7 +133,7 @@ def median_curve(seeds, kind):
 
 # ---- the words of a figure -----------------------------------------------------------------------
 
-MARKS = {"model": "ticks: seeds, dots (at L), diamonds (lowest to 3L): medians, dotted: chance",
+MARKS = {"model": "ticks: seeds; medians: dots at L, diamonds for the lowest to 3L; dotted: chance",
          **dict.fromkeys(("length", "training"), "thin: seeds, thick: their median"),
          **dict.fromkeys(("against", "state"), "small: seeds, large: their median")}
 

@@ -58,18 +58,18 @@ def parse(argv):
 
     add = parser.add_argument_group("the task").add_argument
     add("--task", choices=TASKS, help="default: recall")
-    add("--M", **several, help="* possible queries; in other tasks keys or tokens (default: 1)")
+    add("--M", **several, help="* possible queries; mqar: keys; copy: tokens (default: 1)")
     add("--tau", **several, help="* in recall: tokens from query to value (default: 1)")
     add("--K", **several, help="* size of the vocabulary (default: 16)")
     add("--L", **several, help="* context length in training (default: 64)")
-    add("--train-lengths", choices=["fixed", "uniform"], help="L, or up to L (default: fixed)")
+    add("--train-lengths", choices=["fixed", "uniform"], help="L, or any up to L (default: fixed)")
 
     add = parser.add_argument_group("training").add_argument
     add("--seed", **several, help="* seed of weights and data (default: 0)")
     add("--steps", type=int, metavar="N", help="maximum number of training steps (default: 20000)")
     add("--batch-size", type=int, metavar="N", help="sequences per step (default: 64)")
-    add("--lr", type=float, metavar="X", help=f"learning rate, after a rise of {WARMUP} steps; "
-        f"runs under {-(-4 * (WARMUP - 1) // 3)} stay below it (default: min(0.008, 0.128 / d))")
+    add("--lr", type=float, metavar="X", help=f"learning rate, after a rise of {WARMUP} steps; lower "
+        "in runs of about 500 or fewer (default: min(0.008, 0.128 / d))")
     add("--weight-decay", type=float, metavar="X", help="of AdamW (default: 0)")
     add("--stop-early", action=argparse.BooleanOptionalAction,
         help="cool down and stop once the task is solved (default: on)")

@@ -1,6 +1,6 @@
 """Attention whose scores decay, by a fixed amount per token or by one that each token sets.
 
-ALiBi (Press et al. 2022, arXiv 2108.12409) subtracts from each score the distance between query and
+ALiBi (Press et al. 2021, arXiv 2108.12409) subtracts from each score the distance between query and
 key times a slope m, one per head. The forgetting transformer (FoX, Lin et al. 2025, arXiv
 2503.02130) has a gate per token and head, f_t in 0 ... 1; every token after a key adds its log f,
 at most 0, to the key's score:

@@ -106,9 +106,9 @@ def blocks_of_rows(expert, E):
     """Place the n k (token, expert) pairs in rows, whole blocks of rows for each expert.
 
     How many tokens an expert gets is known only at run time, but a CUDA graph needs fixed shapes.
-    So there are always n k / block + E blocks. With two experts, blocks of two rows and three
-    tokens with experts 1, 0, 1: expert 0 gets rows 0 and 1, of which one stays empty, expert 1 rows
-    2 and 3; the tokens go to rows 2, 0, 3.
+    So there are always n k / block + E blocks. Say, blocks of two rows and three pairs with experts
+    0, 1, 1: expert 0 gets rows 0 and 1, of which one stays empty, expert 1 gets rows 2 and 3, and a
+    third block stays unused. The pairs go to rows 0, 2 and 3.
 
     expert (n k,), sorted -> the row of each pair (n k,), the expert of each block (blocks,), and
     the number of rows in a block. Unused blocks at the end get the last expert.

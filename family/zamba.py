@@ -15,12 +15,15 @@ out_proj_l (2 d^2 parameters) and, in Zamba2, a small correction to the block's 
     b, L     sequences in the batch, tokens in this call
     d, f     width of x and e; hidden width of the block's MLP. The block has width 2 d
 
-Differs from the published models: y_l is added to the residual stream (there to the input of the
-next Mamba layer only); all of the block is 2d wide (there attention returns to width d, and the MLP
-has that width); the block has two residual connections (there none); its attention has biases and
-scores divided by sqrt(head size) (there no biases, and by the root of half of it); its MLP is
-SwiGLU of hidden width 8/3 of 2d (there a gated GELU of 4d); the Mamba layers of Zamba have one head
-(there two).
+Differs from the published models:
+
+    part               here                               there
+    y_l                added to the residual stream       to the next Mamba layer's input only
+    width of the block 2d                                 attention returns to d, the MLP has d
+    residuals in it    two                                none
+    attention          biases; scores / sqrt(head size)   none; / sqrt(half the head size)
+    MLP                SwiGLU, hidden width 8/3 of 2d     gated GELU, 4d
+    Zamba's Mamba      one head                           two
 
 `python -m family.zamba` counts the parameters of three uses and shows that single steps agree.
 """

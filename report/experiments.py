@@ -36,8 +36,8 @@ EXPERIMENTS = {
         "train": ["--M 4 8 16 --model rope mamba hybrid-a hybrid-b"],
         "draw": {
             "{}/problem2/* --name finding":
-                "Rotary attention fades in long contexts, Mamba learns few queries; Mamba "
-                "followed by attention recalls all 16",
+                "Width 8: rotary attention fades in long contexts, Mamba does not learn 8 or 16 "
+                "queries; Mamba before attention recalls all",
             "{}/problem2/* --panels model --name problem2_models":
                 "With more queries rotary attention fades sooner and Mamba learns a smaller part; "
                 "the hybrids keep all in the median"}},
@@ -88,15 +88,15 @@ EXPERIMENTS = {
                   "--d 64 --M 16 --tau 1 2 3 4 5 --model mamba-noconv+attention"],
         "draw": {
             "{}/filter/*_d32_* --against tau --name filter":
-                "At d = 32 four taps reach three tokens back; with its state, Mamba reaches further "
-                "if there are few queries",
+                "At d = 32 four taps reach three tokens back; with its state, Mamba reaches "
+                "further if there are few queries",
             "{}/filter/conv*_M1_*_d16_* --against tau --name filter_taps":
                 "2, 4 (conv) and 8 taps reach 1, 3 and 7 tokens back",
             "{}/filter/mamba-noconv*_M4_tau1_* {}/filter/mamba-noconv*_M16_tau1_* "
             "{}/filter/mamba+*_M4_tau5_* {}/filter/mamba+*_M16_tau4_* "
             "--against d --panels M tau --name filter_width":
-                "Left: the state alone at delay 1; right: Mamba at delays that its convolution does "
-                "not reach. Both need width"}},
+                "Left: the state alone at delay 1; right: Mamba at delays that its convolution "
+                "does not reach. Both need width"}},
     "long": {
         "train": ["--steps 200000 --d 32 --M 16 --tau 4 --model mamba+attention",
                   "--steps 200000 --d 32 --M 4 --tau 10 --model mamba+attention",
@@ -110,21 +110,21 @@ EXPERIMENTS = {
             "{}/share/*_tau4_* {}/share/*_tau5_* {}/filter/mamba+*_M4_tau4_*_d32_* "
             "{}/filter/mamba+*_M4_tau5_*_d32_* {}/filter/mamba+*_M16_tau4_*_d32_* "
             "{}/filter/mamba+*_M16_tau5_*_d32_* --against K --panels M tau --name share":
-                "Beyond the convolution, queries are recalled if they are rarer among the tokens "
-                "(at K = 4, the commonest token is right in 0.39 of the cases)"}},
+                "At delays 4 and 5, Mamba before attention recalls if few of the tokens can be "
+                "queries (at K = 4, answering with the commonest token gives 0.39)"}},
     "ladder": {
         "train": [f"--d 16 --M 4 16 --model {LADDER}"],
         "draw": {
             "{}/ladder/* --against model --name ladder":
-                "With a short convolution, each idea keeps more beyond 64 tokens: fixed decay, "
-                "decay per token, delta rule; rotation adds nothing here"}},
+                "Sixteen queries, with a short convolution: a decay per token keeps more than a "
+                "fixed one, the delta rule more still; rotation adds nothing"}},
     "state": {
         "train": [f"--d 8 16 32 --M 16 --model {WITH_STATE}",
                   f"--d 8 16 32 --M 8 --task mqar --model {WITH_STATE}"],
         "draw": {
             "{}/state/*_M16_* --against state --lowest --name state":
-                "Sixteen queries: of the states of fixed size, the delta rule keeps most in the "
-                "median; from d = 16 on, Mamba-2 has the best worst seed",
+                "Sixteen queries: of the states of fixed size, the delta rule keeps the most in "
+                "the median; from d = 16 on, Mamba-2 has the best worst seed",
             "{}/state/mqar_* --against state --lowest --name state_mqar":
                 "MQAR, eight pairs: selective states and forgetting attention keep them, rotary "
                 "attention and a fixed decay do not"}},
@@ -133,7 +133,7 @@ EXPERIMENTS = {
                   "hybrid-a 2xlinear-rotation"],
         "draw": {
             "{}/parity/* --name parity":
-                "Parity: a state that cannot rotate loses count; the delta rule with rotation "
+                "Parity: linear states that only shrink lose count; the delta rule with rotation "
                 "keeps 0.95 to 192 tokens in five of five seeds, Mamba-3 in two"}},
     "ratio": {
         "train": ["--d 22 --M 16 --model mamba+attention",
@@ -167,7 +167,7 @@ EXPERIMENTS = {
         "draw": {
             "{}/narrow/* {}/problem2/mamba_M16_* {}/state/mamba[23]_M16_*_d8_* "
             "{}/state/gated-deltanet_M16_*_d8_* --against model --name narrow":
-                "At d = 8, separate channels for keys help Mamba to learn sixteen queries, "
+                "At d = 8, separate channels for keys help Mamba learn sixteen queries, "
                 "and Mamba-2 fails without them"}},
     "four": {                                                # the report has seeds 0 to 29
         "train": ["--M 4 --model mamba", "--M 4 --model mamba --train-lengths uniform",
@@ -188,8 +188,8 @@ EXPERIMENTS = {
         "train": [f"--d 16 --M 1 16 --model {ALL}"],
         "draw": {
             "{}/family/* --against model --name family":
-                "Most models learn one query; only those with a selective state keep sixteen "
-                "beyond 64 tokens, alone or before attention"}},
+                "Most models learn one query; sixteen are kept beyond 64 tokens only with a "
+                "selective state, alone or combined with attention"}},
     "reference": {                                           # three seeds, to compare machines
         "train": [f"--device cpu --tau 1 5 --model {SIX}",
                   "--device cpu --M 4 --model rope mamba hybrid-a hybrid-b"]},

@@ -45,7 +45,7 @@ def main(argv=None):
     parser.add_argument("names", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
     parser.add_argument("--seed", nargs="+", default=["0"], help="seeds (default: 0)")
     parser.add_argument("--out", default="results", help="folder of the runs (default: results)")
-    parser.add_argument("--draw", action="store_true", help="only draw the runs that are there")
+    parser.add_argument("--draw", action="store_true", help="draw existing runs, make none")
     parser.add_argument("--figures", default="figures", help="folder of figures (default: figures)")
     args, flags = parser.parse_known_intermixed_args(argv)
     args.out = os.path.normpath(args.out)
