@@ -236,7 +236,7 @@ def draw_lengths(path, out):
         machine, curves = result["env"]["device"], {cost: {} for cost in COSTS}
         for row, cost in itertools.product(result["length"] or [{}], COSTS):     # {} lacks keys
             curves[cost].setdefault(row["model"], []).append((row["length"], row[cost]))
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"--draw is {path!r}, but that is no file of --tables length") from None
     fig = matplotlib.figure.Figure(figsize=(10, 7), layout="constrained")
     for ax, (cost, title) in zip(fig.subplots(2, 2, sharex=True).flat, COSTS.items()):
@@ -279,10 +279,10 @@ def main(argv=None):
             raise ValueError(f"--device is {args.device!r}, but bench.py times cuda and cpu")
         for name in args.model:
             runs.check(config_for(name, d=args.d))
+        os.makedirs(os.path.dirname(args.out or "") or ".", exist_ok=True)
         open(args.out or os.devnull, "a").close()            # a wrong path fails before measuring
     except OSError as error:
-        parser.error(f"--{'draw' if args.draw else 'out'} is {args.draw or args.out!r}: "
-                     f"{error.strerror}")
+        parser.error(f"{args.out or args.draw!r} cannot be written: {error.strerror}; see --out")
     except ValueError as error:
         parser.error(str(error))
     torch.manual_seed(0)

@@ -228,11 +228,12 @@ def result_of(stem, digest):
 
 def save(path, digest, lengths, accuracies, sequences):
     """Add the numbers of a checkpoint, which had this SHA-256, to the JSON of the same model."""
-    stem, why = os.path.splitext(path)[0], "missing, damaged or of another model"
+    stem = os.path.splitext(path)[0]
+    why = "damaged or of another model" if os.path.exists(stem + ".json") else "not there"
     if result_of(stem, digest):                      # else no need to wait for the lock
         with locked(stem, wait=True):                # two processes must not overwrite each other
             result = result_of(stem, digest)
-            if result and is_current(result.get("env", {}).get("code")):
+            if result and is_current(result["env"].get("code")):
                 result["eval"] = merged(result["eval"], lengths, accuracies, sequences)
                 write_json(stem + ".json", result)
                 return
@@ -278,7 +279,6 @@ def main(argv=None):
                     raise ValueError(f"--lengths has {n}, but {path} takes {least} to {most:,}")
     except ValueError as error:
         parser.error(str(error))
-
     found, unwritten = [], []
     for path, digest, model, c in checkpoints:
         tested = lengths or lengths_to_test(c["L"], c["M"], c["tau"], c["task"])

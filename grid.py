@@ -31,7 +31,7 @@ except ImportError:                              # Windows
 
 from gpu import has_compiler, pick_device, shape_of
 from output import rank_and_processes, remove, say
-from runs import check, is_current, path_of, read_result, run_name
+from runs import check, is_current, path_of, read_result
 from summary import DEFAULTS, GRID, IGNORED, defaults_at
 
 LOCKS = ".locks"      # the folder of lock files, inside the results folder
@@ -112,8 +112,10 @@ def make_all(configs, train_one, show=None):
         barrier()                                # else rank 0 could remove what others just wrote
         said_so = False
         while waiting:
-            # Those that other processes are making.
-            busy = [run for run in waiting if not make_if_free(run, train_one, count_left)]
+            busy = []                            # runs that other processes are making
+            for run in waiting:
+                if not make_if_free(run, train_one, count_left):
+                    busy.append(run)
             if len(busy) == len(waiting):
                 if rank == 0 and not said_so:
                     say(f"waiting for runs that other processes are making: {len(busy)} left")
@@ -123,8 +125,8 @@ def make_all(configs, train_one, show=None):
         results = [read_result(run.path + ".json") for run in grid]
     if None in results:
         missing = grid[results.index(None)].path
-        sys.exit(f"train.py: {results.count(None)} of {len(grid)} runs ended without a result: "
-                 f"{missing}; they failed, or another command removed it")
+        sys.exit(f"train.py: {results.count(None)} of {len(grid)} runs ended without a result, the "
+                 f"first {missing}: they failed, or another command removed their files")
     return results
 
 
@@ -158,7 +160,7 @@ def report_if_finished(run, show):
     """Say so, also if the code has changed since, and show the result."""
     result = finished_result(run)
     if result:
-        current = is_current(result.get("env", {}).get("code"))
+        current = is_current(result["env"].get("code"))
         changed = "" if current else ", but the code has changed since"
         say(f"{run.title}{run.path}.json is finished{changed}; --overwrite repeats it")
         if show:
@@ -169,7 +171,8 @@ def finished_result(run):
     """The run's result, if its model is there, too; otherwise None. A copy of another run's files
     does not count."""
     result = read_result(run.path + ".json") if os.path.exists(run.path + ".pt") else None
-    own = result and run_name({**DEFAULTS, **result["config"]}) == os.path.basename(run.path)
+    found = {**DEFAULTS, **result["config"]} if result else {}
+    own = result and all(found[flag] == run.config[flag] for flag in (*GRID, *DEFAULTS))
     return result if own else None
 
 

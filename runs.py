@@ -27,7 +27,7 @@ from summary import DEFAULTS, GRID, defaults_at
 
 # The minimum of each flag that is a whole number.
 LEAST = dict(d=1, L=1, K=1, M=1, tau=1, n_heads=1, d_state=1, batch_size=1, steps=1, seed=0)
-ONLY_READ = "plot.py", "inside.py", "bench.py"       # scripts that no run depends on
+SOURCES = "data", "mamba", "fused_scan", "attention", "hybrid", "gpu", "train", "eval"   # of a run
 
 
 def run_name(config):
@@ -155,10 +155,10 @@ def commit():
 
 @functools.cache     # computed once: see load_progress
 def code_digest():
-    """The SHA-256 of all source files that a run depends on, those of family/ too."""
-    folder = glob.escape(os.path.dirname(os.path.abspath(__file__)))
-    paths = sorted(glob.glob(f"{folder}/*.py") + glob.glob(f"{folder}/family/*.py"))
-    paths = [path for path in paths if os.path.basename(path) not in ONLY_READ]
+    """The SHA-256 of the files that decide what a run computes: SOURCES, and family/."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    paths = [f"{folder}/{name}.py" for name in SOURCES]
+    paths += sorted(glob.glob(f"{glob.escape(folder)}/family/*.py"))
     return hashlib.sha256(str([digest_of(path) for path in paths]).encode()).hexdigest()
 
 
@@ -251,8 +251,8 @@ def set_states(kept, states):
 
 
 def save_progress(path, kept, step, curves, seconds):
-    """Save an unfinished run, so that it can continue, after a checksum. If the disk is full, the
-    run goes on. kept: {name: model, optimizer or generator}, whose states are saved."""
+    """Save an unfinished run, so that it can continue; the file begins with a SHA-256 of the rest.
+    If the disk is full, the run goes on. kept: {name: model, optimizer or generator}."""
     buffer = io.BytesIO()
     states = {name: state_of(part) for name, part in kept.items()}
     torch.save({"code": code_digest(), "step": step, "curves": curves, "seconds": seconds,

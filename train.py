@@ -25,7 +25,7 @@ from data import TASKS, show_answers, stream
 from eval import evaluate, lengths_to_test, print_table, training_accuracy
 from grid import configs_of, make_all, prepare_folder
 from hybrid import FAMILY, LAYERS, MODELS, state_bytes
-from output import Parser, Progress, say
+from output import Parser, Progress, remove, say
 from summary import DEFAULTS, GRID, SOLVED
 
 WARMUP = 400             # steps in which the learning rate rises
@@ -68,8 +68,8 @@ def parse(argv):
     add("--seed", **several, help="* seed of weights and data (default: 0)")
     add("--steps", type=int, metavar="N", help="maximum number of training steps (default: 20000)")
     add("--batch-size", type=int, metavar="N", help="sequences per step (default: 64)")
-    add("--lr", type=float, metavar="X", help=f"learning rate, after a rise of {WARMUP} steps; lower "
-        "in runs of about 500 or fewer (default: min(0.008, 0.128 / d))")
+    add("--lr", type=float, metavar="X", help=f"learning rate, after a rise of {WARMUP} steps; "
+        "lower in runs of about 500 or fewer (default: min(0.008, 0.128 / d))")
     add("--weight-decay", type=float, metavar="X", help="of AdamW (default: 0)")
     add("--stop-early", action=argparse.BooleanOptionalAction,
         help="cool down and stop once the task is solved (default: on)")
@@ -195,7 +195,7 @@ def train_one(config, path, title="", runs_left=0):
         loss, accuracy = float(loss), float(next_test())
         if not math.isfinite(loss):
             bar.close()
-            runs.remove(path + ".resume.pt")
+            remove(path + ".resume.pt")
             raise FloatingPointError(f"the loss is {loss} by step {step}; a lower --lr than "
                                      f"{config['lr']:g} may help")
         for name, value in {"step": step, "loss": loss, "accuracy": accuracy}.items():
@@ -227,7 +227,7 @@ def train_one(config, path, title="", runs_left=0):
         "env": runs.environment(device),
         "seconds": {"train": round(seconds, 3), "eval": round(time.monotonic() - began, 3)}}
     runs.write_json(path + ".json", result)
-    runs.remove(path + ".resume.pt")
+    remove(path + ".resume.pt")
     first, solved = solved_at(curves, tests=1), solved_at(curves)
     ended = f"stopped at step {step:,}, not solved; more --steps may help"
     if solved:

@@ -1,4 +1,4 @@
-"""The numbers in the pages are those of the runs behind them.
+"""The numbers in the pages are those of the runs behind them, and what they point to is there.
 
     python -m pytest -q report/check_numbers.py
 
@@ -8,7 +8,6 @@ that is added or repeated changes them. Every table that follows its command, a 
 """
 
 import glob
-import json
 import re
 import shlex
 import statistics
@@ -23,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import plot
 import runs
 from hybrid import MODELS, build_model, state_bytes
+from summary import DEFAULTS, load
 
 PAGES = ["README.md", "report/README.md", "report/bench/README.md"]
 TABLE = re.compile(r"^python plot\.py ([^\n`]*--table[^\n`]*)\n```\n\n((?:\|.*\n)+\n.*\n)", re.M)
@@ -70,15 +70,12 @@ def test_files_of_commands(page):
 
 
 def test_every_result_is_whole():
-    assert len(RESULTS) > 300
+    assert len(RESULTS) > 2500
     for path in RESULTS:
         result = runs.read_result(path)
         assert result, path
-        config, curve, tested = result["config"], result["train"], result["eval"]
-        task = "" if config.get("task", "recall") == "recall" else config["task"] + "_"
-        name = task + "{model}_M{M}_tau{tau}_K{K}_d{d}_L{L}_".format(**config)
-        assert path.name.startswith(name), path
-        assert path.stem.endswith(f"_seed{config['seed']}"), path
+        curve, tested = result["train"], result["eval"]
+        assert path.stem == runs.run_name({**DEFAULTS, **result["config"]}), path
         assert len(curve["step"]) == len(curve["loss"]) == len(curve["accuracy"]) > 0, path
         assert tested["length"] == sorted(set(tested["length"])), path
         for accuracy in curve["accuracy"] + tested["accuracy"]:
@@ -97,11 +94,8 @@ ROWS = re.findall(r"^\| `([\w-]+)` \| [^|]* \| ([\d,]+) \| ([\d,]+) / ([\d,]+) \
 
 def lowest(folder, model, M, d=8):
     """The median over seeds of the lowest accuracy from 64 to 192, as the page writes it."""
-    found = []
-    for path in ROOT.glob(f"report/{folder}/{model}_M{M}_tau1_K16_d{d}_L64_*.json"):
-        tested = json.loads(path.read_text())["eval"]
-        pairs = zip(tested["length"], tested["accuracy"])
-        found.append(min(accuracy for length, accuracy in pairs if 64 <= length <= 192))
+    paths = ROOT.glob(f"report/{folder}/{model}_M{M}_tau1_K16_d{d}_L64_*.json")
+    found = [load(str(path))["lowest"] for path in paths]
     return f"{statistics.median(found):.2f}" if found else ""
 
 
@@ -136,9 +130,8 @@ def reach(model, M, d):
     0.99 at the training length, as the page writes it."""
     at = {}
     for path in ROOT.glob(f"report/filter/{model}_M{M}_tau*_K16_d{d}_L64_seed*.json"):
-        result = json.loads(path.read_text())
-        tested = dict(zip(result["eval"]["length"], result["eval"]["accuracy"]))
-        at.setdefault(result["config"]["tau"], []).append(tested[64])
+        run = load(str(path))
+        at.setdefault(run["config"]["tau"], []).append(run["at"])
     assert all(len(seeds) == 5 for seeds in at.values()), (model, M, d)
     delays = sorted(at)
     recalled = [statistics.median(at[tau]) >= 0.99 for tau in delays]

@@ -5,18 +5,18 @@
     python report/make.py problem1 --seed 0 1 2 3 4        the five seeds of the report
     torchrun --nproc-per-node 8 -- report/make.py problem1 problem2       eight runs at a time
 
-Runs go to results/EXPERIMENT/, figures to figures/; --out and --figures name other folders. The
-same command resumes a killed one. Other flags, such as --device, come after the names and are
-passed on to train.py.
+Runs go to results/EXPERIMENT/, figures to figures/; --out and --figures name other folders. With
+--out report, figures have the titles of the report. The same command resumes a killed one. Other
+flags, such as --device, come after the names and are passed on to train.py.
 """
 
-import fnmatch
 import glob
 import json
 import os
 import shlex
 import signal
 import sys
+from fnmatch import fnmatch
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C is no traceback, also during imports
@@ -29,9 +29,9 @@ import plot
 import train
 from experiments import EXPERIMENTS
 from grid import barrier, make_all
-from output import COLOURS, GREY, Parser, rank_and_processes
+from output import COLOURS, GREY, Parser, rank_and_processes, report_left_out
 from runs import path_of
-from summary import group
+from summary import GRID, group
 
 
 def share(paths):
@@ -59,7 +59,11 @@ def main(argv=None):
             for line in experiment["train"]:
                 print(f"    train.py {line}")
         return
-    failed = None if args.draw else make(args, flags)
+    failed, written, left_out = None, [], []
+    try:
+        failed = None if args.draw else make(args, flags)
+    except ValueError as error:
+        parser.error(str(error))
     if rank_and_processes()[0] == 0:
         for name in args.names:
             if args.draw and "draw" not in EXPERIMENTS[name]:
@@ -67,19 +71,27 @@ def main(argv=None):
             for line, title in EXPERIMENTS[name].get("draw", {}).items():
                 more = ["--title", title] if args.out == "report" else []
                 try:
-                    draw(line.replace("{}", args.out), [*more, "--out", args.figures])
+                    written += draw(line, args.out, [*more, "--out", args.figures])
                 except ValueError as error:
-                    parser.error(str(error))
+                    left_out.append(str(error))
     barrier()                            # torchrun ends all processes when the first one fails
+    if left_out:
+        report_left_out(parser, written or failed, left_out)
     if failed:
         sys.exit(failed)
 
 
 def make(args, flags):
-    """The runs and tests of the experiments named -> a sentence if runs have no result, or None."""
+    """The runs and tests of the experiments named -> a sentence if runs have no result, or None.
+
+    Raises ValueError if a flag would add to the values that the experiment has for it.
+    """
     configs, failed = [], None
     for name in args.names:
         for line in EXPERIMENTS[name]["train"]:
+            both = {f"--{flag}" for flag in GRID}.intersection(line.split(), flags)
+            if both:
+                raise ValueError(f"{min(both)} is set by the experiment {name}; train.py takes any")
             words = [*line.split(), "--seed", *args.seed, "--out", f"{args.out}/{name}", *flags]
             configs += train.configs_from(words)
     try:
@@ -90,25 +102,29 @@ def make(args, flags):
         failed = error.code
     for name in args.names:
         for pattern, line in EXPERIMENTS[name].get("test", ()):
-            made = filter(os.path.exists, (f"{path_of(config)}.pt" for config in configs))
-            paths = share(fnmatch.filter(made, f"{args.out}/{name}/{pattern}.pt"))
+            own = [path_of(c) for c in configs if c["out"] == f"{args.out}/{name}"]
+            own = [f"{path}.pt" for path in own if fnmatch(os.path.basename(path), pattern)]
+            paths = share(filter(os.path.exists, own))
             if paths:
                 evaluation.main([*paths, *line.split()])
     barrier()                                                # figures need the tests of all
     return failed
 
 
-def draw(line, more):
-    """Run plot.py with the flags of a line and the files of its patterns. ValueError if none."""
+def draw(line, out, more):
+    """Run plot.py with the flags of a line and the files of its patterns, where {} is the folder
+    `out` -> the paths of the figures. Raises ValueError if there are no such files."""
     words, published = [], []
     for word in shlex.split(line):
+        word = word.replace("{}", glob.escape(out))
         found = sorted(path for path in glob.glob(word) if path.endswith(".json"))
         if "/published/" in word:
             published += found or [word]                     # missing: an error when it is opened
         else:
             words += found if "*" in word else [word]
     if not any(word.endswith(".json") for word in words):
-        raise ValueError(f"no runs to draw: {line.split(' --')[0]}; the report's have --out report")
+        patterns = line.split(" --")[0].replace("{}", out)
+        raise ValueError(f"no runs to draw: {patterns}; the report's have --out report")
 
     def add_to(fig, runs, view):
         """Add what only the report shows: published numbers, the reach of convolutions."""
@@ -121,7 +137,7 @@ def draw(line, more):
         words = [fig.get_supxlabel(), "; ".join(dict.fromkeys(filter(None, notes)))]
         fig.supxlabel("\n".join(filter(None, words)), fontsize=9, color=GREY, x=0.02, ha="left")
 
-    plot.main([*words, *more], add_to)
+    return plot.main([*words, *more], add_to)
 
 
 def add_published(ax, path, runs):

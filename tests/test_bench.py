@@ -99,7 +99,7 @@ def test_a_file_of_another_table_is_refused(text, tmp_path, refuses):
 @pytest.mark.parametrize("flags, word", [
     ("--tables all", "--tables"), ("--device cuda:77", "cuda:77"),
     ("--device nonsense", "nonsense"),
-    ("--model nonsense", "--model"), ("--out none/x.json", "none"), ("--out .", "--out"),
+    ("--model nonsense", "--model"), (f"--out {__file__}/x.json", "--out"), ("--out .", "--out"),
     ("--draw none.json", "none.json"), ("--scan", "--scan"),
     (f"--draw {ROOT}/report/bench/length_cpu.json --out x.json", "json"),
     (f"--draw {__file__}", "no file of --tables length")])

@@ -11,7 +11,7 @@ import torch
 
 import runs
 import train
-from conftest import names, numbers, stopped_run
+from conftest import ROOT, names, numbers, stopped_run
 
 NAME = "rope_M1_tau1_K16_d8_L8_batch-size4_steps20_seed0"
 NO_SPACE = OSError(28, "No space left on device")
@@ -142,16 +142,21 @@ def test_a_result_of_other_code_is_finished_and_says_so(train_tiny, monkeypatch,
     assert str(path.with_suffix(".pt")) in line and "the code has changed since" in line
 
 
-def test_code_digest_changes_with_any_source_file(tmp_path, monkeypatch):
+def test_code_digest_changes_with_the_files_that_a_run_depends_on(tmp_path, monkeypatch):
     (tmp_path / "family").mkdir()
     monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
     seen = set()
-    for name in ("runs.py", "mamba.py", "family/ladder.py", "family/ladder.py", "notes.txt",
-                 "plot.py"):
+    for name in ("train.py", "mamba.py", "family/ladder.py", "family/ladder.py", "notes.txt",
+                 "plot.py", "scratch.py", "family/notes.txt"):
         path = tmp_path / name
         path.write_text(path.read_text() + "x" if path.exists() else "x")
         seen.add(runs.code_digest.__wrapped__())
-    assert len(seen) == 4                # notes.txt is no source, and no run depends on plot.py
+    assert len(seen) == 4                # no run depends on plot.py or on a script of one's own
+
+
+def test_the_sources_of_a_run_are_there():
+    assert all(os.path.exists(os.path.join(ROOT, f"{name}.py")) for name in runs.SOURCES)
+    assert {"hybrid", "train", "eval"} <= set(runs.SOURCES)
 
 
 def test_planted_links_are_not_followed(train_tiny, monkeypatch, tmp_path):

@@ -226,7 +226,7 @@ def test_a_json_that_is_no_result_is_left_alone(text, folder, capsys):
                      "--device", "cpu"])
     assert path.read_text() == text
     said = capsys.readouterr().out
-    assert f"{path} is missing, damaged or of another model: only printed" in said
+    assert f"{path} is damaged or of another model: only printed" in said
 
 
 @pytest.mark.parametrize("sequences", ["many", [16], 0, [16] * 21 + ["16"], None])
@@ -325,3 +325,11 @@ def test_two_at_once_lose_nothing(train_tiny, tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert {50, 60, 70} <= set(read(path.replace(".pt", ".json"))["eval"]["length"])
+
+
+def test_a_checkpoint_alone_is_only_tested(folder, capsys):
+    (folder / (HYBRID + ".json")).unlink()
+    evaluation.main([str(folder / (HYBRID + ".pt")), "--lengths", "5", "--sequences", "4",
+                     "--device", "cpu"])
+    assert f"{HYBRID}.json is not there: only printed" in capsys.readouterr().out
+    assert not (folder / (HYBRID + ".json")).exists()

@@ -99,7 +99,7 @@ def test_a_process_without_a_test_of_its_own_goes_on(tmp_path, monkeypatch, caps
 
 def test_titles_are_for_the_runs_of_the_report(monkeypatch):
     drawn = []
-    monkeypatch.setattr(make, "draw", lambda line, more: drawn.append(more))
+    monkeypatch.setattr(make, "draw", lambda line, out, more: drawn.append(more) or [out])
     make.main(["ladder", "--draw"])
     make.main(["ladder", "--draw", "--out", "report"])
     assert "--title" not in drawn[0] and "--title" in drawn[1]
@@ -115,9 +115,9 @@ def test_a_flag_before_the_names(refuses):
 
 def test_a_folder_may_end_in_a_slash(tmp_path, monkeypatch, capsys):
     drawn = []
-    monkeypatch.setattr(make, "draw", lambda line, more: drawn.append((line, more)))
+    monkeypatch.setattr(make, "draw", lambda line, out, more: drawn.append((out, more)) or [out])
     make.main(["ladder", "sixteen", "--draw", "--out", "report/", "--figures", str(tmp_path)])
-    assert drawn and all(line.startswith("report/ladder/") for line, _ in drawn)
+    assert drawn and all(out == "report" for out, _ in drawn)
     assert all("--title" in more for _, more in drawn)
     assert capsys.readouterr().out == "sixteen has no figure of its own\n"
 
@@ -141,7 +141,7 @@ def test_published_numbers_are_hollow_points_on_their_task(tmp_path, drawn):
     (tmp_path / "published/paper.json").write_text(json.dumps(source))
     for tau in (1, 5):
         write(tmp_path / f"tau{tau}", tau=tau)
-        make.draw(f"{tmp_path}/tau{tau}/* {tmp_path}/published/paper*", [])
+        make.draw("{}/tau%d/* {}/published/paper*" % tau, str(tmp_path), [])
     assert ["a paper" in fig.get_supxlabel() for fig in drawn] == [True, False, False, False]
     for fig, expected in zip(drawn, [[[1, 0.25]], [], [], []]):      # not among training steps
         assert [list(line.get_ydata()) for line in fig.axes[0].lines
@@ -154,12 +154,32 @@ def test_delays_have_the_reach_of_each_convolution(tmp_path, drawn):
     for model, delays in settings:
         for tau in delays:
             write(tmp_path, model=model, tau=tau)
-    make.draw(f"{tmp_path}/* --against tau", [])
+    make.draw("{}/* --against tau", str(tmp_path), [])
     write(tmp_path / "wide", model="conv+attention", d=8)
     write(tmp_path / "wide", model="conv+attention", d=16)
-    make.draw(f"{tmp_path}/wide/* --against d", [])
+    make.draw("{}/wide/* --against d", str(tmp_path), [])
     colours = [plot.COLOURS[model] for model, _ in settings[:2]]
     assert vertical_lines(drawn[0].axes[0]) == dict(zip(colours, [0.5, 1.5]))
     assert "how far each convolution reaches" in drawn[0].get_supxlabel()
     assert vertical_lines(drawn[1].axes[0]) == {} and "reaches" not in drawn[1].get_supxlabel()
     assert texts(drawn[1].axes[0])[-1] == "conv+attention"
+
+
+def test_a_figure_without_runs_does_not_keep_others_from_being_drawn(tmp_path, monkeypatch,
+                                                                     capsys, refuses):
+    """Also in a folder whose name a shell or glob would take apart."""
+    out, figures = tmp_path / "my [old] runs", str(tmp_path / "figures")
+    tiny = {"train": [], "draw": {"{}/none/* --name one": "One", "{}/tiny/* --name two": "Two"}}
+    monkeypatch.setitem(make.EXPERIMENTS, "tiny", tiny)
+    (out / "tiny").mkdir(parents=True)
+    write(out / "tiny", "rope")
+    make.main(["tiny", "--draw", "--out", str(out), "--figures", figures])
+    assert "two.png" in names(figures) and "one.png" not in names(figures)
+    assert "left out: no runs to draw" in capsys.readouterr().err
+    del tiny["draw"]["{}/tiny/* --name two"]
+    assert "no runs to draw" in refuses(make.main, ["tiny", "--draw", "--out", str(out)])
+
+
+def test_a_flag_that_would_add_to_the_experiment_is_refused(tmp_path, refuses):
+    words = ["problem1", "--out", str(tmp_path / "out"), "--tau", "1"]
+    assert "--tau is set by the experiment problem1" in refuses(make.main, words)
