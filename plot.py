@@ -226,13 +226,13 @@ def views_of(args):
     x, panels = args.against, [flag for flag in args.panels if flag != args.against]
     if x in ("model", "state"):
         curves = ["model", "d"] if x == "model" and "d" not in panels else ["model"]
-        views, free = [View(x, panels, curves, measure=args.measure)], {"d", *panels}
+        views, varying = [View(x, panels, curves, measure=args.measure)], {"d", *panels}
     else:
         curve = next((flag for flag in CURVES if flag not in (*panels, x)), "seed")
         kinds = ["against"] if x else ["length", "training"]
         views = [View(kind, panels, [curve], x or "", args.measure) for kind in kinds]
-        free = {x, curve, *panels}
-    return views, [flag for flag in TASK if flag not in free]
+        varying = {x, curve, *panels}                        # within a figure
+    return views, [flag for flag in TASK if flag not in varying]
 
 
 def main(argv=None, add_to=lambda fig, runs, view: None):
@@ -269,12 +269,12 @@ def main(argv=None, add_to=lambda fig, runs, view: None):
     if runs and unknown:
         parser.error(f"{unknown.pop()!r} is no flag of these runs: {', '.join(sorted(known))}"
                      .replace("_", "-"))
-    def lacks_number(run):
-        stateless = not (run["state"] and run["state"][64])  # a log axis has no 0
-        return np.isnan(run[args.measure]) or (args.against == "state" and stateless)
-    left_out += [f"{run['path']} was not tested at L or to 3L, or has no bytes of state"
-                 for run in runs if args.against and lacks_number(run)]
-    drawn = [run for run in runs if not (args.against and lacks_number(run))]
+    def lacks(run):
+        if args.against == "state" and not (run["state"] and run["state"][64]):
+            return "has no bytes of state"                   # a log axis has no 0
+        return np.isnan(run[args.measure]) and f"has no {MEASURES[args.measure]}"
+    left_out += [f"{run['path']} {lacks(run)}" for run in runs if args.against and lacks(run)]
+    drawn = [run for run in runs if not (args.against and lacks(run))]
     (views, split_by), written = views_of(args), []
     for of_figure in group(drawn, split_by).values():
         for view in views:

@@ -116,7 +116,7 @@ def test_lowest_leaves_out_what_was_not_tested(tmp_path, figures, capsys):  # no
     short = write(tmp_path, "mamba", lengths=[64])
     fig, = figures(*paths, short, "--against", "lr", "--lowest").values()
     assert "mamba" not in texts(fig.axes[0]) and "mamba" not in fig.get_supxlabel()
-    assert f"{short} was not tested at L or to 3L" in capsys.readouterr().err
+    assert f"{short} has no lowest accuracy from L to 3L" in capsys.readouterr().err
 
 
 def test_a_long_title_is_cut(tmp_path, figures):  # noqa: F811
