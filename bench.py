@@ -241,13 +241,13 @@ def draw_lengths(path, out):
     fig = matplotlib.figure.Figure(figsize=(10, 7), layout="constrained")
     for ax, (cost, title) in zip(fig.subplots(2, 2, sharex=True).flat, COSTS.items()):
         for name, points in curves[cost].items():
-            width = 5 - 4 * len(ax.lines) / len(curves[cost])      # the last curve on top, thinner
+            width = 3.5 - 2 * len(ax.lines) / len(curves[cost])      # later curves are thinner
             ax.semilogx(*zip(*points), "o-", base=2, color=COLOURS.get(name, "black"), label=name,
-                        lw=width, ms=2 * width + 3)
+                        lw=width, ms=3 * width)
         ax.set(title=title, yscale="log")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
-    fig.supxlabel("context length of a single sequence, tokens")
-    fig.suptitle(f"Attention's state grows with the context, Mamba's does not (d = 64, {machine})")
+    fig.supxlabel(f"context length, tokens (a single sequence, d = 64, {machine})")
+    fig.suptitle("Attention's state grows with the context, Mamba's does not")
     write_figure(out, fig)
     print(out)
 

@@ -36,8 +36,8 @@ EXPERIMENTS = {
         "train": ["--M 4 8 16 --model rope mamba hybrid-a hybrid-b"],
         "draw": {
             "{}/problem2/* --name finding":
-                "Width 8: rotary attention fades in long contexts, Mamba does not learn 8 or 16 "
-                "queries; Mamba before attention recalls all",
+                "Width 8: rotary attention fades in long contexts, Mamba learns 8 or 16 queries "
+                "only in part; Mamba before attention recalls all",
             "{}/problem2/* --panels model --name problem2_models":
                 "With more queries rotary attention fades sooner and Mamba learns a smaller part; "
                 "the hybrids keep all in the median"}},
