@@ -81,7 +81,8 @@ class Attention(nn.Module):
         """Run a segment of a sequence, continuing from `state`: a KVCache, None at the start.
 
         x (B, L, d) -> y (B, L, d), the longer KVCache. last_only: y of the last token alone,
-        (B, 1, d), from 1/L of the scores.
+        (B, 1, d), from 1/L of the scores. A NaN in a token spoils all outputs of the call, those
+        before it, too: masked scores have weight 0, but 0 times NaN is NaN.
         """
         if x.shape[1] == 0:
             return x, state
@@ -126,7 +127,9 @@ def causal_mask(Q, length, device):
 def append_to_cache(state, k, v):
     """The cache with the keys and values of a segment added."""
     if state is not None:
-        return KVCache(torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2))
+        k = torch.cat([state.k.to(k.dtype), k], dim=2)
+        v = torch.cat([state.v.to(v.dtype), v], dim=2)
+        return KVCache(k, v)
     # Copies: k and v can be views of a larger tensor, which would stay in memory.
     return KVCache(k.clone(), v.clone())
 

@@ -9,7 +9,7 @@ To add a layer, write a module and give it a word: LAYERS["average"] = RunningMe
 a width d, and with those values of `build_layer` that its constructor names. A layer
 
   - maps x (B, L, d) and a state, None at the start of a sequence, to y (B, L, d), or (1, L, d) if
-    it is the same for all sequences, and the next state;
+    it is the same for all sequences, and the next state, a tensor, an int or a tuple of these;
   - is causal, and gives the same result for a sequence in segments as for one call;
   - draws random numbers, as dropout does, from torch's own generator alone: it is saved with a run;
   - never asks for values (.item()), so that a CUDA graph can capture it;
@@ -134,11 +134,11 @@ class Model(nn.Module):
 
 
 def checked(layer, returned, shape):
-    """A layer's y and next state, if y has this shape, except for B. Raises ValueError."""
+    """A layer's y and next state, if y has this shape, or B = 1. Raises ValueError."""
     name = type(layer).__name__
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise ValueError(f"{name} must return y and its next state")
-    if returned[0].shape[1:] != shape[1:]:
+    if returned[0].shape[1:] != shape[1:] or len(returned[0]) not in (1, shape[0]):
         raise ValueError(f"{name} returned y {tuple(returned[0].shape)}, not {tuple(shape)}")
     return returned
 
@@ -153,7 +153,7 @@ MODELS = {
     "hybrid-a": "mamba+attention",
     "hybrid-b": "mamba+attention+mamba",
 }
-FAMILY = {  # published models, much smaller; those written 2x... without their MLPs
+FAMILY = {  # after published models, much smaller; those written 2x... without their MLPs
     "rnn": "2xrnn",
     "lti": "2xlti",
     "retention": "2xretention",

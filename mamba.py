@@ -107,7 +107,10 @@ class CausalConv1d(nn.Conv1d):
         """x (b, L, D); window (b, D, taps - 1), the inputs before x, None at the start ->
         y (b, L, D) and the next window."""
         L, before = x.shape[1], self.kernel_size[0] - 1
-        x = F.pad(x, (0, 0, before, 0)) if window is None else torch.cat([window.mT, x], dim=1)
+        if window is None:
+            x = F.pad(x, (0, 0, before, 0))
+        else:
+            x = torch.cat([window.mT.to(x.dtype), x], dim=1)
         if L == 1:                               # a decode step: 3 operations, not 2 * taps
             y = ((x.mT * self.weight[:, 0]).sum(-1) + self.bias)[:, None]
         else:
@@ -257,7 +260,8 @@ def _recur(a, w, h):
 
 
 class ChunkedScan(torch.autograd.Function):
-    """Both passes of chunked_scan: x, dt (L, b, D); A (D, N); B, C (L, b, N); h (N, b, D)."""
+    """Both passes of chunked_scan: x, dt (L, b, D); A (D, N); B, C (L, b, N); h (N, b, D); T steps
+    per chunk."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, h, T):
@@ -278,8 +282,9 @@ class ChunkedScan(torch.autograd.Function):
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
             # A CPU's float32 exp takes 10 to 50 times as long below -87 (say dt = 6, A = -16),
             # where it gives denormal numbers or 0. So both passes clamp at -80, with some room
-            # left for products: a decay of 2e-35 is effectively 0, and so is d(dt A), a multiple of
-            # it. A trained model runs up to twice as fast. The other forms do not clamp.
+            # left for products: a decay of 2e-35 is effectively 0, unless a state exceeds 1e30, and
+            # so is d(dt A), a multiple of it. A trained model runs up to twice as fast. The other
+            # forms do not clamp.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)         # h_k is u_t B_t, and after _recur h_t
             h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs
@@ -360,8 +365,8 @@ def chunked_scan(x, dt, A, B, C, h=None):
 #     CPU, MPS                  chunked_scan: one chunk after another, small enough for a cache
 #
 # The fast forms have no second derivative: backward with create_graph=True raises a RuntimeError.
-# Call selective_scan_ref. For Mamba layers in float32 or float64, set mamba.selective_scan to it;
-# it does not promote bfloat16.
+# Nor do they take several gradients in one call (is_grads_batched). selective_scan_ref does both.
+# For layers in float32 or float64, set mamba.selective_scan to it; it does not promote bfloat16.
 
 def is_transformed():
     """Whether torch.func or forward AD is active; torch has no public way to ask. Then a custom

@@ -18,9 +18,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import mamba
 from family.chunks import show_steps
 from family.mamba2 import Mamba2, Mamba2State, ssd
-from mamba import CausalConv1d, Mamba, MambaState, selective_scan
+from mamba import CausalConv1d, Mamba, MambaState
 
 
 class MambaOwn(Mamba):
@@ -42,7 +43,7 @@ class MambaOwn(Mamba):
         x, B, C = F.silu(x).split([self.d_inner, self.d_state, self.d_state], dim=-1)
         dt = F.softplus(self.dt_proj(self.x_proj(x)))                    # (b, L, d_inner), positive
         A = -torch.exp(self.A_log)                                       # (d_inner, d_state)
-        y, h = selective_scan(x, dt, A, B, C, h)                         # (b, L, d_inner)
+        y, h = mamba.selective_scan(x, dt, A, B, C, h)                   # (b, L, d_inner)
         y = (y + self.D * x) * F.silu(z)
         return self.out_proj(y), MambaState(window, h)
 

@@ -21,10 +21,10 @@ def set_nan_aside(*inputs):
 
     In a recurrence, a NaN reaches only its own output and later ones. A chunk's matmul multiplies
     later tokens by 0 instead of leaving them out, and 0 times NaN is NaN: earlier outputs would be
-    spoiled, too. So a chunked form computes with finite numbers only, and at the end adds
-    nan.cumsum(1) to its outputs and nan.sum(1) to its last state, in all heads and channels, also
-    in those that the recurrence would leave finite. C and q enter their own token's output only, so
-    they can stay.
+    spoiled, too. So a chunked form computes with finite inputs, and at the end adds nan.cumsum(1)
+    to its outputs and nan.sum(1) to its last state, in all heads and channels, also in those that
+    the recurrence would leave finite. C and q enter their own token's output only, so they can
+    stay. (Products of finite numbers can still overflow, beyond 3e38, and spoil earlier outputs.)
     """
     finite, nan = [], 0.0
     for v in inputs:
@@ -59,7 +59,8 @@ def clamped_exp(exponent, dtype):
     Nothing overflows: sum_t - sum_s is positive only for s > t, and tril discards those. The sums
     are float64 where there is one (`widest`): after one strong decay, a float32 sum would lose the
     digits of the weak ones that follow. exp below -87 gives denormal floats, which CPUs compute 10
-    to 50 times slower; at -80 it is effectively 0, and so is its gradient.
+    to 50 times slower; at -80 it is effectively 0, and so is its gradient, unless a state exceeds
+    1e30.
     """
     return exponent.to(dtype).clamp(-80, 0).exp()
 

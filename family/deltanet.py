@@ -11,7 +11,7 @@ arXiv 2102.11174; in chunks, Yang et al. 2024, arXiv 2406.06484). The gate a_t l
     symbol   meaning
     q, k     queries and keys (b, L, H, N); the layer makes k of length 1, q of length 1 / sqrt(N)
     v        values (b, L, H, P)
-    beta     how much of the old value is replaced (b, L, H), in 0 ... 1
+    beta     how much of the old value is replaced (b, L, H), in 0 ... 1; up to 2 works, too
     log_a    the logarithm of the decay a (b, L, H), finite, at most 0; DeltaNet has 0
     S        state (b, H, P, N)
     u        correction (b, L, H, P): what a step adds under its key
@@ -52,7 +52,8 @@ def delta_rule_ref(q, k, v, beta, log_a, S=None):
     if S is None:
         S = v.new_zeros(v.shape[0], *v.shape[2:], k.shape[-1])           # (b, H, P, N)
     y = []
-    for q_t, k_t, v_t, beta_t, log_a_t in zip(*(w.unbind(1) for w in (q, k, v, beta, log_a))):
+    for q_t, k_t, v_t, beta_t, log_a_t in zip(*(w.unbind(1) for w in (q, k, v, beta, log_a)),
+                                              strict=True):
         S = torch.exp(log_a_t)[..., None, None] * S
         old = (S @ k_t[..., None])[..., 0]                               # (b, H, P), under k_t
         u = beta_t[..., None] * (v_t - old)                              # (b, H, P)
@@ -176,11 +177,11 @@ def unit(v, eps=1e-6):
 # goes from chunk to chunk.
 
 def delta_rule(q, k, v, beta, log_a, S=None, T=None):
-    """delta_rule_ref in chunks of at most T steps: same arguments, same results and gradients.
+    """delta_rule_ref in chunks of at most T steps, for L >= 1: same arguments, results, gradients.
 
     States have the dtype of v, or float32 if that is wider; y has that of v. Inputs of matmuls are
-    bfloat16 if v is, otherwise at least float32. T: by default 64 on CUDA, 16 elsewhere. It has no
-    second derivative; delta_rule_ref has one.
+    bfloat16 if v is, otherwise at least float32, except under torch.autocast. T: by default 64 on
+    CUDA, 16 elsewhere. It has no second derivative; delta_rule_ref has one.
     """
     y_dtype, L = v.dtype, v.shape[1]
     dtype = torch.promote_types(y_dtype, torch.float32)

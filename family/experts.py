@@ -1,8 +1,8 @@
 """The gated MLP, a mixture of experts, and Jamba's Mamba.
 
 A mixture of experts has E MLPs, and a router that chooses k of them for each token. It has the
-parameters of E MLPs but the cost of k. Jamba joins these with attention and Mamba; NormedMamba is
-its Mamba.
+parameters of E MLPs but, for many tokens, the cost of k. Jamba joins these with attention and
+Mamba; NormedMamba is its Mamba.
 
     symbol   meaning
     b, L     sequences in the batch, tokens in this call
@@ -33,14 +33,14 @@ class MLP(nn.Module):
         self.up = nn.Linear(d_model, 2 * hidden, bias=False)             # W1 and W3
         self.down = nn.Linear(hidden, d_model, bias=False)               # W2
 
-    def forward(self, x, state=None):
-        """x (b, L, d) -> y (b, L, d), and None: there is nothing to remember."""
-        return self.second_map(self.up(x)), None
-
-    def second_map(self, hidden):
-        """The output of `up` (b, L, 2 f) -> y (b, L, d)."""
+    def forward(self, x, state=None, lora=None):
+        """x (b, L, d) -> y (b, L, d), and None: there is nothing to remember. lora: a map whose
+        result is added to that of the first map, or None."""
+        hidden = self.up(x)                                              # (b, L, 2 f)
+        if lora is not None:
+            hidden = hidden + lora(x)
         gate, up = hidden.chunk(2, dim=-1)                               # (b, L, f) each
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(gate) * up), None
 
 
 def mixture_ref(layer, x):
@@ -106,9 +106,9 @@ def blocks_of_rows(expert, E):
     """Place the n k (token, expert) pairs in rows, whole blocks of rows for each expert.
 
     How many tokens an expert gets is known only at run time, but a CUDA graph needs fixed shapes.
-    So there are always n k / block + E blocks. Say, blocks of two rows and three pairs with experts
-    0, 1, 1: expert 0 gets rows 0 and 1, of which one stays empty, expert 1 gets rows 2 and 3, and a
-    third block stays unused. The pairs go to rows 0, 2 and 3.
+    So there are always n k // block + E blocks. Say, blocks of two rows, and three pairs with
+    experts 0, 1, 1: expert 0 gets rows 0 and 1, of which one stays empty, expert 1 gets rows 2 and
+    3, and a third block stays unused. The pairs go to rows 0, 2 and 3.
 
     expert (n k,), sorted -> the row of each pair (n k,), the expert of each block (blocks,), and
     the number of rows in a block. Unused blocks at the end get the last expert.

@@ -28,10 +28,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import mamba
 from family.chunks import (at_least_float32, difference, set_nan_aside, show_steps,
                            without_autocast)
 from family.mamba2 import ssd
-from mamba import CausalConv1d, selective_scan
+from mamba import CausalConv1d
 
 
 class ShortConv(nn.Module):
@@ -262,7 +263,7 @@ class RGLRU(nn.Module):
         u = root * i * at_least_float32(x)                               # (b, L, d)
         A = -u.new_ones(u.shape[2], 1)
         ones = torch.ones_like(u[..., :1])                               # (b, L, 1), B and C
-        y, h = selective_scan(u / dt, dt, A, ones, ones, h)              # (b, L, d)
+        y, h = mamba.selective_scan(u / dt, dt, A, ones, ones, h)        # (b, L, d)
         return self.out_proj(F.gelu(z) * y.to(x.dtype)), (window, h)
 
 

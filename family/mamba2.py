@@ -64,7 +64,7 @@ def ssd_ref(x, dt, A, B, C, h=None):
     decay = torch.exp(dt * A)                                            # (b, L, H)
     u = dt[..., None] * x                                                # (b, L, H, P)
     y = []
-    for decay_t, u_t, B_t, C_t in zip(*(v.unbind(1) for v in (decay, u, B, C))):
+    for decay_t, u_t, B_t, C_t in zip(*(v.unbind(1) for v in (decay, u, B, C)), strict=True):
         h = decay_t[..., None, None] * h + u_t[..., None] * B_t[:, :, None]      # (b, H, P, N)
         y.append((h @ C_t[..., None])[..., 0])                           # (b, H, P)
     return torch.stack(y, dim=1), h
@@ -162,10 +162,12 @@ class GatedNorm(nn.Module):
 # and N.
 
 def ssd(x, dt, A, B, C, h=None, T=None):
-    """ssd_ref in chunks of at most T steps: the same results and gradients, if dt A is finite.
+    """ssd_ref in chunks of at most T steps, for L >= 1: the same results, gradients and second
+    derivatives, if dt A is finite.
 
     States and sums are at least float32; y has the dtype of x. Inputs of matmuls are bfloat16 if x
-    is, otherwise at least float32, because float16 ends at 65,504. T: by default 16, because more
+    is, otherwise at least float32, because float16 ends at 65,504; where torch.autocast is on, they
+    have its dtype. T: by default 16, because more
     would cost more arithmetic; on CUDA 128 if L <= 128 or P N >= 4,096, otherwise 64. The four
     steps are those of the paper's listing 1.
     """

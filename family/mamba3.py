@@ -74,7 +74,7 @@ def trapezoid_ref(x, log_a, before, now, B, C, h=None, last=None):
     y = []
     log_a, before, now = (v[..., None, None] for v in (log_a, before, now))      # (b, L, H, 1, 1)
     for x_t, log_a_t, before_t, now_t, B_t, C_t in zip(
-            *(v.unbind(1) for v in (x, log_a, before, now, B, C))):
+            *(v.unbind(1) for v in (x, log_a, before, now, B, C)), strict=True):
         h = h + before_t * written
         written = outer(x_t, B_t)                                        # (b, H, P, N)
         h = torch.exp(log_a_t) * h + now_t * written
@@ -225,9 +225,11 @@ def per_rank(v, weight):
 # (`last`). After the last token, before_{L+1} is set to 0, so that the last g is h.
 
 def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
-    """trapezoid_ref in chunks of at most T steps: same arguments, same results and gradients.
+    """trapezoid_ref in chunks of at most T steps, for L >= 1: same arguments, results, gradients
+    and second derivatives.
 
-    States and sums are at least float32; y has the dtype of x. T: by default 64 / R on CUDA, 16 / R
+    States and sums are at least float32, and so are inputs of matmuls, except under torch.autocast;
+    y has the dtype of x. T: by default 64 / R on CUDA, 16 / R
     elsewhere: a chunk's matrices have T R rows.
     """
     x_dtype = x.dtype

@@ -50,17 +50,11 @@ class SharedBlock(nn.Module):
         self.mlp = MLP(width)
 
     def forward(self, x, state, lora=None):
-        """x (b, L, 2d), state a KVCache or None -> y (b, L, 2d), the next KVCache.
-
-        lora: a map whose result is added to that of the MLP's first map, or None.
-        """
+        """x (b, L, 2d), state a KVCache or None -> y (b, L, 2d), the next KVCache. lora: for MLP."""
         y, state = self.attention(self.norms[0](x), state)
         x = x + y                                                        # (b, L, 2d)
-        u = self.norms[1](x)
-        hidden = self.mlp.up(u)                                          # (b, L, 2 f)
-        if lora is not None:
-            hidden = hidden + lora(u)
-        return x + self.mlp.second_map(hidden), state
+        y, _ = self.mlp(self.norms[1](x), lora=lora)
+        return x + y, state
 
 
 class SharedUse(nn.Module):
@@ -84,7 +78,8 @@ class SharedUse(nn.Module):
         else:
             # This use has the block of the use `blocks` places before it. It is not registered as
             # a submodule: the first use has it, and parameters(), state_dict() and
-            # torch.func.functional_call must find it once.
+            # torch.func.functional_call must find it once. So a later use cannot be moved, saved or
+            # replicated without the first.
             object.__setattr__(self, "block", uses[-blocks].block)
         self.out_proj = nn.Linear(2 * d_model, d_model, bias=False)
         self.lora = None

@@ -36,6 +36,7 @@ DATA = [
 ]
 
 HYBRID = [
+    (" or len(returned[0]) not in (1, shape[0])", ""),
     ("super().__init__(d, eps=torch.finfo(torch.float32).eps)", "super().__init__(d, eps=0.1)"),
     ("known = [*MODELS, *FAMILY] if name == word else []", "known = []"),
     ("bias_std * torch.randn(d)", "0 * torch.randn(d)"),
@@ -255,6 +256,7 @@ TRIANGULAR = [
 ]
 
 ATTENTION = [
+    ("state.k.to(k.dtype)", "state.k"),
     ("angle = scale * t[:, None]", "angle = t[:, None]"),
     ("rotary(x, start, scale=self.scale)", "rotary(x, start)"),
     ("frequency = base **", "frequency = 10000.0 **"),
@@ -265,6 +267,7 @@ ATTENTION = [
 ]
 
 MAMBA = [
+    ("window.mT.to(x.dtype)", "window.mT"),
     ("y = (y + self.D * x) * F.silu(z)", "y = y * F.silu(z)"),
     ("torch.arange(1.0, d_state + 1)", "torch.ones(d_state)"),
     ("uniform_(math.log(1e-3), math.log(1e-1))", "uniform_(math.log(1e-4), math.log(1e-1))"),
@@ -289,10 +292,13 @@ LADDER = [
 
 ZAMBA = [
     ("torch.cat([x, embedding], dim=-1)", "torch.cat([x, x], dim=-1)"),
-    ("return x + self.mlp.second_map(", "return self.mlp.second_map("),
+    ("        return x + y, state\n", "        return y, state\n"),
 ]
 
-EXPERTS = [("round(8 * d_model / 3)", "round(4 * d_model)")]
+EXPERTS = [
+    ("round(8 * d_model / 3)", "round(4 * d_model)"),
+    ("            hidden = hidden + lora(x)\n", "            pass\n"),
+]
 
 PLOT = [
     ("CURVES = [\"model\", \"M\", \"tau\", \"d\"]", "CURVES = [\"model\", \"M\", *TASK]"),
@@ -453,7 +459,7 @@ MUTATIONS = {  # file -> its mutations, and the tests that should fail
     "grid.py": (GRID, "test_runs.py test_damage.py test_stopped.py test_train.py"),
     "train.py": (TRAIN, "test_train.py test_damage.py test_runs.py test_stopped.py"),
     "attention.py": (ATTENTION, "test_attention.py test_hybrid.py"),
-    "mamba.py": (MAMBA, "test_mamba.py test_mamba_layer.py"),
+    "mamba.py": (MAMBA, "test_mamba.py test_mamba_layer.py test_hybrid.py"),
     "family/attention_variants.py": (VARIANTS, "test_attention.py test_hybrid.py"),
     "family/chunks.py": (CHUNKS, "test_mamba2.py test_deltanet.py test_hybrid.py"),
     "family/between.py": (BETWEEN, "test_between.py"),

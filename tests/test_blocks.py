@@ -166,6 +166,15 @@ def test_shared_weights_are_in_the_model_once(name):
     assert uses[0].block is not use.block and copied(tokens).dtype == torch.float64
 
 
+def test_hooks_of_all_parts_run():
+    model, called = build_model("zamba2"), set()
+    for name, part in model.named_modules():
+        part.register_forward_hook(lambda *words, name=name: called.add(name))
+    model(torch.randint(16, (2, 9)))
+    lists = {name for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList)}
+    assert called == {name for name, _ in model.named_modules()} - lists
+
+
 def test_caches_of_uses_are_their_own():
     model = build_model("zamba")
     _, states = model.run_layers(torch.randint(16, (2, 9)))

@@ -43,6 +43,13 @@ def test_recurrence_is_the_formula_of_the_paper():
     assert np.allclose(last[0, 0].numpy(), S, atol=1e-12)
 
 
+def test_operands_of_other_lengths_are_refused():
+    inputs = operands()
+    for k in range(5):
+        with pytest.raises(ValueError):
+            delta_rule_ref(*inputs[:k], inputs[k][:, 1:], *inputs[k + 1:])
+
+
 @pytest.mark.parametrize("shape", [
     {}, dict(L=1), dict(L=16), dict(L=65), dict(H=1), dict(first=False), dict(states=1),
     dict(states=1, L=9)])

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hybrid
+import mamba
 from conftest import embedding_for, in_segments, relative
 from data import embedding_table
 from hybrid import (FAMILY, LAYERS, MODELS, RMSNorm, build_layer, build_model,
@@ -254,6 +255,31 @@ def test_norms_add_the_same_in_float32_and_float64(word):
     assert relative(found, exact) < 1e-4
 
 
+@pytest.mark.parametrize("word", EVERY_WORD)
+def test_a_context_in_another_dtype(word):
+    """Read a context in one dtype, then continue in another: y has that of x, for any state."""
+    torch.manual_seed(0)
+    layer, x = build_layer(word, 8, 40, 1, 16, []).double(), torch.randn(2, 20, 8).double()
+    exact, _ = layer(x, **embedding_for(layer, x))
+    for first, then, tolerance in ((torch.float64, torch.float32, 1e-4),
+                                   (torch.float32, torch.float64, 1e-4),
+                                   (torch.float32, torch.bfloat16, 0.1)):
+        context, rest = x[:, :12].to(first), x[:, 12:].to(then)
+        _, state = layer.to(first)(context, **embedding_for(layer, context))
+        y, _ = layer.to(then)(rest, state, **embedding_for(layer, rest))
+        assert y.dtype == then and (word == "experts" or relative(y, exact[:, 12:]) < tolerance)
+        layer.double()
+
+
+@pytest.mark.parametrize("word", ["mamba", "normed-mamba", "mamba-own", "rglru"])
+def test_a_layer_has_a_second_derivative_with_the_recurrence(word, monkeypatch):
+    """Setting mamba.selective_scan reaches all layers that scan."""
+    monkeypatch.setattr(mamba, "selective_scan", mamba.selective_scan_ref)
+    layer = build_layer(word, 2, 8, 1, 2, []).double()
+    x = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], x)
+
+
 def test_states_of_another_model_are_refused():
     model, tokens = model_and_tokens("2xmamba")
     for other in "1xmamba", "3xmamba":
@@ -440,7 +466,8 @@ def test_a_layer_gets_what_it_says_it_needs(monkeypatch):
     assert isinstance(model.norms[1], nn.Identity)
 
 
-@pytest.mark.parametrize("wrong", [lambda x: x[:, 1:], lambda x: x[:, :1], lambda x: x[..., :1]])
+@pytest.mark.parametrize("wrong", [lambda x: x[:, 1:], lambda x: x[:, :1], lambda x: x[..., :1],
+                                   lambda x: x.repeat(2, 1, 1)])
 def test_a_layer_that_changes_the_shape_is_refused(wrong, monkeypatch):
     """Cut or broadcast, it would train without a word."""
     class Wrong(nn.Module):

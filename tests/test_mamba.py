@@ -352,13 +352,6 @@ def test_refuses_a_forward_derivative(scan):
         torch.func.jvp(lambda x: scan(x, *others)[0], (x,), (torch.ones_like(x),))
 
 
-def test_a_layer_has_a_second_derivative_with_the_recurrence(monkeypatch):
-    monkeypatch.setattr(mamba, "selective_scan", mamba.selective_scan_ref)
-    layer = mamba.Mamba(2, d_state=2).double()
-    x = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], x)
-
-
 @pytest.mark.parametrize("D, channels_guessed", [(16, True), (48, False)])
 def test_block_sizes_are_timed_for_long_sums_alone(D, channels_guessed, monkeypatch):
     """A guess for sums of many numbers can be 20 times too slow; timing short ones decides by

@@ -37,6 +37,18 @@ def test_chunks_equal_the_recurrence(shape, T):
         assert found.shape == exact.shape and relative(found, exact) < 1e-12
 
 
+def test_second_derivatives():
+    inputs = [v.requires_grad_() for v in operands(b=1, L=5, H=2, P=2, G=1, N=2)]
+    assert torch.autograd.gradgradcheck(lambda *v: ssd(*v, T=2), inputs)
+
+
+def test_operands_of_other_lengths_are_refused():
+    x, dt, A, B, C, h = operands()
+    for wrong in ((B[:, 1:], C), (B, C[:, 1:])):
+        with pytest.raises(ValueError):
+            ssd_ref(x, dt, A, *wrong, h)
+
+
 @pytest.mark.parametrize("step", [1e-6, 30.0, 1e4])
 def test_weak_and_strong_decay(step):
     x, dt, A, B, C, h = operands(L=70)

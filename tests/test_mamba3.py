@@ -57,6 +57,18 @@ def test_recurrence_is_the_formula_of_the_paper():
     assert torch.allclose(last[0, 0], h, atol=1e-12)
 
 
+def test_second_derivatives():
+    inputs = [v.requires_grad_() for v in operands(b=1, L=5, R=1, H=1)]
+    assert torch.autograd.gradgradcheck(lambda *v: run(trapezoid, v, T=2), inputs)
+
+
+def test_operands_of_other_lengths_are_refused():
+    inputs = operands()
+    for k in range(6):
+        with pytest.raises(ValueError):
+            run(trapezoid_ref, [*inputs[:k], inputs[k][:, 1:], *inputs[k + 1:]])
+
+
 @pytest.mark.parametrize("shape", [
     {}, dict(L=1), dict(L=16), dict(L=65), dict(H=1), dict(R=3), dict(R=2, first=False),
     dict(first=False), dict(states=1), dict(states=1, L=9)])
