@@ -3,7 +3,7 @@
 B says how a token is written to the state and C how the state is read: the key and the query of
 attention. In Mamba, B and C are linear maps of x after the convolution, so key and value are made
 from the same channels. In Mamba-2, they are channels of their own, which pass through the
-convolution beside x. Is that why Mamba-2 recalls more? Mostly, it seems (report/README.md, on
+convolution beside x. Is that why Mamba-2 recalls more? Largely, it seems (report/README.md, on
 narrow Mambas). The two layers here move B and C, and with them what the convolution and SiLU see:
 
     mamba-own        Mamba, with B and C as in Mamba-2
