@@ -81,8 +81,8 @@ class Attention(nn.Module):
         """Run a segment of a sequence, continuing from `state`: a KVCache, None at the start.
 
         x (B, L, d) -> y (B, L, d), the longer KVCache. last_only: y of the last token alone,
-        (B, 1, d), from 1/L of the scores. A NaN in a token spoils all outputs of the call, those
-        before it, too: masked scores have weight 0, but 0 times NaN is NaN.
+        (B, 1, d), from 1/L of the scores. A NaN in a token can spoil outputs before it, too:
+        masked scores have weight 0, but 0 times NaN is NaN.
         """
         if x.shape[1] == 0:
             return x, state

@@ -132,6 +132,8 @@ def copy(batch_size, L, K=16, M=1, tau=1, device="cpu", generator=None, uniform=
     context, there are more blanks to ignore.
     Returns tokens (B, L + M), labels and at (B, M); tau and uniform have no effect.
     """
+    if L < M:
+        raise ValueError(f"{L} context tokens have no room for M = {M} tokens to copy")
     draw = dict(device=device, generator=generator)
     content = torch.randint(K - 2, (batch_size, M), **draw)                          # (B, M)
     places = torch.rand(batch_size, L, **draw).argsort(1)[:, :M].sort(1).values      # (B, M)

@@ -10,7 +10,7 @@ a width d, and with those values of `build_layer` that its constructor names. A 
 
   - maps x (B, L, d) and a state, None at the start of a sequence, to y (B, L, d), or (1, L, d) if
     it is the same for all sequences, and the next state, a tensor, an int or a tuple of these;
-  - is causal, and gives the same result for a sequence in segments as for one call;
+  - is causal, and segments of a sequence give what one call gives, whatever dtype a state has;
   - draws random numbers, as dropout does, from torch's own generator alone: it is saved with a run;
   - never asks for values (.item()), so that a CUDA graph can capture it;
   - if it loops over tokens, uses x.unbind(1): the backward pass of x[:, t] allocates zeros like x.
@@ -138,7 +138,7 @@ def checked(layer, returned, shape):
     name = type(layer).__name__
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise ValueError(f"{name} must return y and its next state")
-    if returned[0].shape[1:] != shape[1:] or len(returned[0]) not in (1, shape[0]):
+    if returned[0].shape[1:] != shape[1:] or returned[0].shape[0] not in (1, shape[0]):
         raise ValueError(f"{name} returned y {tuple(returned[0].shape)}, not {tuple(shape)}")
     return returned
 
@@ -216,6 +216,7 @@ LAYERS = {  # word -> the layer's class, with the arguments that the word stands
     "zamba2": partial(SharedUse, blocks=2, rank=4),
     "zamba2-mini": partial(SharedUse, rank=4, position="rope"),
 }
+OPTIONS = {"n_heads": 1, "d_state": 16}  # flags for layers whose constructors name them: defaults
 RECENCY = 2.0            # initial biases of q and k in a rotary first layer: see Attention
 MOST_LAYERS = 256
 
@@ -226,11 +227,10 @@ def accepts(word, name):
     return name in inspect.signature(LAYERS[word]).parameters and name not in fixed
 
 
-def build_layer(word, d, L, n_heads, d_state, earlier):
-    """The layer of this word. L: training length; earlier: the list of layers in front of it."""
+def build_layer(word, d, L, earlier=(), **options):
+    """The layer of this word. L: training length; earlier: layers in front; options: of OPTIONS."""
     values = {
-        "n_heads": n_heads,
-        "d_state": d_state,
+        **OPTIONS, **options,
         "headdim": math.gcd(2 * d, 8),       # of Mamba-2 and Mamba-3: 8, if it divides 2 d
         "window": max(2, L // 4),
         "positions": 3 * L + 1,              # tests go to 3L, and the query comes after
@@ -253,7 +253,7 @@ def layer_words(name):
             raise ValueError(
                 f"--model is {name!r}, but {part!r} is no layer; {hint}--model takes one of "
                 f"{', '.join([*MODELS, *FAMILY])} alone, or layers joined by + without spaces, as "
-                f"in 2xmamba+mlp, of {', '.join(LAYERS)}")
+                f"in 2xmamba+mlp, of {', '.join(LAYERS)}; hybrid.py says how to add one")
         if not 0 < repeats <= MOST_LAYERS - len(words):
             raise ValueError(f"--model is {name!r}, but a count must be at least 1, and a stack "
                              f"has at most {MOST_LAYERS} layers")
@@ -261,20 +261,20 @@ def layer_words(name):
     return words
 
 
-def build_model(name, K=16, d=8, L=64, n_heads=1, d_state=16, learn_embedding=False):
-    """Build a model from its name or stack. L is the training length.
+def build_model(name, K=16, d=8, L=64, learn_embedding=False, **options):
+    """Build a model from its name or stack. L is the training length; options are of OPTIONS.
 
     Raises ValueError for an unknown name, or an option that no layer takes or that one rejects.
     """
-    if min(K, d, L, n_heads, d_state) < 1:
+    if min(K, d, L, options.get("n_heads", 1), options.get("d_state", 1)) < 1:
         raise ValueError("K, d, L, n_heads and d_state must be at least 1")
     words, layers = layer_words(name), []
-    for flag, value, default in ("n_heads", n_heads, 1), ("d_state", d_state, 16):
-        if value != default and not any(accepts(word, flag) for word in words):
+    for flag, value in options.items():
+        if value != OPTIONS[flag] and not any(accepts(word, flag) for word in words):
             flag = flag.replace("_", "-")
             raise ValueError(f"--{flag} is {value}, but no layer of {name} takes it")
     for word in words:
-        layers.append(build_layer(word, d, L, n_heads, d_state, layers))
+        layers.append(build_layer(word, d, L, layers, **options))
     return Model(layers, K, d, learn_embedding)
 
 

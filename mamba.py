@@ -170,7 +170,8 @@ class Mamba(nn.Module):
         # At first, A = -1, ..., -N in each channel (S4D-Real, Gu et al. 2022, arXiv 2206.11893).
         # State n fades to 1/e in 1 / (n dt) steps: with dt from 0.001 to 0.1, state 1 in 10 to
         # 1,000, state 16 in 0.6 to 60. So a channel has N time scales. The logarithm is trained,
-        # so that A stays negative and no state can grow by itself.
+        # so that A stays negative and no state can grow by itself. (One time scale per channel: an
+        # A_log of (D, 1), and A expanded to (D, N).)
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))       # weights of the skip connection
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
@@ -189,7 +190,8 @@ class Mamba(nn.Module):
 
         x (b, L, d_model) -> y (b, L, d_model) and the MambaState after the last token. However a
         sequence is cut into segments, the result is that of a single call, up to rounding. To
-        decode, call `y, state = layer(x_t, state)` for each new token x_t (b, 1, d_model).
+        decode, call `y, state = layer(x_t, state)` for each new token x_t (b, 1, d_model), under
+        torch.no_grad(): the state is part of the gradient's graph.
         """
         window, h = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, dim=-1)                          # (b, L, d_inner) each
@@ -281,10 +283,10 @@ class ChunkedScan(torch.autograd.Function):
             steps = len(dt_k)                                            # T, or fewer in the last
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
             # A CPU's float32 exp takes 10 to 50 times as long below -87 (say dt = 6, A = -16),
-            # where it gives denormal numbers or 0. So both passes clamp at -80, with some room
-            # left for products: a decay of 2e-35 is effectively 0, unless a state exceeds 1e30, and
-            # so is d(dt A), a multiple of it. A trained model runs up to twice as fast. The other
-            # forms do not clamp.
+            # where it gives denormal numbers or 0. So both passes clamp at -80; the margin keeps
+            # products of decay and state from being denormal. exp(-80) = 2e-35 differs from 0 only
+            # for states above 1e30, and so does d(dt A), a multiple of it. A trained model runs up
+            # to twice as fast. selective_scan_ref and parallel_scan do not clamp.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)         # h_k is u_t B_t, and after _recur h_t
             h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs

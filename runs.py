@@ -6,28 +6,29 @@
     OUT/.locks/NAME       locked by the process that works on the run: see grid.py
 """
 
+import contextlib
 import copy
 import functools
 import glob
 import hashlib
+import inspect
 import io
 import json
 import math
 import os
 import platform
 import subprocess
-import warnings
 
 import torch
 
 from data import TASKS, check_task, shortest
-from hybrid import build_model
+from hybrid import LAYERS, OPTIONS, build_model
 from output import digest_of, remove, say, write_file
 from summary import DEFAULTS, GRID, defaults_at
 
 # The minimum of each flag that is a whole number.
 LEAST = dict(d=1, L=1, K=1, M=1, tau=1, n_heads=1, d_state=1, batch_size=1, steps=1, seed=0)
-SOURCES = "data", "mamba", "fused_scan", "attention", "hybrid", "gpu", "train", "eval"   # of a run
+SOURCES = "mamba fused_scan attention hybrid data gpu runs train eval summary".split()   # of a run
 
 
 def run_name(config):
@@ -53,7 +54,7 @@ def path_of(config):
 
 def model_from(config):
     """The model of a config, with new weights."""
-    options = {flag: config[flag] for flag in ("n_heads", "d_state", "learn_embedding")}
+    options = {flag: config[flag] for flag in ("learn_embedding", *OPTIONS)}
     return build_model(config["model"], config["K"], config["d"], config["L"], **options)
 
 
@@ -106,8 +107,7 @@ def check_model(config, training):
     # and about eight float32 activations per token, channel and layer.
     activations = 32 * (config["batch_size"] if training else 1) * config["L"] * config["d"]
     needed = 8 * config["K"] * config["d"] + activations
-    # Tensors on "meta" take no memory, but computing with them imports torch's compiler, which
-    # takes a second. So small models are built for real.
+    # "meta" takes no memory, but imports torch's compiler, for a second: small models are real.
     widest = max(config[flag] for flag in ("K", "d", "L", "d_state"))
     if needed < available:
         try:
@@ -155,11 +155,14 @@ def commit():
 
 @functools.cache     # computed once: see load_progress
 def code_digest():
-    """The SHA-256 of the files that decide what a run computes: SOURCES, and family/."""
+    """The SHA-256 of the files that decide a run's numbers, and of those of one's own layers."""
     folder = os.path.dirname(os.path.abspath(__file__))
-    paths = [f"{folder}/{name}.py" for name in SOURCES]
-    paths += sorted(glob.glob(f"{glob.escape(folder)}/family/*.py"))
-    return hashlib.sha256(str([digest_of(path) for path in paths]).encode()).hexdigest()
+    paths = {os.path.join(folder, f"{name}.py") for name in SOURCES}
+    paths |= set(glob.glob(os.path.join(glob.escape(folder), "family", "*.py")))
+    for part in (*TASKS.values(), *LAYERS.values()):
+        with contextlib.suppress(OSError, TypeError):        # written in no file
+            paths.add(os.path.abspath(inspect.getsourcefile(getattr(part, "func", part))))
+    return hashlib.sha256(str([digest_of(path) for path in sorted(paths)]).encode()).hexdigest()
 
 
 def is_current(code):
@@ -187,10 +190,8 @@ def load_run(path, device="cpu"):
     if not os.path.exists(path):
         raise ValueError(f"{path} is not there; train.py writes it when a run is finished")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            config, weights = {**DEFAULTS, **checkpoint["config"]}, checkpoint["model"]
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        config, weights = {**DEFAULTS, **checkpoint["config"]}, checkpoint["model"]
         check({**config, "device": str(device)}, training=False)
     except ValueError as error:                              # of check
         reason = str(error).split("; ")[0]                   # without the list of layers
@@ -223,10 +224,9 @@ def read_result(path):
         n, counts = len(evaluation["length"]), counts_of(evaluation)
         whole = n == len(evaluation["accuracy"]) == len(counts) > 0 and min(counts) > 0
         whole = whole and all(type(result[part]) is dict for part in ("config", "env", "seconds"))
-        whole = whole and set(GRID) <= set(result["config"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return result if whole else None
+    return result if whole and set(GRID) <= set(result["config"]) else None
 
 
 # ---- an unfinished run ---------------------------------------------------------------------------

@@ -36,6 +36,13 @@ def set_nan_aside(*inputs):
     return finite, nan
 
 
+def check_steps(*inputs):
+    """Raise a ValueError unless all inputs (b, L, ...) have the same L."""
+    steps = [v.shape[1] for v in inputs]
+    if min(steps) < max(steps):
+        raise ValueError(f"the inputs have {steps} steps, but need as many as each other")
+
+
 def at_least_float32(v):
     """v in float32 if it is float16 or bfloat16, otherwise unchanged."""
     return v.to(torch.promote_types(v.dtype, torch.float32))

@@ -36,8 +36,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from family.chunks import (at_least_float32, clamped_exp, set_nan_aside, show_agreement,
-                           show_steps, widest)
+from family.chunks import (at_least_float32, check_steps, clamped_exp, set_nan_aside,
+                           show_agreement, show_steps, widest)
 from family.triangular import UnitTriangularSolve
 from fused_scan import split
 from mamba import CausalConv1d, initial_dt_bias, is_transformed
@@ -183,6 +183,7 @@ def delta_rule(q, k, v, beta, log_a, S=None, T=None):
     bfloat16 if v is, otherwise at least float32, except under torch.autocast. T: by default 64 on
     CUDA, 16 elsewhere. It has no second derivative; delta_rule_ref has one.
     """
+    check_steps(q, k, v, beta, log_a)
     y_dtype, L = v.dtype, v.shape[1]
     dtype = torch.promote_types(y_dtype, torch.float32)
     matmul_dtype = y_dtype if y_dtype == torch.bfloat16 else dtype

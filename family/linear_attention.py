@@ -44,7 +44,7 @@ class RungState(NamedTuple):
     """All that a LinearAttention layer keeps of the tokens so far, however many there were."""
     conv: torch.Tensor   # as in DeltaState
     S: torch.Tensor      # (b, H, P, N)
-    angle: torch.Tensor  # (b, H, N / 2), the sum of all angles modulo 2 pi, float64; empty if none
+    angle: torch.Tensor  # (b, H, N / 2), all angles summed, modulo 2 pi; `widest`; empty if none
 
 
 class LinearAttention(GatedDeltaNet):

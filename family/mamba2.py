@@ -42,7 +42,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from family.chunks import (AcrossChunks, clamped_exp, difference, set_nan_aside,
+from family.chunks import (AcrossChunks, check_steps, clamped_exp, difference, set_nan_aside,
                            show_agreement, show_steps, widest)
 from fused_scan import split
 from mamba import CausalConv1d, initial_dt_bias, is_transformed
@@ -171,6 +171,7 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     would cost more arithmetic; on CUDA 128 if L <= 128 or P N >= 4,096, otherwise 64. The four
     steps are those of the paper's listing 1.
     """
+    check_steps(x, dt, B, C)
     x_dtype = x.dtype
     dtype = torch.promote_types(x_dtype, torch.float32)
     matmul_dtype = x_dtype if x_dtype == torch.bfloat16 else dtype

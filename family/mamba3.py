@@ -51,8 +51,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from family.chunks import (AcrossChunks, at_least_float32, clamped_exp, set_nan_aside,
-                           show_agreement, show_steps, widest)
+from family.chunks import (AcrossChunks, at_least_float32, check_steps, clamped_exp,
+                           set_nan_aside, show_agreement, show_steps, widest)
 from fused_scan import split
 from mamba import initial_dt_bias, is_transformed
 
@@ -232,6 +232,7 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     y has the dtype of x. T: by default 64 / R on CUDA, 16 / R
     elsewhere: a chunk's matrices have T R rows.
     """
+    check_steps(x, log_a, before, now, B, C)
     x_dtype = x.dtype
     b, L, R, H, P = x.shape
     N = B.shape[-1]

@@ -50,7 +50,10 @@ class SharedBlock(nn.Module):
         self.mlp = MLP(width)
 
     def forward(self, x, state, lora=None):
-        """x (b, L, 2d), state a KVCache or None -> y (b, L, 2d), the next KVCache. lora: for MLP."""
+        """x (b, L, 2d), state a KVCache or None -> y (b, L, 2d), the next KVCache.
+
+        lora: see MLP.forward.
+        """
         y, state = self.attention(self.norms[0](x), state)
         x = x + y                                                        # (b, L, 2d)
         y, _ = self.mlp(self.norms[1](x), lora=lora)

@@ -188,8 +188,8 @@ EXPERIMENTS = {
         "train": [f"--d 16 --M 1 16 --model {ALL}"],
         "draw": {
             "{}/family/* --against model --name family":
-                "Most models learn one query; sixteen are kept beyond 64 tokens only with a "
-                "selective state, alone or combined with attention"}},
+                "Most models learn one query; of these, only those with a selective state keep "
+                "sixteen beyond 64 tokens"}},
     "reference": {                                           # three seeds, to compare machines
         "train": [f"--device cpu --tau 1 5 --model {SIX}",
                   "--device cpu --M 4 --model rope mamba hybrid-a hybrid-b"]},

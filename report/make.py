@@ -7,7 +7,8 @@
 
 Runs go to results/EXPERIMENT/, figures to figures/; --out and --figures name other folders. With
 --out report, figures have the titles of the report. The same command resumes a killed one. Other
-flags, such as --device, come after the names and are passed on to train.py.
+flags, such as --device, come after the names; they are passed on to train.py and override those of
+an experiment. Values of a flag that an experiment varies cannot be added.
 """
 
 import glob
@@ -59,11 +60,13 @@ def main(argv=None):
             for line in experiment["train"]:
                 print(f"    train.py {line}")
         return
-    failed, written, left_out = None, [], []
-    try:
-        failed = None if args.draw else make(args, flags)
-    except ValueError as error:
-        parser.error(str(error))
+    if args.draw and flags:
+        parser.error(f"--draw trains nothing, so it takes no {flags[0]}")
+    given = {word.split("=")[0] for word in flags} & {f"--{flag}" for flag in GRID}
+    for name in args.names:
+        for flag in given.intersection(" ".join(EXPERIMENTS[name]["train"]).split()):
+            parser.error(f"{flag} is set by {name}; train.py makes runs with other values")
+    failed, written, left_out = None if args.draw else make(args, flags), [], []
     if rank_and_processes()[0] == 0:
         for name in args.names:
             if args.draw and "draw" not in EXPERIMENTS[name]:
@@ -74,6 +77,8 @@ def main(argv=None):
                     written += draw(line, args.out, [*more, "--out", args.figures])
                 except ValueError as error:
                     left_out.append(str(error))
+                except SystemExit:                               # of plot.py, which says why
+                    left_out.append(f"no figure of {line.replace('{}', args.out)}")
     barrier()                            # torchrun ends all processes when the first one fails
     if left_out:
         report_left_out(parser, written or failed, left_out)
@@ -82,16 +87,10 @@ def main(argv=None):
 
 
 def make(args, flags):
-    """The runs and tests of the experiments named -> a sentence if runs have no result, or None.
-
-    Raises ValueError if a flag would add to the values that the experiment has for it.
-    """
+    """The runs and tests of the experiments named -> a sentence if runs have no result, or None."""
     configs, failed = [], None
     for name in args.names:
         for line in EXPERIMENTS[name]["train"]:
-            both = {f"--{flag}" for flag in GRID}.intersection(line.split(), flags)
-            if both:
-                raise ValueError(f"{min(both)} is set by the experiment {name}; train.py takes any")
             words = [*line.split(), "--seed", *args.seed, "--out", f"{args.out}/{name}", *flags]
             configs += train.configs_from(words)
     try:

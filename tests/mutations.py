@@ -36,7 +36,7 @@ DATA = [
 ]
 
 HYBRID = [
-    (" or len(returned[0]) not in (1, shape[0])", ""),
+    (" or returned[0].shape[0] not in (1, shape[0])", ""),
     ("super().__init__(d, eps=torch.finfo(torch.float32).eps)", "super().__init__(d, eps=0.1)"),
     ("known = [*MODELS, *FAMILY] if name == word else []", "known = []"),
     ("bias_std * torch.randn(d)", "0 * torch.randn(d)"),
@@ -87,7 +87,7 @@ EVAL = [
 ]
 
 RUNS = [
-    ("        whole = whole and set(GRID) <= set(result[\"config\"])\n", ""),
+    (" and set(GRID) <= set(result[\"config\"])", ""),
     ("[*git, \"ls-files\", \"--error-unmatch\", \"runs.py\"]", "[*git, \"status\"]"),
     ("v.dtype != torch.int64 or v.min() < 0", "v.min() < 0"),
     ("v.min() < 0 or v.max() >= K", "v.max() >= K"),
@@ -109,8 +109,10 @@ RUNS = [
     ("    if not os.path.exists(path):\n        raise ValueError(f\"{path} is not there", "    if False:\n        raise ValueError(f\"{path} is not there"),
     ("            part.param_groups = groups", "            pass"),
     ("model.to(device).eval()", "model.to(device)"),
-    ("f\"{folder}/{name}.py\" for name in SOURCES", "path for path in glob.glob(folder + \"/*.py\")"),
-    ("    paths += sorted(glob.glob(f\"{glob.escape(folder)}/family/*.py\"))\n", ""),
+    ("os.path.join(folder, f\"{name}.py\") for name in SOURCES",
+     "path for path in glob.glob(folder + \"/*.py\")"),
+    ("    paths |= set(glob.glob(os.path.join(glob.escape(folder), \"family\", \"*.py\")))\n", ""),
+    ("            paths.add(", "            print("),
     ("return code in (None, code_digest())", "return code == code_digest()"),
     ("if not is_current(checkpoint.get(\"code\")):", "if False:"),
     ("if flag == \"task\" or value == default:",

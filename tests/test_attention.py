@@ -272,7 +272,7 @@ def test_model_with_extended_positions_trains():
                                                 ("rope-slow", 1e6, 8), ("rope-half", 10000.0, 4)])
 def test_angles_of_the_rotary_words(word, base, turned):
     """Each pair of channels turns by t base^(-2j/P), written out; the other channels stay."""
-    layer = build_layer(word, 8, 64, 1, 16, [])
+    layer = build_layer(word, 8, 64)
     x = torch.randn(1, 1, 5, 8, dtype=torch.float64)
     y = layer.rotate(x, 3)
     half = turned // 2
@@ -296,7 +296,7 @@ def test_a_head_too_small_to_rotate_a_part_of_is_refused():
 @pytest.mark.parametrize("word", ["rope", "rope-half"])
 def test_scaled_positions_are_those_between_the_tokens(word):
     """At half the scale, every second token is where all tokens are at scale 1."""
-    layer = build_layer(word, 8, 64, 1, 16, [])
+    layer = build_layer(word, 8, 64)
     x = torch.randn(1, 1, 9, 8, dtype=torch.float64)
     plain = layer.rotate(x[:, :, ::2], 3)
     layer.scale = 0.5

@@ -211,7 +211,7 @@ def test_a_compiled_model_has_the_same_gradients(word):
 @pytest.mark.parametrize("word", hybrid.LAYERS)
 def test_autocast(word):
     torch.manual_seed(0)
-    layer, x = hybrid.build_layer(word, 16, 40, 1, 16, []).cuda(), torch.randn(2, 40, 16).cuda()
+    layer, x = hybrid.build_layer(word, 16, 40).cuda(), torch.randn(2, 40, 16).cuda()
     with compiled_scan(False):
         exact, _ = layer(x, **embedding_for(layer, x))
         with torch.autocast("cuda", torch.bfloat16):

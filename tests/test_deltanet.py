@@ -46,8 +46,9 @@ def test_recurrence_is_the_formula_of_the_paper():
 def test_operands_of_other_lengths_are_refused():
     inputs = operands()
     for k in range(5):
-        with pytest.raises(ValueError):
-            delta_rule_ref(*inputs[:k], inputs[k][:, 1:], *inputs[k + 1:])
+        for rule in (delta_rule_ref, delta_rule):
+            with pytest.raises(ValueError):
+                rule(*inputs[:k], inputs[k][:, 1:], *inputs[k + 1:])
 
 
 @pytest.mark.parametrize("shape", [

@@ -33,7 +33,7 @@ ABSURD = ["--L 1000000000", "--batch-size 1000000000", "--d 1000000", "--d 10000
     ("--model 2xrope-half --d 2", "heads of at least 4"),
     ("--model nope --n-heads 0", "--n-heads is 0"), ("--model mamba --d-state 0", "--d-state is 0"),
     ("--train-lengths some", "--train-lengths"), ("--step 20", "did you mean --steps?"),
-    ("--m 4", "did you mean --M?"), ("--dropout 0.1", "--help lists the flags"),
+    ("--m 4", "did you mean --M?"), ("--nonsense 0.1", "--help lists the flags"),
     ("--lr 0.004 0.008", "only some flags take several"), ("--M 4,16", "separated by spaces"),
     ("--seed", "--seed"),
     ("--task sort", "--task"), ("--task mqar --M 9 --L 64", "--M is 9"),

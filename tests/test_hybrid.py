@@ -19,7 +19,7 @@ NAMES = [*MODELS, *FAMILY, *(f"{word}+attention" for word in EVERY_WORD)]
 
 def model_and_tokens(name, B=3, length=13, **options):
     torch.manual_seed(0)
-    return build_model(name, L=8, **options).double(), torch.randint(16, (B, length))
+    return build_model(name, L=8, **options).double().eval(), torch.randint(16, (B, length))
 
 
 # ---- names and words -----------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_causal(name):
 
 def attends(word):
     """Softmax gives later tokens the weight 0, and 0 times NaN is NaN, as in torch's attention."""
-    return getattr(build_layer(word, 8, 40, 1, 16, []), "attends", False)
+    return getattr(build_layer(word, 8, 40), "attends", False)
 
 
 RECURRENT = [word for word in EVERY_WORD if not attends(word)]
@@ -166,7 +166,7 @@ RECURRENT = [word for word in EVERY_WORD if not attends(word)]
 def test_a_token_that_is_not_finite_reaches_no_earlier_output(word, bad):
     """And all that is NaN after single steps is not finite after one call."""
     torch.manual_seed(0)
-    layer = build_layer(word, d=8, L=40, n_heads=1, d_state=16, earlier=[]).double()
+    layer = build_layer(word, 8, 40).eval().double()
 
     def call(x, state=None):
         return layer(x, state, **embedding_for(layer, x))
@@ -200,7 +200,7 @@ class Written(TorchDispatchMode):
 def test_work_grows_with_the_length_alone(word):
     """A loop that indexes a chunk, v[:, i], writes a gradient of the size of v for each chunk."""
     def work(L):
-        layer, x = build_layer(word, 16, L, 1, 16, []), torch.randn(2, L, 16, requires_grad=True)
+        layer, x = build_layer(word, 16, L).eval(), torch.randn(2, L, 16, requires_grad=True)
         with Written() as written:
             layer(x, **embedding_for(layer, x))[0].sum().backward()
         return written.numbers
@@ -249,7 +249,7 @@ def test_float32_is_near_float64(name):
 @pytest.mark.parametrize("word", EVERY_WORD)
 def test_norms_add_the_same_in_float32_and_float64(word):
     torch.manual_seed(0)
-    layer, x = build_layer(word, 8, 13, 1, 16, []), 1e-4 * torch.randn(2, 13, 8)
+    layer, x = build_layer(word, 8, 13).eval(), 1e-4 * torch.randn(2, 13, 8)
     exact, _ = layer.double()(x.double(), **embedding_for(layer, x.double()))
     found, _ = layer.float()(x, **embedding_for(layer, x))
     assert relative(found, exact) < 1e-4
@@ -259,7 +259,7 @@ def test_norms_add_the_same_in_float32_and_float64(word):
 def test_a_context_in_another_dtype(word):
     """Read a context in one dtype, then continue in another: y has that of x, for any state."""
     torch.manual_seed(0)
-    layer, x = build_layer(word, 8, 40, 1, 16, []).double(), torch.randn(2, 20, 8).double()
+    layer, x = build_layer(word, 8, 40).eval().double(), torch.randn(2, 20, 8).double()
     exact, _ = layer(x, **embedding_for(layer, x))
     for first, then, tolerance in ((torch.float64, torch.float32, 1e-4),
                                    (torch.float32, torch.float64, 1e-4),
@@ -267,7 +267,9 @@ def test_a_context_in_another_dtype(word):
         context, rest = x[:, :12].to(first), x[:, 12:].to(then)
         _, state = layer.to(first)(context, **embedding_for(layer, context))
         y, _ = layer.to(then)(rest, state, **embedding_for(layer, rest))
-        assert y.dtype == then and (word == "experts" or relative(y, exact[:, 12:]) < tolerance)
+        assert y.dtype == then
+        rerouted = word == "experts" and then == torch.bfloat16      # rounded, some change experts
+        assert rerouted or relative(y, exact[:, 12:]) < tolerance
         layer.double()
 
 
@@ -275,7 +277,7 @@ def test_a_context_in_another_dtype(word):
 def test_a_layer_has_a_second_derivative_with_the_recurrence(word, monkeypatch):
     """Setting mamba.selective_scan reaches all layers that scan."""
     monkeypatch.setattr(mamba, "selective_scan", mamba.selective_scan_ref)
-    layer = build_layer(word, 2, 8, 1, 2, []).double()
+    layer = build_layer(word, 2, 8, d_state=2).eval().double()
     x = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], x)
 
@@ -298,25 +300,27 @@ def test_an_ensemble_and_gradients_per_sample(word):
         y, _ = torch.func.functional_call(layer, p, (x,), embedding_for(layer, x))
         return y.square().sum()
     torch.manual_seed(0)
-    layers = [build_layer(word, 8, 20, 1, 16, []).double() for _ in range(2)]
+    layers = [build_layer(word, 8, 20).eval().double() for _ in range(2)]
     layer, xs = layers[0], torch.randn(3, 20, 8).double()
     parameters, _ = torch.func.stack_module_state(layers)
-    found = torch.func.vmap(loss, in_dims=(0, None))(parameters, xs[0])
-    for layer, value in zip(layers, found, strict=True):
-        assert relative(value, loss(dict(layer.named_parameters()), xs[0])) < 1e-10
+    found = torch.func.vmap(loss)(parameters, xs[:2])
+    for layer, x, value in zip(layers, xs[:2], found, strict=True):
+        assert relative(value, loss(dict(layer.named_parameters()), x)) < 1e-10
 
     layer, own = layers[0], dict(layers[0].named_parameters())
-    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(own, xs)
+    gradient = torch.func.grad(loss, argnums=(0, 1))
+    gradients, of_xs = torch.func.vmap(gradient, in_dims=(None, 0))(own, xs)
     for i, x in enumerate(xs):
-        expected = torch.autograd.grad(loss(own, x), own.values(), materialize_grads=True)
-        for found, exact in zip(gradients.values(), expected, strict=True):
+        inputs = [*own.values(), x.clone().requires_grad_()]
+        expected = torch.autograd.grad(loss(own, inputs[-1]), inputs, materialize_grads=True)
+        for found, exact in zip([*gradients.values(), of_xs], expected, strict=True):
             assert torch.allclose(found[i], exact, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("word", [word for word in RECURRENT if word != "position"])
 def test_forward_mode(word):
     torch.manual_seed(0)
-    layer = build_layer(word, 8, 20, 1, 16, []).double()
+    layer = build_layer(word, 8, 20).eval().double()
     x, direction = torch.randn(2, 2, 20, 8).double()
 
     def outputs(x):
@@ -329,7 +333,7 @@ def test_forward_mode(word):
 
 @pytest.mark.parametrize("word", EVERY_WORD)
 def test_shapes_on_meta(word):
-    layer, x = build_layer(word, 8, 40, 1, 16, []).to("meta"), torch.empty(2, 40, 8, device="meta")
+    layer, x = build_layer(word, 8, 40).eval().to("meta"), torch.empty(2, 40, 8, device="meta")
     y, _ = layer(x, **embedding_for(layer, x))
     assert y.shape[1:] == (40, 8) and y.is_meta
 

@@ -49,7 +49,7 @@ def by_hand(layer, x, rung):
 @pytest.mark.parametrize("word", WORDS)
 def test_the_recurrence(word):
     torch.manual_seed(0)
-    layer = build_layer(word, 8, 64, 1, 16, []).double()
+    layer = build_layer(word, 8, 64).double()
     x = torch.randn(2, 40, 8, dtype=torch.float64)
     expected = by_hand(layer, x, word.removesuffix("-noconv"))
     assert relative(layer(x)[0], expected) < 1e-5            # the eps in the length of q and k
@@ -58,7 +58,7 @@ def test_the_recurrence(word):
 @pytest.mark.parametrize("word", WORDS)
 def test_segments(word):
     torch.manual_seed(0)
-    layer = build_layer(word, 8, 64, 1, 16, []).double()
+    layer = build_layer(word, 8, 64).double()
     x = torch.randn(2, 40, 8, dtype=torch.float64)
     assert relative(in_segments(layer, x, [17, 20])[0], layer(x)[0]) < 1e-12
 

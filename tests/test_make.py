@@ -52,7 +52,7 @@ def test_runs_tests_and_figures(tmp_path, monkeypatch, capsys):
     for path in glob.glob(figures + "/*"):
         os.remove(path)
     before = os.path.getmtime(f"{out}/tiny/{stems[0]}.json")
-    make.main([*flags, "--draw"])
+    make.main([*flags[:-2], "--draw"])
     assert {"one.png", "two.png"} <= set(names(figures))
     assert os.path.getmtime(f"{out}/tiny/{stems[0]}.json") == before
 
@@ -176,10 +176,16 @@ def test_a_figure_without_runs_does_not_keep_others_from_being_drawn(tmp_path, m
     make.main(["tiny", "--draw", "--out", str(out), "--figures", figures])
     assert "two.png" in names(figures) and "one.png" not in names(figures)
     assert "left out: no runs to draw" in capsys.readouterr().err
-    del tiny["draw"]["{}/tiny/* --name two"]
+    tiny["draw"] = {"{}/tiny/* --against lr --name three": "", **tiny["draw"]}
+    os.remove(figures + "/two.png")
+    make.main(["tiny", "--draw", "--out", str(out), "--figures", figures])
+    assert "two.png" in names(figures), "although plot.py refuses the figure before"
+    tiny["draw"] = {"{}/none/* --name one": "One"}
     assert "no runs to draw" in refuses(make.main, ["tiny", "--draw", "--out", str(out)])
 
 
 def test_a_flag_that_would_add_to_the_experiment_is_refused(tmp_path, refuses):
-    words = ["problem1", "--out", str(tmp_path / "out"), "--tau", "1"]
-    assert "--tau is set by the experiment problem1" in refuses(make.main, words)
+    for words in (["--tau", "1"], ["--tau=1"]):
+        command = ["problem1", "--out", str(tmp_path / "out"), *words]
+        assert "--tau is set by problem1" in refuses(make.main, command)
+    assert "it takes no --tau" in refuses(make.main, ["problem1", "--draw", "--tau", "1"])

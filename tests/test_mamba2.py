@@ -45,8 +45,9 @@ def test_second_derivatives():
 def test_operands_of_other_lengths_are_refused():
     x, dt, A, B, C, h = operands()
     for wrong in ((B[:, 1:], C), (B, C[:, 1:])):
-        with pytest.raises(ValueError):
-            ssd_ref(x, dt, A, *wrong, h)
+        for scan in (ssd_ref, ssd):
+            with pytest.raises(ValueError):
+                scan(x, dt, A, *wrong, h)
 
 
 @pytest.mark.parametrize("step", [1e-6, 30.0, 1e4])

@@ -65,8 +65,9 @@ def test_second_derivatives():
 def test_operands_of_other_lengths_are_refused():
     inputs = operands()
     for k in range(6):
-        with pytest.raises(ValueError):
-            run(trapezoid_ref, [*inputs[:k], inputs[k][:, 1:], *inputs[k + 1:]])
+        for scan in (trapezoid_ref, trapezoid):
+            with pytest.raises(ValueError):
+                run(scan, [*inputs[:k], inputs[k][:, 1:], *inputs[k + 1:]])
 
 
 @pytest.mark.parametrize("shape", [

@@ -211,7 +211,7 @@ def test_against_model(tmp_path, figures):
     seeds = [list(line.get_xdata()) for line in fig.axes[0].lines if line.get_marker() == "|"]
     assert [0.5, 0.9, 1.0] in seeds and [0.25, 0.45, 0.5] in seeds
     assert constants(fig.axes[0], ":") == [(1 / 16, 1 / 16, 0, 1)]
-    assert "diamonds" in fig.get_supxlabel()
+    assert "diamonds for the lowest" in fig.get_supxlabel()
 
 
 def test_long_names_stay_apart(tmp_path, figures, capsys):
