@@ -282,7 +282,7 @@ def main(argv=None):
         os.makedirs(os.path.dirname(args.out or "") or ".", exist_ok=True)
         open(args.out or os.devnull, "a").close()            # a wrong path fails before measuring
     except OSError as error:
-        parser.error(f"--out: {error.filename2 or error.filename} is no file: {error.strerror}")
+        parser.error(f"--out: {error.filename2 or error.filename}: {error.strerror}")
     except ValueError as error:
         parser.error(str(error))
     torch.manual_seed(0)

@@ -166,10 +166,9 @@ def ssd(x, dt, A, B, C, h=None, T=None):
     derivatives, if dt A is finite.
 
     States and sums are at least float32; y has the dtype of x. Inputs of matmuls are bfloat16 if x
-    is, otherwise at least float32, because float16 ends at 65,504; where torch.autocast is on, they
-    have its dtype. T: by default 16, because more
-    would cost more arithmetic; on CUDA 128 if L <= 128 or P N >= 4,096, otherwise 64. The four
-    steps are those of the paper's listing 1.
+    is, otherwise at least float32, because float16 ends at 65,504; under torch.autocast, they have
+    its dtype. T: by default 16, because more would cost more arithmetic; on CUDA 128 if L <= 128 or
+    P N >= 4,096, otherwise 64. The four steps are those of the paper's listing 1.
     """
     check_steps(x, dt, B, C)
     x_dtype = x.dtype

@@ -229,8 +229,8 @@ def trapezoid(x, log_a, before, now, B, C, h=None, last=None, T=None):
     and second derivatives.
 
     States and sums are at least float32, and so are inputs of matmuls, except under torch.autocast;
-    y has the dtype of x. T: by default 64 / R on CUDA, 16 / R
-    elsewhere: a chunk's matrices have T R rows.
+    y has the dtype of x. T: by default 64 / R on CUDA, 16 / R elsewhere: a chunk's matrices have
+    T R rows.
     """
     check_steps(x, log_a, before, now, B, C)
     x_dtype = x.dtype
