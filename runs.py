@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import subprocess
+import warnings
 
 import torch
 
@@ -58,10 +59,6 @@ def model_from(config):
     return build_model(config["model"], config["K"], config["d"], config["L"], **options)
 
 
-def is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 def check(config, training=True):
     """Raise a ValueError of one sentence if a run with this config cannot work. training: whether
     its model will be trained; a test takes less memory."""
@@ -71,9 +68,9 @@ def check(config, training=True):
             raise ValueError(f"--{word} is {value!r}, but it must be a whole number from {least} "
                              "to 2^30 - 1")
     lr, weight_decay = config["lr"], config["weight_decay"]
-    if not is_number(lr) or not 0 < lr <= 1e30:
+    if type(lr) not in (int, float) or not 0 < lr <= 1e30:
         raise ValueError(f"--lr is {lr!r}, but it must be a number above 0, at most 1e30")
-    if not is_number(weight_decay) or weight_decay < 0:
+    if type(weight_decay) not in (int, float) or not 0 <= weight_decay < math.inf:
         raise ValueError(f"--weight-decay is {weight_decay!r}, but it must be a number from 0 on")
     if config["train_lengths"] not in ("fixed", "uniform"):
         raise ValueError(f"--train-lengths is {config['train_lengths']!r}, not fixed or uniform")
@@ -190,8 +187,10 @@ def load_run(path, device="cpu"):
     if not os.path.exists(path):
         raise ValueError(f"{path} is not there; train.py writes it when a run is finished")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config, weights = {**DEFAULTS, **checkpoint["config"]}, checkpoint["model"]
+        with warnings.catch_warnings():                      # of files that are no checkpoints
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            config, weights = {**DEFAULTS, **checkpoint["config"]}, checkpoint["model"]
         check({**config, "device": str(device)}, training=False)
     except ValueError as error:                              # of check
         reason = str(error).split("; ")[0]                   # without the list of layers
