@@ -170,8 +170,8 @@ class Mamba(nn.Module):
         # At first, A = -1, ..., -N in each channel (S4D-Real, Gu et al. 2022, arXiv 2206.11893).
         # State n fades to 1/e in 1 / (n dt) steps: with dt from 0.001 to 0.1, state 1 in 10 to
         # 1,000, state 16 in 0.6 to 60. So a channel has N time scales. The logarithm is trained,
-        # so that A stays negative and no state can grow by itself. (One time scale per channel: an
-        # A_log of (D, 1), and A expanded to (D, N).)
+        # so that A stays negative and no state can grow by itself. (For one time scale per channel,
+        # make A_log (d_inner, 1), and expand A to (d_inner, d_state).)
         self.A_log = nn.Parameter(torch.log(torch.arange(1.0, d_state + 1)).repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))       # weights of the skip connection
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
@@ -284,9 +284,9 @@ class ChunkedScan(torch.autograd.Function):
             a_k, h_k = a[:steps], hs[:steps]                             # (T, N, b, D) each
             # A CPU's float32 exp takes 10 to 50 times as long below -87 (say dt = 6, A = -16),
             # where it gives denormal numbers or 0. So both passes clamp at -80; the margin keeps
-            # products of decay and state from being denormal. exp(-80) = 2e-35 differs from 0 only
-            # for states above 1e30, and so does d(dt A), a multiple of it. A trained model runs up
-            # to twice as fast. selective_scan_ref and parallel_scan do not clamp.
+            # products of decay and state from being denormal. A decay of exp(-80) = 2e-35 instead
+            # of 0 matters only for states above 1e30, and so it does in d(dt A), a multiple of it.
+            # A trained model runs up to twice as fast. The other forms of the scan do not clamp.
             torch.mul(dt_k, A, out=a_k).clamp_(min=-80).exp_()
             torch.mul(u_k, B_k, out=h_k)         # h_k is u_t B_t, and after _recur h_t
             h = _recur(a_steps, h_steps[:steps], h).clone()      # the next chunk overwrites hs

@@ -49,11 +49,11 @@ def delta_rule_ref(q, k, v, beta, log_a, S=None):
     S (b, H, P, N), the state before the first step, None for zero. Returns y (b, L, H, P) and the
     state after the last step (b, H, P, N).
     """
+    check_steps(q, k, v, beta, log_a)
     if S is None:
         S = v.new_zeros(v.shape[0], *v.shape[2:], k.shape[-1])           # (b, H, P, N)
     y = []
-    for q_t, k_t, v_t, beta_t, log_a_t in zip(*(w.unbind(1) for w in (q, k, v, beta, log_a)),
-                                              strict=True):
+    for q_t, k_t, v_t, beta_t, log_a_t in zip(*(w.unbind(1) for w in (q, k, v, beta, log_a))):
         S = torch.exp(log_a_t)[..., None, None] * S
         old = (S @ k_t[..., None])[..., 0]                               # (b, H, P), under k_t
         u = beta_t[..., None] * (v_t - old)                              # (b, H, P)

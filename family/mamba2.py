@@ -56,6 +56,7 @@ def ssd_ref(x, dt, A, B, C, h=None):
     Returns y (b, L, H, P) and the state after the last step (b, H, P, N). The official counterpart
     is mamba_chunk_scan_combined, without D, z and softplus.
     """
+    check_steps(x, dt, B, C)
     H = x.shape[2]
     B = B.repeat_interleave(H // B.shape[2], dim=2)                      # (b, L, H, N)
     C = C.repeat_interleave(H // C.shape[2], dim=2)
@@ -64,7 +65,7 @@ def ssd_ref(x, dt, A, B, C, h=None):
     decay = torch.exp(dt * A)                                            # (b, L, H)
     u = dt[..., None] * x                                                # (b, L, H, P)
     y = []
-    for decay_t, u_t, B_t, C_t in zip(*(v.unbind(1) for v in (decay, u, B, C)), strict=True):
+    for decay_t, u_t, B_t, C_t in zip(*(v.unbind(1) for v in (decay, u, B, C))):
         h = decay_t[..., None, None] * h + u_t[..., None] * B_t[:, :, None]      # (b, H, P, N)
         y.append((h @ C_t[..., None])[..., 0])                           # (b, H, P)
     return torch.stack(y, dim=1), h

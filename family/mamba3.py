@@ -64,6 +64,7 @@ def trapezoid_ref(x, log_a, before, now, B, C, h=None, last=None):
     last: B (b, R, H, N) and x (b, R, H, P) of the token before, None for no token. Returns y (b, L,
     R, H, P) and the state after the last step.
     """
+    check_steps(x, log_a, before, now, B, C)
     if h is None:
         h = x.new_zeros(x.shape[0], *x.shape[3:], B.shape[-1])           # (b, H, P, N)
     if last is None:
@@ -74,7 +75,7 @@ def trapezoid_ref(x, log_a, before, now, B, C, h=None, last=None):
     y = []
     log_a, before, now = (v[..., None, None] for v in (log_a, before, now))      # (b, L, H, 1, 1)
     for x_t, log_a_t, before_t, now_t, B_t, C_t in zip(
-            *(v.unbind(1) for v in (x, log_a, before, now, B, C)), strict=True):
+            *(v.unbind(1) for v in (x, log_a, before, now, B, C))):
         h = h + before_t * written
         written = outer(x_t, B_t)                                        # (b, H, P, N)
         h = torch.exp(log_a_t) * h + now_t * written

@@ -19,15 +19,20 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
 COMMANDS = re.findall(r"python (\w+\.py)([^\n`&|>]*)", TEXT)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_example(example, tmp_path, monkeypatch, capsys):
-    """Each is a script of its own, run from the repository's folder."""
+@pytest.fixture
+def run_example(tmp_path, monkeypatch):
+    """A function that runs an example as a script, as if from the repository's folder."""
     monkeypatch.setattr(evaluation, "TEST_SEQUENCES", 32)
     monkeypatch.setattr(train, "EVAL_SEQUENCES", 16)
-    monkeypatch.setattr(hybrid, "LAYERS", dict(hybrid.LAYERS))
     monkeypatch.chdir(tmp_path)
     os.symlink(os.path.join(ROOT, "report"), "report")
-    exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
+    return lambda text: exec(compile(text, "README.md", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_example(example, run_example, monkeypatch, capsys):
+    monkeypatch.setattr(hybrid, "LAYERS", dict(hybrid.LAYERS))
+    run_example(example)
     assert capsys.readouterr().out.strip(), "it shows something"
 
 
@@ -40,13 +45,10 @@ def checks_of_every_word():
             yield check
 
 
-def test_the_layer_of_the_example_passes_the_tests_of_layers(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "EVAL_SEQUENCES", 16)
-    monkeypatch.setattr(evaluation, "TEST_SEQUENCES", 32)
+def test_the_layer_of_the_example_passes_the_tests_of_layers(run_example):
     words = dict(hybrid.LAYERS)
-    monkeypatch.chdir(tmp_path)
     example, = [example for example in EXAMPLES if "LAYERS" in example]
-    exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
+    run_example(example)
     try:
         new, = set(hybrid.LAYERS) - set(words)
         checks = list(checks_of_every_word())
